@@ -1,0 +1,122 @@
+//! The one error type of the library: what went wrong, where, and how to mend it.
+
+use std::path::{Path, PathBuf};
+
+/// A result of this library.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// One thing that is wrong with what the user gave: a config key, a file, a row, a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// Where: `config.toml: train.learning_rate`, `rows.jsonl:17`, `model.safetensors: lm_head.weight`.
+    pub place: String,
+    /// What was found there and what was expected instead.
+    pub what: String,
+    /// What to type or change; empty when `what` already says so.
+    pub hint: String,
+}
+
+impl Fault {
+    /// Names a fault at a place.
+    pub fn new(place: impl Into<String>, what: impl Into<String>) -> Self {
+        Self { place: place.into(), what: what.into(), hint: String::new() }
+    }
+
+    /// Adds what the user can do about it.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = hint.into();
+        self
+    }
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.place, self.what)
+    }
+}
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Faults of the input that can be known before any work starts (exit code 2); all that were found.
+    #[error("{}", join(.0))]
+    Invalid(Vec<Fault>),
+    /// A fault that showed only while running (exit code 1).
+    #[error("{0}")]
+    Failed(Fault),
+    /// The operating system refused a file operation (exit code 1).
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Io {
+        /// The operation as a verb: `read`, `create`, `rename`.
+        doing: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// libtorch refused an operation: a defect of this program, or memory that ran out (exit code 1).
+    #[error("libtorch: {0}")]
+    Torch(String),
+    /// A signal asked the run to stop, and it did so in good order (exit code 128 + signal).
+    #[error("stopped by {}: {note}", if *.signal == 2 { "Ctrl-C" } else { "SIGTERM" })]
+    Interrupted {
+        /// The signal's number.
+        signal: i32,
+        /// What was saved and how to go on.
+        note: String,
+    },
+}
+
+fn join(faults: &[Fault]) -> String {
+    faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
+impl Error {
+    /// A single fault of the input.
+    pub fn invalid(place: impl Into<String>, what: impl Into<String>) -> Self {
+        Self::Invalid(vec![Fault::new(place, what)])
+    }
+
+    /// A fault that showed while running.
+    pub fn failed(place: impl Into<String>, what: impl Into<String>) -> Self {
+        Self::Failed(Fault::new(place, what))
+    }
+
+    /// Adds what the user can do about it to the (last) fault.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        match &mut self {
+            Self::Invalid(faults) => {
+                if let Some(last) = faults.last_mut() {
+                    last.hint = hint.into();
+                }
+            }
+            Self::Failed(fault) => fault.hint = hint.into(),
+            _ => {}
+        }
+        self
+    }
+
+    /// Gives `map_err` a closure that remembers the operation and the path.
+    pub fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Io { doing, path, source }
+    }
+
+    /// The process exit code: 2 for what `check` can know, 1 for a failure while running, 128 + signal.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Invalid(_) => 2,
+            Self::Failed(_) | Self::Io { .. } | Self::Torch(_) => 1,
+            Self::Interrupted { signal, .. } => 128u8.saturating_add(*signal as u8),
+        }
+    }
+
+    /// The faults behind this error, for printing each with its hint.
+    pub fn faults(&self) -> &[Fault] {
+        match self {
+            Self::Invalid(faults) => faults,
+            Self::Failed(fault) => std::slice::from_ref(fault),
+            _ => &[],
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! The whole model: embedding, blocks, final norm, head; forward, loss and backward over a packed micro-batch.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::model::adapted_linear::{AdaptedLinear, AdapterPlace};
+use crate::model::block::{Block, BlockSaved};
+use crate::model::config::LlamaConfig;
+use crate::model::kv_cache::KvCache;
+use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::params::{Gradients, ParamBuffer, lora_key, table_key};
+use crate::model::weights::TensorFiles;
+use crate::ops::dropout::{DropoutKey, RowOrigin};
+use crate::ops::rope::{RopeTable, Rotation, inverse_frequencies};
+use crate::ops::{cross_entropy, embedding, gemm, rms_norm};
+
+/// One chunk of logits holds at most this many elements (64 MB in fp32).
+const LOGITS_PER_CHUNK: i64 = 1 << 24;
+
+/// A packed micro-batch as plain numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchInput<'a> {
+    /// Token ids `[N]`.
+    pub input_ids: &'a [i64],
+    /// Position of each token in its document `[N]`.
+    pub position_ids: &'a [i64],
+    /// Borders of the documents in rows, from 0 to N.
+    pub cu_seqlens: &'a [usize],
+    /// Each document's slot in its update.
+    pub slots: &'a [u64],
+    /// Rows whose next token is learned, ascending.
+    pub learned_rows: &'a [i64],
+    /// That next token, a row each.
+    pub targets: &'a [i64],
+    /// Its share in the update's loss.
+    pub weights: &'a [f32],
+}
+
+/// A packed micro-batch on the device.
+#[derive(Debug)]
+pub struct Batch {
+    /// Token ids `[N]`.
+    pub input_ids: Tensor,
+    /// Rotations of the rows.
+    pub rotation: Rotation,
+    /// Borders of the documents.
+    pub cu_seqlens: Vec<usize>,
+    /// The rows' origin, for the dropout masks.
+    pub origin: RowOrigin,
+    /// The update's dropout, none in evaluation.
+    pub dropout: Option<DropoutKey>,
+    learned_rows: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+}
+
+/// What is kept of a forward pass for backward.
+#[derive(Debug)]
+pub struct Saved {
+    blocks: Vec<SavedBlock>,
+}
+
+/// What is kept of one block: everything, or its input alone (recompute).
+#[derive(Debug)]
+enum SavedBlock {
+    All(Box<BlockSaved>),
+    Input(Tensor),
+}
+
+/// The vocabulary tables: frozen, or the compute copy of a trained one with its place in the gradients.
+#[derive(Debug)]
+struct TableWeight {
+    weight_vd: Tensor,
+    param: Option<usize>,
+}
+
+/// A Llama model with adapters.
+#[derive(Debug)]
+pub struct Llama {
+    config: LlamaConfig,
+    embed: TableWeight,
+    blocks: Vec<Block>,
+    norm_d: Tensor,
+    head: TableWeight,
+    rope: RopeTable,
+    device: Device,
+}
+
+/// How the model computes.
+#[derive(Debug, Clone, Copy)]
+pub struct Compute {
+    /// Dtype of weights, activations and products.
+    pub kind: Kind,
+    /// Where.
+    pub device: Device,
+    /// The longest document it will see.
+    pub max_positions: i64,
+}
+
+impl Llama {
+    /// Loads the frozen weights and puts the adapters on them; views of `params` stay inside.
+    pub fn load(
+        config: &LlamaConfig,
+        files: &TensorFiles,
+        lora: &LoraSpec,
+        params: &ParamBuffer,
+        compute: Compute,
+    ) -> Result<Self> {
+        let Compute { kind, device, max_positions } = compute;
+        let inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling);
+        let (embed, head) = load_tables(config, files, lora, params, compute)?;
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| load_block(config, files, lora, params, compute, layer))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            config: config.clone(),
+            embed,
+            blocks,
+            norm_d: files.load("model.norm.weight", kind, device)?,
+            head,
+            rope: RopeTable::new(&inv_freq, max_positions, kind, device)?,
+            device,
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// Uploads a micro-batch.
+    pub fn batch(&self, input: BatchInput, dropout: Option<DropoutKey>) -> Result<Batch> {
+        let upload = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(self.device)?) };
+        let position_ids = upload(input.position_ids)?;
+        let longest = input.position_ids.iter().max().map_or(0, |p| p + 1);
+        if longest > self.rope.n_positions() {
+            let what = format!("{longest} tokens, but the model was set up for {}", self.rope.n_positions());
+            return Err(Error::failed("a document", what));
+        }
+        let slots: Vec<i64> = input
+            .cu_seqlens
+            .windows(2)
+            .zip(input.slots)
+            .flat_map(|(bounds, &slot)| std::iter::repeat_n(slot as i64, bounds[1] - bounds[0]))
+            .collect();
+        Ok(Batch {
+            input_ids: upload(input.input_ids)?,
+            rotation: self.rope.at(&position_ids)?,
+            cu_seqlens: input.cu_seqlens.to_vec(),
+            origin: RowOrigin { slot_n: upload(&slots)?, token_n: position_ids },
+            dropout,
+            learned_rows: upload(input.learned_rows)?,
+            targets: upload(input.targets)?,
+            weights: Tensor::f_from_slice(input.weights)?.f_to_device(self.device)?,
+        })
+    }
+
+    /// Runs the blocks and keeps what backward needs; with `recompute` only each block's input.
+    pub fn forward(&self, batch: &Batch, recompute: bool) -> Result<(Tensor, Saved)> {
+        let mut x_nd = embedding::forward(&self.embed.weight_vd, &batch.input_ids)?;
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let input = recompute.then(|| x_nd.shallow_clone());
+            let (out_nd, saved) = block.forward(x_nd, batch)?;
+            blocks.push(match input {
+                Some(input) => SavedBlock::Input(input),
+                None => SavedBlock::All(Box::new(saved)),
+            });
+            x_nd = out_nd;
+        }
+        Ok((x_nd, Saved { blocks }))
+    }
+
+    /// Runs the blocks and keeps nothing.
+    pub fn hidden(&self, batch: &Batch) -> Result<Tensor> {
+        let mut x_nd = embedding::forward(&self.embed.weight_vd, &batch.input_ids)?;
+        for block in &self.blocks {
+            x_nd = block.forward(x_nd, batch)?.0;
+        }
+        Ok(x_nd)
+    }
+
+    /// Computes the loss over the learned rows and its gradient at the last block's output `[N, D]`.
+    ///
+    /// Rows without a learned next token never reach the head. The loss is an fp32 scalar without `loss_scale`;
+    /// gradients carry the scale. A trained head accumulates its own gradient.
+    pub fn head_loss(
+        &self,
+        hidden_nd: &Tensor,
+        batch: &Batch,
+        grads: &Gradients,
+        loss_scale: f64,
+    ) -> Result<(Tensor, Tensor)> {
+        let rows_md = hidden_nd.f_index_select(0, &batch.learned_rows)?;
+        let (h_md, norm) = rms_norm::forward(&rows_md, &self.norm_d, self.config.rms_norm_eps)?;
+        let dh_md = h_md.f_empty_like()?;
+        let mut loss = Tensor::f_zeros([0i64; 0], (Kind::Float, self.device))?;
+        for (first, n) in self.chunks(h_md.size()[0]) {
+            let h = h_md.f_narrow(0, first, n)?;
+            let logits = gemm::nt(&h, &self.head.weight_vd)?;
+            let (targets, weights) = (batch.targets.f_narrow(0, first, n)?, batch.weights.f_narrow(0, first, n)?);
+            let (chunk_loss, dlogits) = cross_entropy::forward_backward(&logits, &targets, &weights, loss_scale)?;
+            let _ = loss.f_add_(&chunk_loss)?;
+            gemm::write_nn_(&dh_md.f_narrow(0, first, n)?, &dlogits, &self.head.weight_vd, 1.0)?;
+            if let Some(index) = self.head.param {
+                gemm::accumulate_tn_(&grads.view(index)?, &dlogits, &h, 1.0)?;
+            }
+        }
+        let (drows_md, _) = rms_norm::backward(&dh_md, &rows_md, &self.norm_d, &norm)?;
+        let mut dhidden_nd = hidden_nd.f_zeros_like()?;
+        let _ = dhidden_nd.f_index_copy_(0, &batch.learned_rows, &drows_md)?;
+        Ok((loss, dhidden_nd))
+    }
+
+    /// Carries the gradient from the last block's output down to everything that is trained.
+    pub fn backward(&self, saved: Saved, dhidden_nd: Tensor, batch: &Batch, grads: &Gradients) -> Result<()> {
+        let mut dx_nd = dhidden_nd;
+        for (block, saved) in self.blocks.iter().zip(saved.blocks).rev() {
+            let saved = match saved {
+                SavedBlock::All(saved) => *saved,
+                SavedBlock::Input(x_nd) => block.forward(x_nd, batch)?.1,
+            };
+            let need_dx = block.layer > 0 || self.embed.param.is_some();
+            match block.backward(saved, dx_nd, batch, grads, need_dx)? {
+                Some(dx) => dx_nd = dx,
+                None => return Ok(()),
+            }
+        }
+        if let Some(index) = self.embed.param {
+            embedding::backward_(&grads.view(index)?, &batch.input_ids, &dx_nd)?;
+        }
+        Ok(())
+    }
+
+    /// The negative log-likelihood of every learned token, `[M]` in fp32.
+    pub fn nll(&self, batch: &Batch) -> Result<Tensor> {
+        let rows_md = self.hidden(batch)?.f_index_select(0, &batch.learned_rows)?;
+        let nll: Vec<Tensor> = self
+            .chunks(rows_md.size()[0])
+            .map(|(first, n)| {
+                let logits = self.logits(&rows_md.f_narrow(0, first, n)?)?;
+                cross_entropy::nll(&logits, &batch.targets.f_narrow(0, first, n)?)
+            })
+            .collect::<Result<_>>()?;
+        Ok(Tensor::f_cat(&nll, 0)?)
+    }
+
+    /// An empty cache for one text of at most `max_tokens` tokens.
+    pub fn new_cache(&self, max_tokens: i64) -> Result<KvCache> {
+        KvCache::new(self.blocks.len(), max_tokens, self.config.heads(), self.embed.weight_vd.kind(), self.device)
+    }
+
+    /// Reads the next tokens of a text (a whole prompt at first, then one at a time) and returns the logits `[V]` that
+    /// follow the last of them.
+    pub fn decode(&self, ids: &[i64], cache: &mut KvCache) -> Result<Tensor> {
+        let start = cache.len();
+        let positions = Tensor::f_arange_start(start, start + ids.len() as i64, (Kind::Int64, self.device))?;
+        let rotation = self.rope.at(&positions)?;
+        let ids = Tensor::f_from_slice(ids)?.f_to_device(self.device)?;
+        let mut x_nd = embedding::forward(&self.embed.weight_vd, &ids)?;
+        for (block, cache) in self.blocks.iter().zip(cache.layers_mut()) {
+            x_nd = block.decode(&x_nd, &rotation, cache)?;
+        }
+        Ok(self.logits(&x_nd.f_narrow(0, x_nd.size()[0] - 1, 1)?)?.f_squeeze_dim(0)?)
+    }
+
+    /// The logits of rows of the last block's output: `[M, D] -> [M, V]`.
+    pub fn logits(&self, rows_md: &Tensor) -> Result<Tensor> {
+        let (h_md, _) = rms_norm::forward(rows_md, &self.norm_d, self.config.rms_norm_eps)?;
+        gemm::nt(&h_md, &self.head.weight_vd)
+    }
+
+    fn chunks(&self, n_rows: i64) -> impl Iterator<Item = (i64, i64)> {
+        let vocab = self.head.weight_vd.size()[0];
+        let size = (LOGITS_PER_CHUNK / vocab).clamp(64, 2048);
+        (0..n_rows).step_by(size as usize).map(move |first| (first, size.min(n_rows - first)))
+    }
+}
+
+/// Loads the two tables; a tied model whose tables are both frozen shares one.
+fn load_tables(
+    config: &LlamaConfig,
+    files: &TensorFiles,
+    lora: &LoraSpec,
+    params: &ParamBuffer,
+    compute: Compute,
+) -> Result<(TableWeight, TableWeight)> {
+    let load = |table: Table| -> Result<TableWeight> {
+        if lora.trains(table) {
+            let param = params.layout().index_of(&table_key(table)).ok_or_else(|| {
+                Error::failed(table.name(), "is trained but has no place among the parameters")
+            })?;
+            return Ok(TableWeight { weight_vd: params.compute_stacked(param, 1)?, param: Some(param) });
+        }
+        let source = if config.tie_word_embeddings { Table::Embed } else { table };
+        Ok(TableWeight { weight_vd: files.load(source.base_key(), compute.kind, compute.device)?, param: None })
+    };
+    let embed = load(Table::Embed)?;
+    let shared = config.tie_word_embeddings && embed.param.is_none() && !lora.trains(Table::Head);
+    let head = if shared {
+        TableWeight { weight_vd: embed.weight_vd.shallow_clone(), param: None }
+    } else {
+        load(Table::Head)?
+    };
+    Ok((embed, head))
+}
+
+fn load_block(
+    config: &LlamaConfig,
+    files: &TensorFiles,
+    lora: &LoraSpec,
+    params: &ParamBuffer,
+    compute: Compute,
+    layer: usize,
+) -> Result<Block> {
+    let Compute { kind, device, .. } = compute;
+    let map = |projections: &[Projection]| -> Result<AdaptedLinear> {
+        let rows: i64 = projections.iter().map(|p| p.shape(config)[0]).sum();
+        let weight_oi = Tensor::f_empty([rows, projections[0].shape(config)[1]], (kind, device))?;
+        let mut places = Vec::new();
+        let mut start = 0;
+        for p in projections {
+            let width = p.shape(config)[0];
+            files.copy_into(&format!("{}.weight", p.module(layer)), &weight_oi.f_narrow(0, start, width)?)?;
+            let index = |matrix| params.layout().index_of(&lora_key(*p, layer, matrix));
+            if let (Some(a_index), Some(b_index)) = (index("lora_A"), index("lora_B")) {
+                places.push(AdapterPlace { start, width, a_index, b_index });
+            }
+            start += width;
+        }
+        AdaptedLinear::new(weight_oi, None, &places, lora.scale(), params)
+    };
+    let norm = |name: &str| files.load(&format!("model.layers.{layer}.{name}.weight"), kind, device);
+    Ok(Block {
+        layer,
+        heads: config.heads(),
+        rms_norm_eps: config.rms_norm_eps,
+        input_norm_d: norm("input_layernorm")?,
+        qkv: map(&[Projection::Q, Projection::K, Projection::V])?,
+        o: map(&[Projection::O])?,
+        mlp_norm_d: norm("post_attention_layernorm")?,
+        gate_up: map(&[Projection::Gate, Projection::Up])?,
+        down: map(&[Projection::Down])?,
+    })
+}

@@ -1,0 +1,13 @@
+//! The Llama model: its configuration, its frozen weights, the adapters on them, and the passes through it.
+
+pub mod adapted_linear;
+pub mod adapter_file;
+pub mod block;
+pub mod config;
+pub mod init;
+pub mod llama;
+pub mod lora;
+pub mod kv_cache;
+pub mod params;
+pub mod tensor_file_out;
+pub mod weights;

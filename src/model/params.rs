@@ -1,0 +1,221 @@
+//! All trainable parameters in one flat fp32 buffer; named tensors are views of it.
+//!
+//! Reductions, clipping, AdamW and checkpoints work on the flat buffers and need no per-tensor code. The order is
+//! embed, blocks, head; tensors that share a product (the `lora_A` of q, k and v) adjoin without a gap.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::model::config::LlamaConfig;
+use crate::model::lora::{LoraSpec, PEFT_PREFIX, Projection, Table};
+
+/// Every group of tensors starts at a multiple of this many fp32 elements (256 bytes).
+const ALIGNMENT: i64 = 64;
+
+/// One trainable tensor's place in the flat buffers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The key in an adapter file of PEFT.
+    pub name: String,
+    /// `[rows, columns]`.
+    pub shape: [i64; 2],
+    /// First element in the flat buffers.
+    pub offset: i64,
+}
+
+impl Entry {
+    /// Number of elements.
+    pub fn numel(&self) -> i64 {
+        self.shape[0] * self.shape[1]
+    }
+}
+
+/// Where every trainable tensor lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    entries: Vec<Entry>,
+    len: i64,
+}
+
+/// The key of an adapter matrix in PEFT's files; `matrix` is `lora_A` or `lora_B`.
+pub fn lora_key(projection: Projection, layer: usize, matrix: &str) -> String {
+    format!("{PEFT_PREFIX}{}.{matrix}.weight", projection.module(layer))
+}
+
+/// The key of a trained table in PEFT's files.
+pub fn table_key(table: Table) -> String {
+    format!("{PEFT_PREFIX}{}", table.base_key())
+}
+
+/// The projections of a block that share one input, and so one stacked `lora_A`.
+pub const INPUT_GROUPS: [&[Projection]; 4] = [
+    &[Projection::Q, Projection::K, Projection::V],
+    &[Projection::O],
+    &[Projection::Gate, Projection::Up],
+    &[Projection::Down],
+];
+
+impl Layout {
+    /// Lays the parameters of a run out; `vocab_size` counts grown rows too.
+    pub fn new(config: &LlamaConfig, lora: &LoraSpec, vocab_size: i64) -> Self {
+        let mut layout = Self { entries: Vec::new(), len: 0 };
+        let table = |table: Table| vec![(table_key(table), [vocab_size, config.hidden_size])];
+        if lora.trains(Table::Embed) {
+            layout.push_group(table(Table::Embed));
+        }
+        for layer in 0..config.num_hidden_layers {
+            for group in INPUT_GROUPS {
+                let adapted: Vec<Projection> = group.iter().copied().filter(|p| lora.adapts(*p)).collect();
+                let a = |p: &Projection| (lora_key(*p, layer, "lora_A"), [lora.r, p.shape(config)[1]]);
+                layout.push_group(adapted.iter().map(a).collect());
+                for p in adapted {
+                    layout.push_group(vec![(lora_key(p, layer, "lora_B"), [p.shape(config)[0], lora.r])]);
+                }
+            }
+        }
+        if lora.trains(Table::Head) {
+            layout.push_group(table(Table::Head));
+        }
+        layout
+    }
+
+    fn push_group(&mut self, tensors: Vec<(String, [i64; 2])>) {
+        self.len = (self.len + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        for (name, shape) in tensors {
+            let entry = Entry { name, shape, offset: self.len };
+            self.len += entry.numel();
+            self.entries.push(entry);
+        }
+    }
+
+    /// The tensors in the order of the buffer.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Number of trainable parameters (without the gaps).
+    pub fn n_params(&self) -> i64 {
+        self.entries.iter().map(Entry::numel).sum()
+    }
+
+    /// Elements of a flat buffer, gaps included.
+    pub fn buffer_len(&self) -> i64 {
+        self.len
+    }
+
+    /// The position of a tensor among [`Self::entries`].
+    pub fn index_of(&self, name: &str) -> Option<usize> {
+        self.entries.iter().position(|e| e.name == name)
+    }
+
+    /// A view of one tensor in a flat buffer of this layout.
+    pub fn view(&self, flat: &Tensor, index: usize) -> Result<Tensor> {
+        self.stacked(flat, index, 1)
+    }
+
+    /// A view of `n` adjoining tensors of equal width, one below the other.
+    pub fn stacked(&self, flat: &Tensor, first: usize, n: usize) -> Result<Tensor> {
+        let entries = &self.entries[first..first + n];
+        let rows: i64 = entries.iter().map(|e| e.shape[0]).sum();
+        let columns = entries[0].shape[1];
+        Ok(flat.f_narrow(0, entries[0].offset, rows * columns)?.f_view([rows, columns])?)
+    }
+}
+
+/// The parameters: fp32 masters and the copies that the products read.
+#[derive(Debug)]
+pub struct ParamBuffer {
+    layout: Layout,
+    master: Tensor,
+    compute: Tensor,
+}
+
+impl ParamBuffer {
+    /// Allocates zeroed parameters whose products run in `compute` precision.
+    pub fn new(layout: Layout, compute: Kind, device: Device) -> Result<Self> {
+        let master = Tensor::f_zeros([layout.buffer_len()], (Kind::Float, device))?;
+        let compute = if compute == Kind::Float { master.shallow_clone() } else { master.f_to_kind(compute)? };
+        Ok(Self { layout, master, compute })
+    }
+
+    /// Where the tensors lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The flat fp32 masters `[P]`.
+    pub fn master(&self) -> &Tensor {
+        &self.master
+    }
+
+    /// One tensor's fp32 master.
+    pub fn master_view(&self, index: usize) -> Result<Tensor> {
+        self.layout.view(&self.master, index)
+    }
+
+    /// The copy of adjoining tensors that products read; refreshed in place, so views of it stay valid.
+    pub fn compute_stacked(&self, first: usize, n: usize) -> Result<Tensor> {
+        self.layout.stacked(&self.compute, first, n)
+    }
+
+    /// Brings the compute copy up to date with the masters; call it after every change of them.
+    pub fn refresh_compute(&mut self) -> Result<()> {
+        if self.compute.kind() != Kind::Float {
+            self.compute.f_copy_(&self.master)?;
+        }
+        Ok(())
+    }
+
+    /// Names and fp32 masters in the order of the buffer.
+    pub fn named(&self) -> Result<Vec<(String, Tensor)>> {
+        named_views(&self.layout, &self.master)
+    }
+}
+
+/// Names and views of any flat buffer of a layout.
+pub fn named_views(layout: &Layout, flat: &Tensor) -> Result<Vec<(String, Tensor)>> {
+    (0..layout.entries().len()).map(|i| Ok((layout.entries()[i].name.clone(), layout.view(flat, i)?))).collect()
+}
+
+/// The gradients of all parameters, fp32, laid out as they are.
+#[derive(Debug)]
+pub struct Gradients {
+    layout: Layout,
+    flat: Tensor,
+}
+
+impl Gradients {
+    /// Allocates zeroed gradients.
+    pub fn new(layout: &Layout, device: Device) -> Result<Self> {
+        Ok(Self { layout: layout.clone(), flat: Tensor::f_zeros([layout.buffer_len()], (Kind::Float, device))? })
+    }
+
+    /// The flat buffer `[P]`.
+    pub fn flat(&self) -> &Tensor {
+        &self.flat
+    }
+
+    /// Sets all gradients to zero.
+    pub fn zero(&mut self) -> Result<()> {
+        let _ = self.flat.f_zero_()?;
+        Ok(())
+    }
+
+    /// Multiplies all gradients by a factor.
+    pub fn scale(&mut self, factor: f64) -> Result<()> {
+        if factor != 1.0 {
+            let _ = self.flat.f_mul_scalar_(factor)?;
+        }
+        Ok(())
+    }
+
+    /// The gradient of one tensor.
+    pub fn view(&self, index: usize) -> Result<Tensor> {
+        self.layout.view(&self.flat, index)
+    }
+
+    /// The gradients of adjoining tensors of equal width, one below the other.
+    pub fn stacked(&self, first: usize, n: usize) -> Result<Tensor> {
+        self.layout.stacked(&self.flat, first, n)
+    }
+}

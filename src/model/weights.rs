@@ -1,0 +1,295 @@
+//! The frozen weights of a base model: safetensors files, memory-mapped and copied tensor by tensor.
+#![expect(unsafe_code, reason = "the one place that maps files")]
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::{Mmap, UncheckedAdvice};
+use safetensors::{Dtype, SafeTensors};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Fault, Result};
+use crate::model::config::LlamaConfig;
+use crate::model::lora::{Projection, Table};
+
+/// Bytes at either end of a tensor that its fingerprint reads.
+const SAMPLED_BYTES: usize = 4096;
+
+/// One tensor's place in the files of a model.
+#[derive(Debug, Clone)]
+pub struct Located {
+    file: usize,
+    /// Stored dtype.
+    pub dtype: Dtype,
+    /// Stored shape.
+    pub shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+impl Located {
+    /// Bytes of the stored tensor.
+    pub fn n_bytes(&self) -> usize {
+        self.end - self.start
+    }
+}
+
+/// A safetensors file in memory and the tensors of a set of such files.
+#[derive(Debug)]
+pub struct TensorFiles {
+    files: Vec<(PathBuf, Mmap)>,
+    tensors: BTreeMap<String, Located>,
+}
+
+/// The libtorch dtype of a stored one, for those that are computed with.
+pub fn kind_of(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::F32 => Some(Kind::Float),
+        Dtype::F16 => Some(Kind::Half),
+        Dtype::BF16 => Some(Kind::BFloat16),
+        _ => None,
+    }
+}
+
+impl TensorFiles {
+    /// Opens the weights of a model directory: `model.safetensors`, or the files of its index. Reads headers alone.
+    ///
+    /// # Errors
+    /// No such file (other formats are named with the way to convert them), a damaged or truncated one.
+    pub fn open_model(dir: &Path) -> Result<Self> {
+        let single = dir.join("model.safetensors");
+        let index = dir.join("model.safetensors.index.json");
+        if single.is_file() {
+            return Self::open(&[single]);
+        }
+        if !index.is_file() {
+            return Err(no_weights(dir));
+        }
+        let text = std::fs::read_to_string(&index).map_err(Error::io("read", &index))?;
+        let value: serde_json::Value = serde_json::from_str(&text)
+            .map_err(|e| Error::invalid(index.display().to_string(), format!("is not valid JSON: {e}")))?;
+        let Some(map) = value.get("weight_map").and_then(|m| m.as_object()) else {
+            return Err(Error::invalid(index.display().to_string(), "has no object \"weight_map\""));
+        };
+        let names: std::collections::BTreeSet<&str> = map.values().filter_map(|v| v.as_str()).collect();
+        let paths: Vec<PathBuf> = names.iter().map(|n| dir.join(n)).collect();
+        let missing: Vec<Fault> = paths
+            .iter()
+            .filter(|p| !p.is_file())
+            .map(|p| {
+                let what = format!("missing, though {} names it", index.display());
+                Fault::new(p.display().to_string(), what).hint("download this part of the model again")
+            })
+            .collect();
+        if !missing.is_empty() {
+            return Err(Error::Invalid(missing));
+        }
+        Self::open(&paths)
+    }
+
+    /// Opens safetensors files as one set of tensors.
+    pub fn open(paths: &[PathBuf]) -> Result<Self> {
+        let mut set = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        for path in paths {
+            set.add(path)?;
+        }
+        Ok(set)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let file = File::open(path).map_err(|e| Error::invalid(path.display().to_string(), format!("cannot be read: {e}")))?;
+        // SAFETY: the map is only read. A file that another process truncates meanwhile is outside what we can guard.
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+        let damaged = |why: String| {
+            Error::invalid(path.display().to_string(), format!("is not a whole safetensors file: {why}"))
+                .hint("download or copy it again and compare its size with the source's")
+        };
+        let (header_len, metadata) = SafeTensors::read_metadata(&map).map_err(|e| damaged(e.to_string()))?;
+        let data_start = header_len + 8;
+        let expected = data_start + metadata.data_len();
+        if map.len() != expected {
+            return Err(damaged(format!("its header describes {expected} bytes, it has {}", map.len())));
+        }
+        for (name, info) in metadata.tensors() {
+            let located = Located {
+                file: self.files.len(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                start: data_start + info.data_offsets.0,
+                end: data_start + info.data_offsets.1,
+            };
+            self.tensors.insert(name, located);
+        }
+        self.files.push((path.to_path_buf(), map));
+        Ok(())
+    }
+
+    /// All tensors by name.
+    pub fn tensors(&self) -> &BTreeMap<String, Located> {
+        &self.tensors
+    }
+
+    /// `file: tensor`, for messages.
+    pub fn place(&self, name: &str) -> String {
+        match self.tensors.get(name) {
+            Some(t) => format!("{}: {name}", self.files[t.file].0.display()),
+            None => format!("{}: {name}", self.files.first().map_or(Path::new("?"), |f| &f.0).display()),
+        }
+    }
+
+    fn located(&self, name: &str) -> Result<&Located> {
+        self.tensors.get(name).ok_or_else(|| Error::invalid(self.place(name), "the tensor is missing"))
+    }
+
+    /// The stored bytes of a tensor.
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let t = self.located(name)?;
+        Ok(&self.files[t.file].1[t.start..t.end])
+    }
+
+    /// Copies a stored tensor over `to` (any float dtype, same shape), then lets go of the pages that were read.
+    pub fn copy_into(&self, name: &str, to: &Tensor) -> Result<()> {
+        let t = self.located(name)?;
+        let kind = kind_of(t.dtype)
+            .ok_or_else(|| Error::invalid(self.place(name), format!("dtype {:?} is not supported", t.dtype)))?;
+        let shape: Vec<i64> = t.shape.iter().map(|&n| n as i64).collect();
+        if shape != to.size() {
+            let what = format!("has shape {shape:?}, expected {:?}", to.size());
+            return Err(Error::invalid(self.place(name), what));
+        }
+        let (_, map) = &self.files[t.file];
+        let bytes = &map[t.start..t.end];
+        let strides = contiguous_strides(&shape);
+        // SAFETY: the bytes lie in the map, which outlives this view; they are only read; shape and dtype were checked
+        // against the header, whose offsets were checked against the file's length.
+        let stored = unsafe { Tensor::f_from_blob(bytes.as_ptr(), &shape, &strides, kind, Device::Cpu) }?;
+        to.shallow_clone().f_copy_(&stored)?;
+        drop(stored);
+        // SAFETY: the mapping is file-backed and read-only: dropped pages come back from the file.
+        // Failing to release pages is harmless.
+        let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, t.start, t.end - t.start) };
+        Ok(())
+    }
+
+    /// Copies a stored matrix or vector into a new tensor.
+    pub fn load(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {
+        let shape: Vec<i64> = self.located(name)?.shape.iter().map(|&n| n as i64).collect();
+        let to = Tensor::f_empty(shape, (kind, device))?;
+        self.copy_into(name, &to)?;
+        Ok(to)
+    }
+
+    /// Checks names, shapes and dtypes against the model's configuration.
+    pub fn check_llama(&self, config: &LlamaConfig) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let expected = expected_tensors(config);
+        for (name, shape) in &expected {
+            match self.tensors.get(name) {
+                None => faults.push(
+                    Fault::new(self.place(name), "the tensor is missing").hint("are all parts of the model there?"),
+                ),
+                Some(t) if t.shape.iter().map(|&n| n as i64).ne(shape.iter().copied()) => {
+                    let what = format!("has shape {:?}, config.json makes it {shape:?}", t.shape);
+                    faults.push(Fault::new(self.place(name), what));
+                }
+                Some(t) if kind_of(t.dtype).is_none() => {
+                    let what = format!("is stored as {:?}: quantised or unusual dtypes are not supported", t.dtype);
+                    faults.push(Fault::new(self.place(name), what).hint("use the fp32, fp16 or bf16 files of this model"));
+                }
+                Some(_) => {}
+            }
+        }
+        for name in self.tensors.keys() {
+            let ignored = name.ends_with("rotary_emb.inv_freq")
+                || (config.tie_word_embeddings && name == Table::Head.base_key());
+            if !ignored && !expected.iter().any(|(n, _)| n == name) {
+                let fault = Fault::new(self.place(name), "is not a tensor of a plain Llama model");
+                faults.push(fault.hint("biases, adapters, quantised and other architectures are not supported as a base"));
+            }
+        }
+        faults.truncate(20);
+        faults
+    }
+
+    /// A checksum that tells one model from another: names, dtypes, shapes, and the first and last bytes of each tensor.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+        for (name, t) in &self.tensors {
+            hasher.update(format!("{name} {:?} {:?}", t.dtype, t.shape).as_bytes());
+            let bytes = &self.files[t.file].1[t.start..t.end];
+            let sampled = bytes.len().min(SAMPLED_BYTES);
+            hasher.update(&bytes[..sampled]);
+            hasher.update(&bytes[bytes.len() - sampled..]);
+        }
+        format!("{:032x}", hasher.digest128())
+    }
+
+    /// The dtype in which most bytes of the model are stored.
+    pub fn main_dtype(&self) -> Dtype {
+        let mut bytes: BTreeMap<String, (usize, Dtype)> = BTreeMap::new();
+        for t in self.tensors.values() {
+            bytes.entry(format!("{:?}", t.dtype)).or_insert((0, t.dtype)).0 += t.n_bytes();
+        }
+        bytes.values().max_by_key(|(n, _)| *n).map_or(Dtype::F32, |(_, dtype)| *dtype)
+    }
+}
+
+fn contiguous_strides(shape: &[i64]) -> Vec<i64> {
+    let mut strides = vec![1; shape.len()];
+    for i in (0..shape.len().saturating_sub(1)).rev() {
+        strides[i] = strides[i + 1] * shape[i + 1];
+    }
+    strides
+}
+
+/// Every tensor of the model with its shape.
+fn expected_tensors(config: &LlamaConfig) -> Vec<(String, Vec<i64>)> {
+    let d = config.hidden_size;
+    let mut all = vec![
+        (Table::Embed.base_key().to_string(), vec![config.vocab_size, d]),
+        ("model.norm.weight".to_string(), vec![d]),
+    ];
+    for layer in 0..config.num_hidden_layers {
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            all.push((format!("model.layers.{layer}.{norm}.weight"), vec![d]));
+        }
+        for projection in Projection::ALL {
+            all.push((format!("{}.weight", projection.module(layer)), projection.shape(config).to_vec()));
+        }
+    }
+    if !config.tie_word_embeddings {
+        all.push((Table::Head.base_key().to_string(), vec![config.vocab_size, d]));
+    }
+    all
+}
+
+/// Says what lies in a directory that holds no safetensors model, and what to do about it.
+fn no_weights(dir: &Path) -> Error {
+    let has = |test: &dyn Fn(&str) -> bool| {
+        std::fs::read_dir(dir).is_ok_and(|entries| {
+            entries.flatten().any(|e| e.file_name().to_str().is_some_and(test))
+        })
+    };
+    let place = dir.display().to_string();
+    if has(&|n| n.starts_with("pytorch_model") && n.contains(".bin")) {
+        return Error::invalid(place, "holds pytorch_model.bin (a Python pickle), which is not read").hint(
+            "convert it once: python3 -c \"from transformers import AutoModelForCausalLM as M; \
+             M.from_pretrained('DIR', dtype='auto').save_pretrained('OUT', safe_serialization=True)\"",
+        );
+    }
+    if has(&|n| n.ends_with(".gguf")) {
+        return Error::invalid(place, "holds a GGUF file (quantised for llama.cpp), which is not read")
+            .hint("use the original safetensors files of this model");
+    }
+    if has(&|n| n == "adapter_config.json") {
+        return Error::invalid(place, "is an adapter, not a base model")
+            .hint("set model.base to the model it was trained on, and model.init_adapter to this folder");
+    }
+    if has(&|n| n.starts_with("consolidated") && n.ends_with(".pth")) {
+        return Error::invalid(place, "holds Meta's original .pth files, which are not read")
+            .hint("use the Hugging Face form of the model (config.json, model-00001-of-....safetensors)");
+    }
+    Error::invalid(place, "has neither model.safetensors nor model.safetensors.index.json")
+        .hint("model.base must be a Hugging Face model directory; are its files downloaded?")
+}

@@ -1,0 +1,46 @@
+//! RMSNorm with a frozen weight: `y = x · r · w`, `r = 1 / sqrt(mean(x²) + eps)` per row.
+
+use tch::{Kind, Tensor};
+
+use crate::error::Result;
+
+/// What backward needs besides `x` and `w`: the reciprocal root mean square of every row, fp32 (fp64 for fp64 input).
+#[derive(Debug)]
+pub struct RmsNormSaved {
+    /// `[N, 1]`.
+    pub rstd_n1: Tensor,
+}
+
+/// The dtype in which row statistics are kept.
+fn wide(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// Normalises the rows of `x_nd` and scales them by `w_d`; statistics in fp32, the result in the dtype of `x_nd`.
+pub fn forward(x_nd: &Tensor, w_d: &Tensor, eps: f64) -> Result<(Tensor, RmsNormSaved)> {
+    let kind = x_nd.kind();
+    let x = x_nd.f_to_kind(wide(kind))?;
+    let rstd_n1 = x.f_square()?.f_mean_dim(-1, true, wide(kind))?.f_add_scalar(eps)?.f_rsqrt()?;
+    let y = x.f_mul(&rstd_n1)?.f_to_kind(kind)?.f_mul(w_d)?;
+    Ok((y, RmsNormSaved { rstd_n1 }))
+}
+
+/// Computes the gradient of `x` and, on the way, `y` again (which forward did not keep).
+///
+/// `dx = r (g - x r² mean(g ⊙ x))` with `g = dy ⊙ w`.
+pub fn backward(dy_nd: &Tensor, x_nd: &Tensor, w_d: &Tensor, saved: &RmsNormSaved) -> Result<(Tensor, Tensor)> {
+    let kind = x_nd.kind();
+    let r = &saved.rstd_n1;
+    let x = x_nd.f_to_kind(wide(kind))?;
+    let g = dy_nd.f_mul(w_d)?.f_to_kind(wide(kind))?;
+    let mean_n1 = g.f_mul(&x)?.f_mean_dim(-1, true, wide(kind))?;
+    let dx = g.f_sub(&x.f_mul(&r.f_square()?.f_mul(&mean_n1)?)?)?.f_mul(r)?.f_to_kind(kind)?;
+    let y = x.f_mul(r)?.f_to_kind(kind)?.f_mul(w_d)?;
+    Ok((dx, y))
+}
+
+/// Computes `y` again from the kept statistics.
+pub fn recompute(x_nd: &Tensor, w_d: &Tensor, saved: &RmsNormSaved) -> Result<Tensor> {
+    let kind = x_nd.kind();
+    Ok(x_nd.f_to_kind(wide(kind))?.f_mul(&saved.rstd_n1)?.f_to_kind(kind)?.f_mul(w_d)?)
+}

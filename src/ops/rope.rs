@@ -1,0 +1,112 @@
+//! Rotary position embedding: the two halves of every head rotate by an angle that grows with the position.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+
+/// Cosines and sines by position: `[positions, E/2]` each.
+#[derive(Debug)]
+pub struct RopeTable {
+    cos_pe: Tensor,
+    sin_pe: Tensor,
+}
+
+/// How the inverse frequencies of a checkpoint are scaled beyond the plain `theta^(-2i/E)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// Plain RoPE.
+    None,
+    /// Llama 3's piecewise stretch by wavelength.
+    Llama3 {
+        /// Divides the frequencies of long wavelengths.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are stretched wholly.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are left alone.
+        high_freq_factor: f64,
+        /// The context length of pre-training.
+        original_max_position_embeddings: f64,
+    },
+}
+
+/// Computes the inverse frequencies `[E/2]` of a head of width `head_dim`.
+///
+/// The interpolation between the two borders follows the Llama 3 reference model: with `w = 2π / f`,
+/// `s = (original / w - low) / (high - low)`, the frequency becomes `(1 - s) f / factor + s f`.
+pub fn inverse_frequencies(head_dim: i64, theta: f64, scaling: RopeScaling) -> Vec<f32> {
+    (0..head_dim / 2)
+        .map(|i| {
+            let plain = theta.powf(-2.0 * i as f64 / head_dim as f64);
+            let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } =
+                scaling
+            else {
+                return plain as f32;
+            };
+            let wavelength = 2.0 * std::f64::consts::PI / plain;
+            let smooth = (original_max_position_embeddings / wavelength - low_freq_factor)
+                / (high_freq_factor - low_freq_factor);
+            let smooth = smooth.clamp(0.0, 1.0);
+            ((1.0 - smooth) * plain / factor + smooth * plain) as f32
+        })
+        .collect()
+}
+
+impl RopeTable {
+    /// Tabulates `n_positions` rotations; angles in fp32, stored in `kind`.
+    pub fn new(inv_freq: &[f32], n_positions: i64, kind: Kind, device: Device) -> Result<Self> {
+        let angle_kind = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+        let freq = Tensor::f_from_slice(inv_freq)?.f_to_kind(angle_kind)?;
+        let positions = Tensor::f_arange(n_positions, (angle_kind, Device::Cpu))?;
+        let angles_pe = positions.f_outer(&freq)?;
+        Ok(Self {
+            cos_pe: angles_pe.f_cos()?.f_to_kind(kind)?.f_to_device(device)?,
+            sin_pe: angles_pe.f_sin()?.f_to_kind(kind)?.f_to_device(device)?,
+        })
+    }
+
+    /// How many positions the table holds.
+    pub fn n_positions(&self) -> i64 {
+        self.cos_pe.size()[0]
+    }
+
+    /// Looks the rotations of given positions up, once for all layers of a micro-batch.
+    pub fn at(&self, position_ids_n: &Tensor) -> Result<Rotation> {
+        Ok(Rotation {
+            cos_n1e: self.cos_pe.f_index_select(0, position_ids_n)?.f_unsqueeze(1)?,
+            sin_n1e: self.sin_pe.f_index_select(0, position_ids_n)?.f_unsqueeze(1)?,
+        })
+    }
+}
+
+/// The rotations of a micro-batch's rows: `[N, 1, E/2]` each.
+#[derive(Debug)]
+pub struct Rotation {
+    cos_n1e: Tensor,
+    sin_n1e: Tensor,
+}
+
+/// Rotates `x_nhe` in place.
+pub fn forward_(x_nhe: &Tensor, rotation: &Rotation) -> Result<()> {
+    rotate_(x_nhe, rotation, false)
+}
+
+/// Rotates the gradient back in place: the rotation by the opposite angle.
+pub fn backward_(dx_nhe: &Tensor, rotation: &Rotation) -> Result<()> {
+    rotate_(dx_nhe, rotation, true)
+}
+
+fn rotate_(x_nhe: &Tensor, rotation: &Rotation, opposite: bool) -> Result<()> {
+    let half = x_nhe.size()[2] / 2;
+    let mut a = x_nhe.f_narrow(2, 0, half)?;
+    let mut b = x_nhe.f_narrow(2, half, half)?;
+    let (cos, sin) = (&rotation.cos_n1e, &rotation.sin_n1e);
+    let (from_a, from_b) = (a.f_mul(sin)?, b.f_mul(sin)?);
+    let (new_a, new_b) = if opposite {
+        (a.f_mul(cos)?.f_add(&from_b)?, b.f_mul(cos)?.f_sub(&from_a)?)
+    } else {
+        (a.f_mul(cos)?.f_sub(&from_b)?, b.f_mul(cos)?.f_add(&from_a)?)
+    };
+    a.f_copy_(&new_a)?;
+    b.f_copy_(&new_b)?;
+    Ok(())
+}

@@ -1,0 +1,62 @@
+//! AdamW over the flat buffers, as PyTorch's: `p -= lr wd p`, then `p -= lr m̂ / (sqrt(v̂) + eps)`.
+
+use tch::{Kind, Tensor};
+
+use crate::error::Result;
+use crate::model::params::{Gradients, Layout, ParamBuffer, named_views};
+use crate::torch::{self, AdamWStep};
+
+/// The optimizer's numbers that stay the same through a run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay rates of the two moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+}
+
+/// The optimizer: two moments for every parameter, flat and in fp32.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+}
+
+impl AdamW {
+    /// Starts with zero moments.
+    pub fn new(config: AdamWConfig, params: &ParamBuffer) -> Result<Self> {
+        let zeros = || Tensor::f_zeros(params.master().size(), (Kind::Float, params.master().device()));
+        Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()? })
+    }
+
+    /// Both moments of every parameter by name, `exp_avg.KEY` and `exp_avg_sq.KEY`: views of the state itself.
+    pub fn named_moments(&self, layout: &Layout) -> Result<Vec<(String, Tensor)>> {
+        let mut named = Vec::new();
+        for (moment, flat) in [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)] {
+            let views = named_views(layout, flat)?;
+            named.extend(views.into_iter().map(|(name, view)| (format!("{moment}.{name}"), view)));
+        }
+        Ok(named)
+    }
+
+    /// Applies update number `update` (from 1) and refreshes the parameters' compute copy.
+    ///
+    /// `grad_scale` multiplies the gradients first: clipping and the inverse loss scale in one.
+    pub fn step(
+        &mut self,
+        params: &mut ParamBuffer,
+        grads: &mut Gradients,
+        lr: f64,
+        update: u64,
+        grad_scale: f64,
+    ) -> Result<()> {
+        grads.scale(grad_scale)?;
+        let AdamWConfig { betas, eps, weight_decay } = self.config;
+        let numbers = AdamWStep { lr, betas, eps, weight_decay, update };
+        torch::fused_adamw_(params.master(), grads.flat(), &self.exp_avg, &self.exp_avg_sq, numbers)?;
+        params.refresh_compute()
+    }
+}
