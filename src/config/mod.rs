@@ -1,0 +1,321 @@
+//! The configuration of a run: a TOML file and `--set` overrides, resolved to values that are all concrete.
+//!
+//! [`Config::load`] reports every fault of the input at once. After it nothing is optional merely to mean "default":
+//! an [`Option`] left here (`init_adapter`) is a feature that is off, and [`Auto`] is a value that only the run can
+//! settle (it depends on the machine).
+
+mod choices;
+mod foreign;
+mod paths;
+mod print;
+mod raw;
+mod reader;
+mod resolve;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Fault, Result};
+
+pub use choices::{Device, Dtype, LossAverage, NewRows, Recompute, SaveDtype, Schedule, SpecialTokens, Truncation};
+pub use print::Difference;
+
+/// Everything the user can set, resolved.
+///
+/// Two configs are equal when their values are; which of them were spelt out and which are defaults does not count.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `[model]`: the base model and how it is loaded.
+    pub model: ModelConfig,
+    /// `[lora]`: which weights are adapted and how.
+    pub lora: LoraConfig,
+    /// `[data]`: the samples and how they become tokens.
+    pub data: DataConfig,
+    /// `[train]`: the updates, and what is written when.
+    pub train: TrainConfig,
+    /// The keys the user gave, as `section.key`; the others are defaults.
+    given: BTreeSet<&'static str>,
+}
+
+impl PartialEq for Config {
+    fn eq(&self, other: &Self) -> bool {
+        self.model == other.model && self.lora == other.lora && self.data == other.data && self.train == other.train
+    }
+}
+
+/// `[model]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// The base model: a folder in Hugging Face's layout.
+    pub base: PathBuf,
+    /// A folder with tokenizer files, a `tokenizer.json`, or a SentencePiece `.model` file.
+    pub tokenizer: PathBuf,
+    /// The type of frozen weights and activations.
+    pub dtype: Auto<Dtype>,
+    /// Where to compute.
+    pub device: Auto<Device>,
+    /// The folder of an adapter to start from.
+    pub init_adapter: Option<PathBuf>,
+    /// Whether the vocabulary may be grown to the tokenizer's.
+    pub resize_vocab: bool,
+    /// What new rows of a grown vocabulary begin as.
+    pub new_rows: NewRows,
+}
+
+/// `[lora]`, in the names of PEFT.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraConfig {
+    /// The rank.
+    pub r: usize,
+    /// The scale's numerator: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
+    pub alpha: f64,
+    /// The share of a LoRA input's channels set to zero while training, in [0, 1).
+    pub dropout: f64,
+    /// The adapted projections: at least one of [`TARGET_MODULES`], each once, in that order.
+    pub target_modules: Vec<String>,
+    /// The tables trained whole: any of [`SAVED_MODULES`], each once, in that order.
+    pub modules_to_save: Vec<String>,
+    /// Whether the scale is rank-stabilised.
+    pub use_rslora: bool,
+}
+
+/// `[data]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DataConfig {
+    /// The training files, at least one; globs are expanded and each glob's files sorted.
+    pub train: Vec<PathBuf>,
+    /// The validation files; empty when there are none.
+    pub validation: Vec<PathBuf>,
+    /// The share of the training samples held out for validation, in [0, 1); 0 when `validation` has files.
+    pub validation_fraction: f64,
+    /// The text around instruction and answer.
+    pub template: TemplateChoice,
+    /// The longest sample, in tokens.
+    pub max_length: usize,
+    /// What happens to a longer one.
+    pub truncation: Truncation,
+    /// What a special token written in a text becomes.
+    pub special_tokens: SpecialTokens,
+    /// Whether every epoch has a new seeded order; else file order.
+    pub shuffle: bool,
+    /// How many unreadable rows are tolerated before the data is refused.
+    pub max_bad_rows: u64,
+    /// Where tokenised data is kept between runs.
+    pub cache_dir: PathBuf,
+}
+
+/// `[train]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainConfig {
+    /// The run directory.
+    pub output: PathBuf,
+    /// How long to train (`epochs` or `max_steps`).
+    pub duration: Duration,
+    /// Samples an update, over all ranks.
+    pub global_batch: usize,
+    /// The most tokens one micro-batch holds; at least `data.max_length`.
+    pub micro_batch_tokens: Auto<usize>,
+    /// The peak learning rate.
+    pub learning_rate: f64,
+    /// The shape of the learning rate after the warmup.
+    pub schedule: Schedule,
+    /// How long the learning rate rises (`warmup_ratio` or `warmup_steps`).
+    pub warmup: Warmup,
+    /// AdamW's decoupled decay.
+    pub weight_decay: f64,
+    /// AdamW's two decay rates.
+    pub betas: [f64; 2],
+    /// AdamW's epsilon.
+    pub eps: f64,
+    /// The gradient's largest L2 norm; 0 does not clip.
+    pub max_grad_norm: f64,
+    /// Over what the loss is averaged.
+    pub loss_average: LossAverage,
+    /// Samples a group, for [`LossAverage::Samples`].
+    pub loss_group_samples: usize,
+    /// The seed of order, dropout and new weights.
+    pub seed: u64,
+    /// Which activations are computed again in backward.
+    pub recompute: Auto<Recompute>,
+    /// Updates between checkpoints; 0 is never.
+    pub checkpoint_every: u64,
+    /// How many of the newest checkpoints stay, at least 1.
+    pub keep_checkpoints: usize,
+    /// Updates between evaluations; 0 is never.
+    pub eval_every: u64,
+    /// Updates between lines on the console and points in TensorBoard; 0 is never.
+    pub log_every: u64,
+    /// The type of the tables and LoRA weights in the final `adapter/`.
+    pub save_dtype: SaveDtype,
+}
+
+/// A value, or the program's own choice on the machine at hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Auto<T> {
+    /// Settled when the run starts, and then written to its config.
+    Auto,
+    /// Settled by the user.
+    Is(T),
+}
+
+/// How long to train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Duration {
+    /// Whole passes over the training samples.
+    Epochs(u32),
+    /// Updates; they may span epochs or end within one.
+    Steps(u64),
+}
+
+/// How long the learning rate rises.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Warmup {
+    /// A share of all updates, in [0, 1].
+    Ratio(f64),
+    /// Updates.
+    Steps(u64),
+}
+
+/// Where the strings around instruction and answer come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TemplateChoice {
+    /// The built-in `alpaca`.
+    Alpaca,
+    /// The built-in `chinese-alpaca`.
+    ChineseAlpaca,
+    /// A template file of the user's.
+    File(PathBuf),
+}
+
+/// The projections LoRA can adapt, in the model's order.
+pub const TARGET_MODULES: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+
+/// The tables that can be trained whole.
+pub const SAVED_MODULES: [&str; 2] = ["embed_tokens", "lm_head"];
+
+/// The sections, in the order they are written.
+const SECTIONS: [&str; 4] = ["model", "lora", "data", "train"];
+
+/// The keys that say what the updates compute, up to rounding. A resumed run must agree in them.
+const DEFINING_KEYS: [&str; 33] = [
+    "model.base",
+    "model.tokenizer",
+    "model.dtype",
+    "model.init_adapter",
+    "model.resize_vocab",
+    "model.new_rows",
+    "lora.r",
+    "lora.alpha",
+    "lora.dropout",
+    "lora.target_modules",
+    "lora.modules_to_save",
+    "lora.use_rslora",
+    "data.train",
+    "data.validation_fraction",
+    "data.template",
+    "data.max_length",
+    "data.truncation",
+    "data.special_tokens",
+    "data.shuffle",
+    "train.epochs",
+    "train.max_steps",
+    "train.global_batch",
+    "train.learning_rate",
+    "train.schedule",
+    "train.warmup_ratio",
+    "train.warmup_steps",
+    "train.weight_decay",
+    "train.betas",
+    "train.eps",
+    "train.max_grad_norm",
+    "train.loss_average",
+    "train.loss_group_samples",
+    "train.seed",
+];
+
+/// The keys that only say where, when and how fast: a resumed run may differ in them.
+const EXECUTION_KEYS: [&str; 12] = [
+    "model.device",
+    "data.validation",
+    "data.max_bad_rows",
+    "data.cache_dir",
+    "train.output",
+    "train.micro_batch_tokens",
+    "train.recompute",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.eval_every",
+    "train.log_every",
+    "train.save_dtype",
+];
+
+/// Gives every key there is, as `section.key`.
+fn known_keys() -> impl Iterator<Item = &'static str> {
+    DEFINING_KEYS.into_iter().chain(EXECUTION_KEYS)
+}
+
+impl Config {
+    /// Reads a config file and applies `--set section.key=value` overrides in their order.
+    ///
+    /// Relative paths mean the working folder and come out absolute; globs come out as the files they match.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with all faults: an unreadable file, TOML that does not parse, unknown and missing keys,
+    /// wrong types and ranges, contradictions, and paths that do not exist.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
+        let place = path.display().to_string();
+        let text = std::fs::read(path).map_err(|source| {
+            let fault = Error::invalid(&place, format!("the config file cannot be read: {source}"));
+            match path.is_dir() {
+                true => fault.hint(format!("this is a folder: name the file, such as {place}/config.toml")),
+                false => fault.hint("the first argument is the path of a TOML file, relative to the working folder"),
+            }
+        })?;
+        let text = String::from_utf8(text)
+            .map_err(|_| Error::invalid(&place, "not a text in UTF-8").hint("save the config as UTF-8"))?;
+        Self::parse(&text, &place, sets)
+    }
+
+    /// Resolves the text of a config file; `name` stands for the file in messages.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, name: &str, sets: &[String]) -> Result<Self> {
+        let mut faults = Faults::default();
+        let mut raw = raw::read(text, name, &mut faults)?;
+        raw.apply_sets(sets, &mut faults);
+        let config = resolve::resolve(raw, &mut faults);
+        faults.into_result(config)
+    }
+}
+
+/// The faults met so far, each with the line it is on.
+#[derive(Default)]
+struct Faults {
+    found: Vec<(usize, Fault)>,
+    /// Keys that the hint for an unknown key proposed: their absence is not a second fault.
+    proposed: BTreeSet<&'static str>,
+}
+
+impl Faults {
+    /// Remembers a fault; `line` orders the report (`usize::MAX`: on no line of the file).
+    fn add(&mut self, line: usize, fault: Fault) {
+        self.found.push((line, fault));
+    }
+
+    fn into_result<T>(mut self, value: T) -> Result<T> {
+        if self.found.is_empty() {
+            return Ok(value);
+        }
+        self.found.sort_by_key(|(line, _)| *line);
+        Err(Error::Invalid(self.found.into_iter().map(|(_, fault)| fault).collect()))
+    }
+}

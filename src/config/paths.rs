@@ -1,0 +1,221 @@
+//! The paths of a config: made absolute, globs expanded, and checked as far as a look at the folders goes.
+
+use std::path::{Path, PathBuf};
+
+/// A path that is as it should be, or what is wrong with it.
+pub(super) type Checked<T> = Result<T, Problem>;
+
+/// What is wrong with a path, and what to do.
+pub(super) struct Problem {
+    pub(super) what: String,
+    pub(super) hint: String,
+}
+
+fn problem<T>(what: String, hint: impl Into<String>) -> Checked<T> {
+    Err(Problem {
+        what,
+        hint: hint.into(),
+    })
+}
+
+/// Checks the folder of a base model.
+pub(super) fn base(text: &str) -> Checked<PathBuf> {
+    let path = absolute(text)?;
+    if path.is_file() {
+        let hint = match extension(&path) {
+            "gguf" => {
+                "GGUF files are not read: name the folder of the original model, with config.json and .safetensors"
+            }
+            _ => "name the folder that holds config.json and the .safetensors files",
+        };
+        return problem(format!("expected a folder, and {text:?} is a file"), hint);
+    }
+    match path.is_dir() {
+        true => Ok(path),
+        false => problem(format!("there is no folder {text:?}"), where_to_get(text, &path)),
+    }
+}
+
+/// Checks the place of a tokenizer: a folder, a `tokenizer.json`, or a `.model` file.
+pub(super) fn tokenizer(text: &str) -> Checked<PathBuf> {
+    let path = absolute(text)?;
+    if path.is_file() && !matches!(extension(&path), "json" | "model") {
+        let what = format!("{text:?} is neither a folder, nor a tokenizer.json, nor a SentencePiece .model file");
+        return problem(what, "name the folder that holds the tokenizer's files");
+    }
+    match path.exists() {
+        true => Ok(path),
+        false => problem(
+            format!("there is no file or folder {text:?}"),
+            where_to_get(text, &path),
+        ),
+    }
+}
+
+/// Checks the folder of an adapter.
+pub(super) fn adapter(text: &str) -> Checked<PathBuf> {
+    let path = absolute(text)?;
+    match (path.is_dir(), path.is_file()) {
+        (true, _) => Ok(path),
+        (_, true) => problem(
+            format!("expected a folder, and {text:?} is a file"),
+            "name the folder that holds adapter_config.json and adapter_model.safetensors",
+        ),
+        _ => problem(format!("there is no folder {text:?}"), where_to_get(text, &path)),
+    }
+}
+
+/// Checks a template file.
+pub(super) fn template(text: &str) -> Checked<PathBuf> {
+    let path = absolute(text)?;
+    match path.is_file() {
+        true => Ok(path),
+        false => problem(format!("there is no file {text:?}"), meant_from(&path)),
+    }
+}
+
+/// Checks a folder that the program will create.
+pub(super) fn writable(text: &str) -> Checked<PathBuf> {
+    let path = absolute(text)?;
+    // A file on the way down would make every write below it fail.
+    match path.ancestors().find(|above| above.exists()) {
+        Some(above) if !above.is_dir() => problem(
+            format!("expected a folder, and {} is a file", above.display()),
+            "name another place",
+        ),
+        _ => Ok(path),
+    }
+}
+
+/// Gives the data files that a path or a glob stands for, those of a glob sorted.
+pub(super) fn data_files(text: &str) -> Checked<Vec<PathBuf>> {
+    let path = absolute(text)?;
+    if path.is_dir() {
+        let folder = text.trim_end_matches('/');
+        let hint = format!("name its files: \"{folder}/*.jsonl\" takes all that end so");
+        return problem(format!("expected files, and {text:?} is a folder"), hint);
+    }
+    if path.is_file() {
+        return Ok(vec![path]);
+    }
+    // A name that exists is taken as it is, even with brackets in it; the rest may be globs.
+    if !text.contains(['*', '?', '[']) {
+        let hint = match is_hub_name(text) {
+            true => "data sets are not downloaded: fetch the file and name its path".to_owned(),
+            false => meant_from(&path),
+        };
+        return problem(format!("there is no file {text:?}"), hint);
+    }
+    // Not the absolute path: brackets in the name of the working folder are no glob.
+    let matches = match glob::glob(&expand_home(text).to_string_lossy()) {
+        Ok(matches) => matches,
+        Err(error) => {
+            return problem(
+                format!("{text:?} is not a glob: {error}"),
+                "* stands for any part of a name",
+            );
+        }
+    };
+    // They come in alphabetical order.
+    let mut files = Vec::new();
+    for found in matches {
+        match found {
+            Ok(found) if found.is_file() => files.push(absolute(&utf8(&found)?)?),
+            Ok(_) => {}
+            Err(error) => {
+                return problem(
+                    format!("{} cannot be read", error.path().display()),
+                    error.error().to_string(),
+                );
+            }
+        }
+    }
+    match files.is_empty() {
+        true => problem(format!("no file matches {text:?}"), meant_from(&path)),
+        false => Ok(files),
+    }
+}
+
+/// Gives the folder for tokenised data when the user names none: in the cache folder of the desktop convention (XDG).
+pub(super) fn user_cache_dir() -> PathBuf {
+    let configured = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .filter(|dir| dir.is_absolute());
+    let in_home = || {
+        std::env::home_dir()
+            .filter(|home| home.is_absolute())
+            .map(|home| home.join(".cache"))
+    };
+    configured
+        .or_else(in_home)
+        .unwrap_or_else(std::env::temp_dir)
+        .join("bellora")
+}
+
+/// Reads `~/` as the user's folder, as a shell does.
+fn expand_home(text: &str) -> PathBuf {
+    match text.strip_prefix("~/").zip(std::env::home_dir()) {
+        Some((below, home)) => home.join(below),
+        None => PathBuf::from(text),
+    }
+}
+
+/// Makes a path absolute.
+fn absolute(text: &str) -> Checked<PathBuf> {
+    if text.trim().is_empty() {
+        return problem("expected a path, found an empty text".to_owned(), "");
+    }
+    match std::path::absolute(expand_home(text)) {
+        Ok(path) => utf8(&path).map(PathBuf::from),
+        Err(error) => problem(format!("{text:?} cannot be made absolute: {error}"), ""),
+    }
+}
+
+/// The run's own config is text, so that only paths that are text can be kept.
+fn utf8(path: &Path) -> Checked<String> {
+    match path.to_str() {
+        Some(text) => Ok(text.to_owned()),
+        None => problem(format!("{} is not UTF-8", path.display()), "rename it"),
+    }
+}
+
+fn extension(path: &Path) -> &str {
+    path.extension()
+        .and_then(|extension| extension.to_str())
+        .unwrap_or_default()
+}
+
+/// Whether a text looks like `owner/name` on the Hugging Face hub rather than a path.
+fn is_hub_name(text: &str) -> bool {
+    let is_word = |word: &str| {
+        !word.is_empty()
+            && !word.starts_with('.')
+            && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    text.split_once('/')
+        .is_some_and(|(owner, name)| is_word(owner) && is_word(name) && !Path::new(owner).exists())
+}
+
+fn where_to_get(text: &str, path: &Path) -> String {
+    match is_hub_name(text) {
+        true => {
+            let name = text.rsplit('/').next().unwrap_or(text);
+            format!(
+                "if this is a name on the Hugging Face hub, download it \
+                 (hf download {text} --local-dir models/{name}) and write \"models/{name}\""
+            )
+        }
+        false => meant_from(path),
+    }
+}
+
+fn meant_from(path: &Path) -> String {
+    let mut above = path.ancestors().skip(1);
+    match above.find(|folder| folder.is_dir()) {
+        Some(folder) => format!(
+            "relative paths mean the working folder; it was looked for in {}",
+            folder.display()
+        ),
+        None => "relative paths mean the working folder".to_owned(),
+    }
+}

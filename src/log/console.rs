@@ -1,0 +1,92 @@
+//! The console: a progress line on a terminal, plain lines elsewhere, on stderr and without colour.
+//!
+//! A thread of its own writes, because a terminal can stop taking output (Ctrl-S, a full pipe) and a closed one gives
+//! errors: neither may touch the training. What the console misses stands in `train.log`.
+
+use std::io::Write;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Messages that may wait for a slow console; later ones are dropped.
+const N_WAITING: usize = 1024;
+
+/// How long the end of the log waits for the console to catch up.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+enum Message {
+    /// A line that stays.
+    Line(String),
+    /// How far the run is: on a terminal a line that is written over, elsewhere one that stays.
+    Progress(u64, String),
+    /// Answered when everything before it has been written and the progress line taken away.
+    Finish(SyncSender<()>),
+}
+
+/// The sending end.
+pub(super) struct Console {
+    messages: SyncSender<Message>,
+}
+
+impl Console {
+    /// Starts the thread that writes.
+    pub(super) fn start(total_steps: u64) -> Self {
+        let (messages, inbox) = sync_channel(N_WAITING);
+        // Without a thread the run goes on in silence: the inbox is gone, and sending to it does nothing.
+        let _ = std::thread::Builder::new()
+            .name("console".to_owned())
+            .spawn(move || write_all(&inbox, total_steps));
+        Self { messages }
+    }
+
+    /// Prints a line.
+    pub(super) fn line(&self, text: String) {
+        let _ = self.messages.try_send(Message::Line(text));
+    }
+
+    /// Shows how far the run is.
+    pub(super) fn progress(&self, step: u64, text: String) {
+        let _ = self.messages.try_send(Message::Progress(step, text));
+    }
+}
+
+impl Drop for Console {
+    /// Waits, but not for long, until everything has been written.
+    fn drop(&mut self) {
+        let (done, answer) = sync_channel(1);
+        if self.messages.try_send(Message::Finish(done)).is_ok() {
+            // Late or never, there is nothing else to do about it.
+            let _ = answer.recv_timeout(PATIENCE);
+        }
+    }
+}
+
+fn write_all(inbox: &Receiver<Message>, total_steps: u64) {
+    let bar = ProgressBar::with_draw_target(Some(total_steps), ProgressDrawTarget::stderr());
+    if let Ok(style) = ProgressStyle::with_template("{bar:10} {msg}") {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    // Hidden: stderr is no terminal, or one that cannot move its cursor.
+    let is_plain = bar.is_hidden();
+    for message in inbox {
+        match message {
+            Message::Line(text) if is_plain => write_line(&text),
+            Message::Line(text) => bar.println(text),
+            Message::Progress(_, text) if is_plain => write_line(&text),
+            Message::Progress(step, text) => {
+                bar.set_position(step);
+                bar.set_message(text);
+            }
+            Message::Finish(done) => {
+                bar.finish_and_clear();
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+fn write_line(text: &str) {
+    // A console that is gone is no reason to stop.
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+}

@@ -1,0 +1,184 @@
+//! TensorBoard event files.
+//!
+//! A file is a sequence of records: the length as 8 bytes, its masked CRC-32C, an `Event` in protocol buffers, its
+//! masked CRC-32C, all little-endian. The messages are those of TensorFlow's `event.proto` and `summary.proto`, as far
+//! as scalars need them.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prost::Message;
+
+use super::{EvalMetrics, StepMetrics};
+use crate::error::{Error, Result};
+
+/// How every event file's name begins; TensorBoard looks for it.
+const PREFIX: &str = "events.out.tfevents.";
+
+/// `SessionLog.SessionStatus.START`.
+const START: i32 = 1;
+
+/// An event file that is being written. Every record is handed to the system at once: a killed process loses none.
+#[derive(Debug)]
+pub struct EventFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl EventFile {
+    /// Begins a new event file in a folder, which is created if need be.
+    ///
+    /// Points of `first_step` and later in older files of the folder are void from here on: the file says that a
+    /// session starts with that step.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create(dir: &Path, first_step: u64) -> Result<Self> {
+        fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+        // TensorBoard reads a folder's files in the order of their names, whatever the clock said when they were made.
+        let path = dir.join(format!("{PREFIX}{:010}.bellora", next_stamp(dir)?));
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(Error::io("create", &path))?;
+        let mut events = Self { file, path };
+        events.record(0, What::FileVersion("brain.Event:2".to_owned()))?;
+        events.record(first_step, What::SessionLog(SessionLog { status: START }))?;
+        Ok(events)
+    }
+
+    /// Writes the points of an update; what it lacks has none.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
+        let values = [
+            ("train/loss", step.loss),
+            ("train/grad_norm", step.grad_norm),
+            ("train/lr", Some(step.lr)),
+            ("train/tokens_per_s", Some(step.tokens_per_s)),
+        ];
+        self.scalars(step.step, &values)
+    }
+
+    /// Writes the point of an evaluation.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn eval(&mut self, eval: &EvalMetrics) -> Result<()> {
+        self.scalars(eval.step, &[("eval/loss", Some(eval.eval_loss))])
+    }
+
+    /// Brings all records to the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn sync(&mut self) -> Result<()> {
+        self.file.sync_data().map_err(Error::io("sync", &self.path))
+    }
+
+    fn scalars(&mut self, step: u64, values: &[(&str, Option<f64>)]) -> Result<()> {
+        let values = values.iter().filter_map(|(tag, value)| {
+            let scalar = Scalar::SimpleValue((*value)? as f32);
+            Some(Value {
+                tag: (*tag).to_owned(),
+                scalar: Some(scalar),
+            })
+        });
+        self.record(
+            step,
+            What::Summary(Summary {
+                value: values.collect(),
+            }),
+        )
+    }
+
+    fn record(&mut self, step: u64, what: What) -> Result<()> {
+        let wall_time = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0.0, |time| time.as_secs_f64());
+        let event = Event {
+            wall_time,
+            step: step as i64,
+            what: Some(what),
+        }
+        .encode_to_vec();
+        let length = (event.len() as u64).to_le_bytes();
+        let record = [&length[..], &masked_crc(&length), &event, &masked_crc(&event)].concat();
+        self.file.write_all(&record).map_err(Error::io("write", &self.path))
+    }
+}
+
+/// Gives the time of day in seconds, or more where a file of the folder bears that time or a later one.
+fn next_stamp(dir: &Path) -> Result<u64> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs());
+    let mut stamp = now;
+    for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+        let name = entry.map_err(Error::io("read", dir))?.file_name();
+        let older = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX)?.split('.').next()?.parse::<u64>().ok());
+        stamp = stamp.max(older.map_or(0, |older| older + 1));
+    }
+    Ok(stamp)
+}
+
+/// Gives the checksum in the form of TFRecord files: rotated and offset, so that checksums of checksums stay sound.
+fn masked_crc(bytes: &[u8]) -> [u8; 4] {
+    crc32c::crc32c(bytes)
+        .rotate_right(15)
+        .wrapping_add(0xa282_ead8)
+        .to_le_bytes()
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Event {
+    #[prost(double, tag = "1")]
+    wall_time: f64,
+    #[prost(int64, tag = "2")]
+    step: i64,
+    #[prost(oneof = "What", tags = "3, 5, 7")]
+    what: Option<What>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+enum What {
+    #[prost(string, tag = "3")]
+    FileVersion(String),
+    #[prost(message, tag = "5")]
+    Summary(Summary),
+    #[prost(message, tag = "7")]
+    SessionLog(SessionLog),
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Summary {
+    #[prost(message, repeated, tag = "1")]
+    value: Vec<Value>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Value {
+    #[prost(string, tag = "1")]
+    tag: String,
+    #[prost(oneof = "Scalar", tags = "2")]
+    scalar: Option<Scalar>,
+}
+
+/// A member of the schema's `oneof value`: written even when it is 0, which a plain field would leave out.
+#[derive(Clone, PartialEq, prost::Oneof)]
+enum Scalar {
+    #[prost(float, tag = "2")]
+    SimpleValue(f32),
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SessionLog {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}

@@ -1,0 +1,172 @@
+//! Folders that are whole or absent: damage is found and named, interruptions leave nothing under a final name.
+
+use std::path::{Path, PathBuf};
+
+use bellora::checkpoint::manifest::{
+    MANIFEST_FILE, newest_good, replace_whole, step_dir, sweep_incomplete, verify, write_whole,
+};
+use bellora::checkpoint::retention::prune;
+use bellora::error::{Error, Result};
+
+fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    std::fs::write(dir.join(name), bytes).map_err(Error::io("write", dir))
+}
+
+/// A checkpoint with a small file and one of more than one piece of the checksum's reading.
+fn checkpoint(checkpoints: &Path, step: u64) -> PathBuf {
+    let dir = step_dir(checkpoints, step);
+    let large: Vec<u8> = (0..(3 << 20) + 5).map(|i: u32| (i / 7) as u8).collect();
+    let write =
+        |tmp: &Path| put(tmp, "large.safetensors", &large).and_then(|()| put(tmp, "state.json", b"{\"step\": 1}\n"));
+    write_whole(&dir, write).unwrap();
+    dir
+}
+
+fn listing(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_whole_folder_verifies_and_the_manifest_says_what_is_in_it() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = checkpoint(&root.path().join("deep/checkpoints"), 200);
+    assert!(dir.ends_with("deep/checkpoints/step-00000200"));
+    let manifest = verify(&dir).unwrap();
+    let sizes: Vec<_> = manifest
+        .files
+        .iter()
+        .map(|(name, entry)| (&**name, entry.size_bytes))
+        .collect();
+    assert_eq!(sizes, [("large.safetensors", (3 << 20) + 5), ("state.json", 12)]);
+    // The checksum of the empty text is a published constant: the algorithm is the one the manifest names.
+    let empty = write_whole(&root.path().join("empty"), |tmp| put(tmp, "nothing", b"")).unwrap();
+    assert_eq!(empty.files["nothing"].xxh3_64, "2d06800538d394c2");
+    assert_eq!(listing(root.path()), ["deep", "empty"]);
+}
+
+#[test]
+fn every_kind_of_damage_is_found_and_the_file_named() {
+    type Damage = fn(&Path);
+    let flip: Damage = |dir| {
+        let mut bytes = std::fs::read(dir.join("large.safetensors")).unwrap();
+        bytes[2_500_001] ^= 1;
+        std::fs::write(dir.join("large.safetensors"), bytes).unwrap();
+    };
+    let cut: Damage = |dir| {
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(dir.join("large.safetensors"))
+            .unwrap();
+        file.set_len(1000).unwrap();
+    };
+    let grow: Damage = |dir| std::fs::write(dir.join("state.json"), "{\"step\": 1}\n ").unwrap();
+    let lose: Damage = |dir| std::fs::remove_file(dir.join("state.json")).unwrap();
+    let add: Damage = |dir| std::fs::write(dir.join("stray.bin"), "").unwrap();
+    let nest: Damage = |dir| std::fs::create_dir(dir.join("folder")).unwrap();
+    let no_manifest: Damage = |dir| std::fs::remove_file(dir.join(MANIFEST_FILE)).unwrap();
+    let torn_manifest: Damage = |dir| std::fs::write(dir.join(MANIFEST_FILE), "{\"format_version\": 1, \"fi").unwrap();
+    let later_manifest: Damage = |dir| {
+        std::fs::write(dir.join(MANIFEST_FILE), "{\"format_version\": 2, \"files\": {}}").unwrap();
+    };
+    let cases = [
+        (flip, "large.safetensors", "expected checksum"),
+        (cut, "large.safetensors", "expected 3145733 bytes, found 1000"),
+        (grow, "state.json", "expected 12 bytes, found 13"),
+        (lose, "state.json", "missing"),
+        (add, "stray.bin", "unexpected"),
+        (nest, "folder", "unexpected"),
+        (no_manifest, MANIFEST_FILE, "missing"),
+        (torn_manifest, MANIFEST_FILE, "damaged"),
+        (later_manifest, MANIFEST_FILE, "expected format version 1, found 2"),
+    ];
+    for (damage, name, what) in cases {
+        let root = tempfile::tempdir().unwrap();
+        let old = checkpoint(root.path(), 200);
+        let new = checkpoint(root.path(), 1_000_000_000);
+        damage(&new);
+        let error = verify(&new).unwrap_err();
+        let [fault] = error.faults() else {
+            panic!("{what}: expected one fault, got {error}")
+        };
+        assert_eq!(fault.place, new.join(name).display().to_string());
+        assert!(fault.what.contains(what), "{fault:?}");
+        // The one before it is taken, and the damaged one named.
+        let newest = newest_good(root.path()).unwrap();
+        assert_eq!(newest.good, Some((200, old)));
+        assert_eq!(newest.damaged.iter().map(|(dir, _)| dir).collect::<Vec<_>>(), [&new]);
+        assert!(newest.damaged[0].1.to_string().contains(name));
+        // Reaching the step again replaces it.
+        replace_whole(&new, |tmp| put(tmp, "again", b"1")).unwrap();
+        assert_eq!(listing(&new), [MANIFEST_FILE, "again"]);
+        assert_eq!(newest_good(root.path()).unwrap().good, Some((1_000_000_000, new)));
+        assert_eq!(listing(root.path()), ["step-00000200", "step-1000000000"]);
+    }
+    let nothing = tempfile::tempdir().unwrap();
+    assert!(newest_good(&nothing.path().join("absent")).unwrap().good.is_none());
+}
+
+#[test]
+fn interrupted_writes_leave_nothing_under_the_final_name() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = step_dir(root.path(), 7);
+    // An error while writing is handed on, and its folder goes at once.
+    let failing = |tmp: &Path| -> Result<()> {
+        put(tmp, "half", b"1")?;
+        assert!(!dir.exists());
+        Err(Error::failed("here", "disk full"))
+    };
+    assert_eq!(write_whole(&dir, failing).unwrap_err().to_string(), "here: disk full");
+    assert_eq!(listing(root.path()), [""; 0]);
+    // A process that dies while writing leaves its temporary folder alone (a panic stands for it).
+    let dying = std::panic::AssertUnwindSafe(|| {
+        write_whole(&dir, |tmp| {
+            put(tmp, "half", b"1")?;
+            std::panic::resume_unwind(Box::new(()));
+        })
+    });
+    assert!(std::panic::catch_unwind(dying).is_err());
+    assert_eq!(listing(root.path()), [".incomplete-step-00000007"]);
+    assert!(newest_good(root.path()).unwrap().good.is_none());
+    std::fs::write(root.path().join(".incomplete-note"), "a file of the user's").unwrap();
+    let swept = sweep_incomplete(root.path()).unwrap();
+    assert_eq!(swept, [root.path().join(".incomplete-step-00000007")]);
+    assert_eq!(listing(root.path()), [".incomplete-note"]);
+    assert!(sweep_incomplete(&root.path().join("absent")).unwrap().is_empty());
+    // What stands there already is not touched unless asked; an empty folder is no obstacle.
+    std::fs::create_dir(&dir).unwrap();
+    write_whole(&dir, |tmp| put(tmp, "first", b"1")).unwrap();
+    let refused = write_whole(&dir, |_| panic!("nothing is written to a place that is taken")).unwrap_err();
+    assert!(
+        refused.to_string().contains("already exists") && refused.exit_code() == 1,
+        "{refused}"
+    );
+    // A replacement that fails leaves the old folder whole.
+    replace_whole(&dir, |_| Err(Error::failed("here", "disk full"))).unwrap_err();
+    assert_eq!(listing(&dir), [MANIFEST_FILE, "first"]);
+    verify(&dir).unwrap();
+}
+
+#[test]
+fn retention_keeps_the_newest_and_what_is_not_a_checkpoint() {
+    let root = tempfile::tempdir().unwrap();
+    for step in [9_999_999, 10_000_000, 99_999_999, 100_000_000, 100_000_001] {
+        checkpoint(root.path(), step);
+    }
+    for other in ["step-final", "step-", "notes"] {
+        std::fs::create_dir(root.path().join(other)).unwrap();
+    }
+    // The latest was there before a resume from an earlier one.
+    let deleted = prune(root.path(), 100_000_000, 1).unwrap();
+    assert_eq!(
+        deleted,
+        [9_999_999, 10_000_000, 99_999_999].map(|step| step_dir(root.path(), step))
+    );
+    let left = ["notes", "step-", "step-100000000", "step-100000001", "step-final"];
+    assert_eq!(listing(root.path()), left);
+    assert!(prune(root.path(), 100_000_000, 1).unwrap().is_empty());
+}
