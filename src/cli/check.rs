@@ -1,0 +1,33 @@
+//! `bellora check`.
+
+use clap::Args;
+
+use crate::cli::{ConfigArgs, print};
+use crate::error::Result;
+use crate::train::setup::Job;
+use crate::train::{banner, run};
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Print the resolved config, defaults marked, and stop
+    #[arg(long)]
+    print_config: bool,
+}
+
+pub(super) fn run(args: &CheckArgs) -> Result<()> {
+    let config = args.config.load()?;
+    if args.print_config {
+        return print(&config.print_with_defaults_marked());
+    }
+    let job = Job::inspect(config, None)?;
+    run::refuse_taken_output(&job.model.config)?;
+    for line in banner::lines(&job)? {
+        print(&format!("{line}\n"))?;
+    }
+    for warning in run::warnings(&job) {
+        print(&format!("warning: {warning}\n"))?;
+    }
+    print("ready to train\n")
+}

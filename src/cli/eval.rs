@@ -1,0 +1,60 @@
+//! `bellora eval`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::cli::{print, say};
+use crate::config::Config;
+use crate::data::Dataset;
+use crate::error::{Error, Result};
+use crate::eval::{EvalResult, evaluate};
+use crate::train::run::{CONFIG_FILE, holds_run};
+use crate::train::setup::{Job, ModelSetup};
+use crate::trained::Trained;
+
+#[derive(Debug, Args)]
+pub(super) struct EvalArgs {
+    /// A config file (the model as training would start) or a run directory (the trained one)
+    target: PathBuf,
+    /// Override a key: section.key=value, such as data.validation=FILE [repeatable]
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+pub(super) fn run(args: &EvalArgs) -> Result<()> {
+    let is_run = holds_run(&args.target);
+    let config = if is_run { args.target.join(CONFIG_FILE) } else { args.target.clone() };
+    let (model, samples) = validation(Config::load(&config, &args.sets)?)?;
+    say(&format!("evaluating on {} samples\n", samples.len()));
+    let result = if is_run {
+        let trained = Trained::open(&args.target, Some(&model.config.model.base))?;
+        let params = trained.params(model.kind())?;
+        let llama = trained.load(&params, model.kind(), model.config.data.max_length as i64)?;
+        evaluate(&llama, &samples, model.micro_batch_tokens())?
+    } else {
+        let params = model.initial_params()?;
+        evaluate(&model.load(&params)?, &samples, model.micro_batch_tokens())?
+    };
+    print_result(result)
+}
+
+/// The validation samples of a config: its files, or the share held out of the training samples.
+fn validation(config: Config) -> Result<(ModelSetup, Dataset)> {
+    if config.data.validation.is_empty() && config.data.validation_fraction > 0.0 {
+        let job = Job::inspect(config, None)?;
+        let held_out = job.validation.ok_or_else(|| Error::failed("validation", "no samples were held out"))?;
+        return Ok((job.model, held_out));
+    }
+    if config.data.validation.is_empty() {
+        return Err(Error::invalid("data.validation", "there is nothing to evaluate on")
+            .hint("name files: --set data.validation=FILE"));
+    }
+    let model = ModelSetup::inspect(config)?;
+    let samples = model.dataset(&model.config.data.validation, None)?;
+    Ok((model, samples))
+}
+
+fn print_result(result: EvalResult) -> Result<()> {
+    print(&(serde_json::to_string(&result).expect("numbers make JSON") + "\n"))
+}

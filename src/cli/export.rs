@@ -1,0 +1,43 @@
+//! `bellora export`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::cli::say;
+use crate::error::Result;
+use crate::export::{export_merged, export_peft};
+use crate::trained::Trained;
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    /// The adapter as PEFT reads it
+    Peft,
+    /// A model directory with the adapter merged into the base
+    Merged,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    /// A run directory or an adapter's folder
+    source: PathBuf,
+    /// What to write
+    #[arg(long, value_enum)]
+    format: Format,
+    /// The folder to write, new or empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// The base model [default: the one the adapter names]
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
+}
+
+pub(super) fn run(args: &ExportArgs) -> Result<()> {
+    let trained = Trained::open(&args.source, args.base.as_deref())?;
+    match args.format {
+        Format::Peft => export_peft(&trained, &args.out)?,
+        Format::Merged => export_merged(&trained, &args.out)?,
+    }
+    say(&format!("written to {}\n", args.out.display()));
+    Ok(())
+}

@@ -1,0 +1,134 @@
+//! The command line: a file a subcommand. Standard output is data; everything else goes to standard error.
+
+mod check;
+mod eval;
+mod export;
+mod generate;
+mod prepare;
+mod signals;
+mod train;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+/// LoRA fine-tuning of Llama-family language models
+#[derive(Debug, Parser)]
+#[command(name = "bellora", version, max_term_width = 120, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Say everything that can be known before training
+    ///
+    /// Reads the config, the headers of the weights, the tokenizer and all samples; creates no file.
+    ///
+    /// Example: bellora check configs/quickstart.toml
+    Check(check::CheckArgs),
+    /// Turn the samples into tokens and keep them in the cache
+    ///
+    /// Example: bellora prepare run.toml --dump tokens.jsonl
+    Prepare(prepare::PrepareArgs),
+    /// Train adapters
+    ///
+    /// Example: bellora train run.toml --set train.learning_rate=2e-4
+    Train(train::TrainArgs),
+    /// Go on with a run from its newest good checkpoint
+    ///
+    /// Example: bellora resume runs/mine
+    Resume(train::ResumeArgs),
+    /// Compute the loss on the validation samples
+    ///
+    /// Prints one JSON line {eval_loss, perplexity, samples, label_tokens}: of the model as training would start for a
+    /// config, of the trained model for a run directory.
+    ///
+    /// Example: bellora eval runs/mine
+    Eval(eval::EvalArgs),
+    /// Write a trained adapter for use elsewhere
+    ///
+    /// Example: bellora export runs/mine --format merged --out merged
+    Export(export::ExportArgs),
+    /// Answer a prompt
+    ///
+    /// Example: bellora generate runs/mine --prompt "你是谁？"
+    Generate(generate::GenerateArgs),
+}
+
+/// A config file with overrides.
+#[derive(Debug, Args)]
+struct ConfigArgs {
+    /// The config file (TOML)
+    config: PathBuf,
+    /// Override a key: section.key=value, the value in TOML or as plain text [repeatable]
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> Result<Config> {
+        Config::load(&self.config, &self.sets)
+    }
+}
+
+/// Runs the program and gives its exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // No taped autograd anywhere in the product.
+    let _no_grad = tch::no_grad_guard();
+    let result = match cli.command {
+        Command::Check(args) => check::run(&args),
+        Command::Prepare(args) => prepare::run(&args),
+        Command::Train(args) => train::run(&args),
+        Command::Resume(args) => train::resume(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Generate(args) => generate::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Prints an error: each fault with its place and, where there is one, its hint.
+fn report(error: &Error) {
+    let mut text = String::new();
+    if error.faults().is_empty() {
+        text.push_str(&format!("error: {error}\n"));
+    }
+    for fault in error.faults() {
+        text.push_str(&format!("error: {fault}\n"));
+        if !fault.hint.is_empty() {
+            text.push_str(&format!("  hint: {}\n", fault.hint));
+        }
+    }
+    say(&text);
+}
+
+/// Writes to standard error; a console that is gone is no reason to fail.
+fn say(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// Writes data to standard output.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| {
+        if e.kind() == std::io::ErrorKind::BrokenPipe {
+            Error::failed("standard output", "was closed by its reader")
+        } else {
+            Error::failed("standard output", format!("cannot be written: {e}"))
+        }
+    })
+}

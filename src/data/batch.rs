@@ -1,0 +1,120 @@
+//! Micro-batches of packed documents, with everything the model and the loss need to know about each token.
+
+use super::dataset::Dataset;
+use super::pack::micro_batches;
+
+/// How the losses of an update's tokens are averaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LossAverage {
+    /// Over all label tokens of the update.
+    Tokens,
+    /// Within groups of this many consecutive samples of the update, then over the groups that have label tokens.
+    Samples {
+        /// Samples a group; the last group of an update may have fewer.
+        group: usize,
+    },
+}
+
+/// Documents one after the other, without padding. Legend: `N` tokens, `L` learned rows, `B` documents.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedBatch {
+    /// `[N]`.
+    pub input_ids: Vec<i64>,
+    /// `[N]`, from 0 in each document.
+    pub position_ids: Vec<i64>,
+    /// `[B + 1]`: where each document begins, and the end.
+    pub cu_seqlens: Vec<usize>,
+    /// `[B]`: each document's place within the update, 0 to the global batch: with it dropout is the same however
+    /// documents are packed.
+    pub slots: Vec<u64>,
+    /// `[L]`: the rows whose next token is learned.
+    pub learned_rows: Vec<i64>,
+    /// `[L]`: that next token.
+    pub targets: Vec<i64>,
+    /// `[L]`: the share of each row's loss in the update's loss; they add up to 1 over all its micro-batches.
+    pub weights: Vec<f32>,
+    /// Label tokens in it, the length of `targets`.
+    pub label_tokens: usize,
+}
+
+/// Builds the micro-batches of one update from its samples, in the order that defines it. Samples with nothing to learn
+/// are left out but keep their slots; an update without any label token has no micro-batches.
+pub fn build_batches(dataset: &Dataset, samples: &[u32], average: LossAverage, max_tokens: usize) -> Vec<PackedBatch> {
+    let labels: Vec<usize> = samples
+        .iter()
+        .map(|&sample| dataset.label_tokens(sample as usize))
+        .collect();
+    let weights = sample_weights(&labels, average);
+    let slots: Vec<usize> = (0..samples.len()).filter(|&slot| labels[slot] > 0).collect();
+    let lengths: Vec<usize> = slots
+        .iter()
+        .map(|&slot| dataset.ids(samples[slot] as usize).len())
+        .collect();
+    micro_batches(&lengths, max_tokens)
+        .into_iter()
+        .map(|documents| {
+            let n_tokens = documents.iter().map(|&document| lengths[document]).sum();
+            let mut batch = PackedBatch::with_capacity(n_tokens, documents.len());
+            for document in documents {
+                let slot = slots[document];
+                batch.push(dataset, samples[slot] as usize, slot, weights[slot]);
+            }
+            batch
+        })
+        .collect()
+}
+
+/// The weight of each label token of each sample, from the samples' numbers of label tokens.
+fn sample_weights(labels: &[usize], average: LossAverage) -> Vec<f32> {
+    let group = match average {
+        LossAverage::Tokens => labels.len(),
+        LossAverage::Samples { group } => group,
+    };
+    let groups = labels.chunks(group.max(1));
+    let sums: Vec<usize> = groups.clone().map(|group| group.iter().sum()).collect();
+    let valid = sums.iter().filter(|&&sum| sum > 0).count();
+    groups
+        .zip(sums)
+        .flat_map(|(group, sum)| {
+            let weight = if sum > 0 {
+                (1.0 / (valid as f64 * sum as f64)) as f32
+            } else {
+                0.0
+            };
+            std::iter::repeat_n(weight, group.len())
+        })
+        .collect()
+}
+
+impl PackedBatch {
+    fn with_capacity(n_tokens: usize, n_documents: usize) -> Self {
+        let mut cu_seqlens = Vec::with_capacity(n_documents + 1);
+        cu_seqlens.push(0);
+        Self {
+            input_ids: Vec::with_capacity(n_tokens),
+            position_ids: Vec::with_capacity(n_tokens),
+            cu_seqlens,
+            slots: Vec::with_capacity(n_documents),
+            learned_rows: Vec::new(),
+            targets: Vec::new(),
+            weights: Vec::new(),
+            label_tokens: 0,
+        }
+    }
+
+    fn push(&mut self, dataset: &Dataset, sample: usize, slot: usize, weight: f32) {
+        let ids = dataset.ids(sample);
+        let start = self.input_ids.len();
+        self.input_ids.extend(ids.iter().map(|&id| i64::from(id)));
+        self.position_ids.extend(0..ids.len() as i64);
+        self.cu_seqlens.push(self.input_ids.len());
+        self.slots.push(slot as u64);
+        // The first token has no row before it that could predict it.
+        let first = dataset.n_prompt(sample).max(1);
+        self.learned_rows
+            .extend((first..ids.len()).map(|at| (start + at - 1) as i64));
+        self.targets.extend(ids[first..].iter().map(|&id| i64::from(id)));
+        self.weights.resize(self.targets.len(), weight);
+        self.label_tokens = self.targets.len();
+    }
+}

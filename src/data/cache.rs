@@ -1,0 +1,228 @@
+//! The token cache: encoded samples in a file that is written once and mapped into memory when read.
+//!
+//! A file is named by a key, a hash of everything that its contents depend on, and ends in a checksum. It appears
+//! whole or not at all (temporary name, sync, rename), and one that does not fit its key, its size or its checksum
+//! counts as absent and is written anew.
+//!
+//! Layout: a header of 64 bytes (magic, byte order, version, key, counts); 32-bit numbers in the machine's byte order:
+//! length, prompt length, file and line of every sample, then all ids; the summary as JSON; the checksum.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memmap2::Mmap;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::error::{Error, Result};
+
+/// Encoded samples, column by column, in file order.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    /// Tokens of each sample.
+    pub(super) lengths: Vec<u32>,
+    /// Tokens of each prompt.
+    pub(super) n_prompt: Vec<u32>,
+    /// Which file each comes from.
+    pub(super) files: Vec<u32>,
+    /// The line it stands on there.
+    pub(super) lines: Vec<u32>,
+    /// The ids of all samples, one after the other.
+    pub(super) ids: Ids,
+    /// What else is worth knowing, as JSON.
+    pub(super) summary: String,
+}
+
+/// Ids in memory or in a mapped file.
+#[derive(Debug)]
+pub(super) enum Ids {
+    Memory(Vec<u32>),
+    Mapped(MappedIds),
+}
+
+impl Default for Ids {
+    fn default() -> Self {
+        Self::Memory(Vec::new())
+    }
+}
+
+impl Deref for Ids {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        match self {
+            Self::Memory(ids) => ids,
+            Self::Mapped(mapped) => mapped.ids(),
+        }
+    }
+}
+
+/// The version of the layout and of what is computed into it; raised whenever either changes.
+pub(super) const VERSION: u32 = 1;
+const MAGIC: &[u8; 16] = b"bellora tokens\n\0";
+const BYTE_ORDER: u32 = 0x0102_0304;
+const HEADER_BYTES: usize = 64;
+const CHECKSUM_BYTES: usize = 16;
+
+/// Where the samples of a key are kept.
+pub(super) fn path(folder: &Path, key: u128) -> PathBuf {
+    folder.join(format!("{key:032x}.tokens"))
+}
+
+/// Writes a table under its key.
+///
+/// # Errors
+/// [`Error::Failed`] where the folder or the file cannot be written.
+pub(super) fn write(folder: &Path, key: u128, table: &Table) -> Result<()> {
+    static WRITES: AtomicU64 = AtomicU64::new(0);
+    let unwritable = |error: std::io::Error| {
+        Error::failed(
+            folder.display().to_string(),
+            format!("the token cache cannot be written: {error}"),
+        )
+        .hint("set data.cache_dir to a folder with room that you may write to")
+    };
+    std::fs::create_dir_all(folder).map_err(unwritable)?;
+    let unique = WRITES.fetch_add(1, Ordering::Relaxed);
+    let temporary = folder.join(format!(".{key:032x}.{}.{unique}.tmp", std::process::id()));
+    let written = write_file(&temporary, key, table)
+        .and_then(|()| std::fs::rename(&temporary, path(folder, key)))
+        .and_then(|()| File::open(folder)?.sync_all());
+    written.map_err(|error| {
+        // Whether this works or not, the failure to report is the first one.
+        let _ = std::fs::remove_file(&temporary);
+        unwritable(error)
+    })
+}
+
+fn write_file(path: &Path, key: u128, table: &Table) -> std::io::Result<()> {
+    let mut out = Summing {
+        out: BufWriter::with_capacity(1 << 20, File::create(path)?),
+        sum: Xxh3::new(),
+    };
+    out.put(MAGIC)?;
+    out.put_words(&[BYTE_ORDER, VERSION])?;
+    out.put(&key.to_le_bytes())?;
+    for count in [table.lengths.len(), table.ids.len(), table.summary.len()] {
+        out.put(&(count as u64).to_le_bytes())?;
+    }
+    for column in [&table.lengths, &table.n_prompt, &table.files, &table.lines] {
+        out.put_words(column)?;
+    }
+    out.put_words(&table.ids)?;
+    out.put(table.summary.as_bytes())?;
+    let sum = out.sum.digest128();
+    out.put(&sum.to_le_bytes())?;
+    out.out
+        .into_inner()
+        .map_err(std::io::IntoInnerError::into_error)?
+        .sync_all()
+}
+
+/// Writes and sums up what it writes.
+struct Summing {
+    out: BufWriter<File>,
+    sum: Xxh3,
+}
+
+impl Summing {
+    fn put(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.sum.update(bytes);
+        self.out.write_all(bytes)
+    }
+
+    fn put_words(&mut self, words: &[u32]) -> std::io::Result<()> {
+        for words in words.chunks(1 << 14) {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            self.put(&bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens the table of a key; `None` where there is none that can be trusted.
+pub(super) fn open(folder: &Path, key: u128) -> Option<Table> {
+    let map = map(&File::open(path(folder, key)).ok()?).ok()?;
+    let header = map.get(..HEADER_BYTES)?;
+    let expected = [
+        &MAGIC[..],
+        &BYTE_ORDER.to_ne_bytes(),
+        &VERSION.to_ne_bytes(),
+        &key.to_le_bytes(),
+    ]
+    .concat();
+    let counts = header.strip_prefix(expected.as_slice())?;
+    let (counts, _) = counts.as_chunks::<8>();
+    let [n_samples, n_ids, n_summary]: [usize; 3] = counts
+        .iter()
+        .map(|count| u64::from_le_bytes(*count) as usize)
+        .collect::<Vec<_>>()
+        .try_into()
+        .ok()?;
+
+    let column_bytes = n_samples.checked_mul(4)?;
+    let ids_start = column_bytes.checked_mul(4)?.checked_add(HEADER_BYTES)?;
+    let summary_start = n_ids.checked_mul(4)?.checked_add(ids_start)?;
+    let sum_start = summary_start.checked_add(n_summary)?;
+    if sum_start.checked_add(CHECKSUM_BYTES)? != map.len() {
+        return None;
+    }
+    let mut sum = Xxh3::new();
+    sum.update(&map[..sum_start]);
+    if sum.digest128().to_le_bytes() != map[sum_start..] {
+        return None;
+    }
+
+    let column = |number: usize| -> Vec<u32> {
+        let start = HEADER_BYTES + number * column_bytes;
+        let (words, _) = map[start..start + column_bytes].as_chunks::<4>();
+        words.iter().map(|word| u32::from_ne_bytes(*word)).collect()
+    };
+    let table = Table {
+        lengths: column(0),
+        n_prompt: column(1),
+        files: column(2),
+        lines: column(3),
+        summary: String::from_utf8(map[summary_start..sum_start].to_vec()).ok()?,
+        ids: Ids::Mapped(MappedIds {
+            start: ids_start,
+            end: summary_start,
+            map,
+        }),
+    };
+    let total: u64 = table.lengths.iter().map(|&length| u64::from(length)).sum();
+    let prompts_fit = table
+        .n_prompt
+        .iter()
+        .zip(&table.lengths)
+        .all(|(prompt, length)| prompt <= length);
+    (total == n_ids as u64 && prompts_fit).then_some(table)
+}
+
+/// The ids within a mapped file.
+#[derive(Debug)]
+pub(super) struct MappedIds {
+    map: Mmap,
+    start: usize,
+    end: usize,
+}
+
+impl MappedIds {
+    #[expect(unsafe_code, reason = "numbers in a mapped file are read in place")]
+    fn ids(&self) -> &[u32] {
+        let bytes = &self.map[self.start..self.end];
+        // SAFETY: every bit pattern is a `u32`. Nothing is left before or after: a map begins at a page, and `start` and
+        // `end` are multiples of 4.
+        let (_, ids, _) = unsafe { bytes.align_to::<u32>() };
+        ids
+    }
+}
+
+#[expect(unsafe_code, reason = "the one place that maps files of the token cache")]
+fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: a cache file is complete when it gets its name and is only ever replaced as a whole, by a rename, which
+    // leaves the mapped file as it was.
+    unsafe { Mmap::map(file) }
+}

@@ -1,0 +1,257 @@
+//! A data set: the samples of some files, encoded, in file order.
+
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::cache::Table;
+use super::encode::{Encoder, Truncation};
+use super::order;
+use super::record::place;
+use super::samples::{self, Summary};
+use super::template::Template;
+use super::tokenizer::{SpecialTokens, Tokenizer};
+use crate::error::{Fault, Result};
+
+/// Which samples to load and how.
+#[derive(Debug, Clone)]
+pub struct DataSpec {
+    /// The data files, in order.
+    pub files: Vec<PathBuf>,
+    /// Tokens a sample may have.
+    pub max_length: usize,
+    /// What becomes of a longer one.
+    pub truncation: Truncation,
+    /// What becomes of special tokens in a sample's text.
+    pub special_tokens: SpecialTokens,
+    /// How many bad rows are passed over; one more is an error.
+    pub max_bad_rows: usize,
+}
+
+/// Encoded samples. A clone or a selection shares their memory.
+#[derive(Clone)]
+pub struct Dataset {
+    shared: Arc<Shared>,
+    /// The samples of a selection; `None` for all.
+    selected: Option<Vec<u32>>,
+}
+
+struct Shared {
+    paths: Vec<PathBuf>,
+    table: Table,
+    /// Where each sample's ids begin, and the end.
+    offsets: Vec<u64>,
+    summary: Summary,
+    from_cache: bool,
+}
+
+/// What loading found, in numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stats {
+    /// Rows in the files, bad ones included.
+    pub rows: usize,
+    /// Rows that are samples now.
+    pub samples: usize,
+    /// Rows passed over, with the first of them.
+    pub bad_rows: usize,
+    /// The first bad rows, each with its reason.
+    pub bad_row_faults: Vec<Fault>,
+    /// Samples left out for their length.
+    pub dropped: usize,
+    /// The first of those, as `file:line (tokens)`.
+    pub dropped_places: Vec<String>,
+    /// Samples that were cut.
+    pub cut: usize,
+    /// Samples without any label token: they were cut within the prompt.
+    pub with_nothing_to_learn: usize,
+    /// Tokens of all samples.
+    pub tokens: u64,
+    /// Of those, the ones that are learned.
+    pub label_tokens: u64,
+    /// Tokens of the longest sample.
+    pub max_len: usize,
+    /// Samples whose own text holds a special token.
+    pub rows_with_special_tokens: usize,
+    /// Whether the samples came from the token cache.
+    pub from_cache: bool,
+}
+
+impl Dataset {
+    /// Loads and encodes the files. With a cache folder the result is kept there and read from there the next time;
+    /// without one no file is made.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with all faults: files that are no data files, more bad rows than allowed (the first of them
+    /// and how many), samples too long where that is an error, nothing left to train on. [`Error::Failed`] where the
+    /// cache cannot be written.
+    pub fn load(
+        spec: &DataSpec,
+        tokenizer: &Tokenizer,
+        template: &Template,
+        cache_folder: Option<&Path>,
+    ) -> Result<Self> {
+        let encoder = Encoder {
+            tokenizer,
+            template,
+            special_tokens: spec.special_tokens,
+            max_length: spec.max_length,
+            truncation: spec.truncation,
+        };
+        let (table, summary, from_cache) = samples::load(spec, &encoder, cache_folder)?;
+        let mut end = 0;
+        let offsets = std::iter::once(0)
+            .chain(table.lengths.iter().map(|&length| {
+                end += u64::from(length);
+                end
+            }))
+            .collect();
+        let shared = Shared {
+            paths: spec.files.clone(),
+            table,
+            offsets,
+            summary,
+            from_cache,
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            selected: None,
+        })
+    }
+
+    /// Samples.
+    pub fn len(&self) -> usize {
+        self.selected.as_ref().map_or(self.shared.table.lengths.len(), Vec::len)
+    }
+
+    /// Whether there are none; true only of an empty selection.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn at(&self, sample: usize) -> usize {
+        self.selected
+            .as_ref()
+            .map_or(sample, |selected| selected[sample] as usize)
+    }
+
+    /// A sample's ids.
+    pub fn ids(&self, sample: usize) -> &[u32] {
+        let at = self.at(sample);
+        let range: Range<usize> = self.shared.offsets[at] as usize..self.shared.offsets[at + 1] as usize;
+        &self.shared.table.ids[range]
+    }
+
+    /// Tokens of a sample's prompt: the labels over them are -100.
+    pub fn n_prompt(&self, sample: usize) -> usize {
+        self.shared.table.n_prompt[self.at(sample)] as usize
+    }
+
+    /// How many of a sample's tokens are learned: those after the prompt, but never the first of all, which no other
+    /// token comes before.
+    pub fn label_tokens(&self, sample: usize) -> usize {
+        let at = self.at(sample);
+        let (length, n_prompt) = (self.shared.table.lengths[at], self.shared.table.n_prompt[at]);
+        length.saturating_sub(n_prompt.max(1)) as usize
+    }
+
+    /// Where a sample stands: `file:line`.
+    pub fn place(&self, sample: usize) -> String {
+        let at = self.at(sample);
+        self.shared
+            .place(self.shared.table.files[at], self.shared.table.lines[at])
+    }
+
+    /// Tokens of all samples.
+    pub fn n_tokens(&self) -> u64 {
+        (0..self.len()).map(|sample| self.ids(sample).len() as u64).sum()
+    }
+
+    /// Learned tokens of all samples.
+    pub fn n_label_tokens(&self) -> u64 {
+        (0..self.len()).map(|sample| self.label_tokens(sample) as u64).sum()
+    }
+
+    /// What loading found. Of a selection, samples and tokens are its own; the rest is of the whole files.
+    pub fn stats(&self) -> Stats {
+        let Shared {
+            summary,
+            paths,
+            from_cache,
+            ..
+        } = &*self.shared;
+        Stats {
+            rows: summary.rows,
+            samples: self.len(),
+            bad_rows: summary.bad_rows,
+            bad_row_faults: samples::bad_faults(summary, paths),
+            dropped: summary.dropped,
+            dropped_places: summary
+                .too_long
+                .iter()
+                .map(|&(file, line, tokens)| format!("{} ({tokens} tokens)", self.shared.place(file, line)))
+                .collect(),
+            cut: summary.cut,
+            with_nothing_to_learn: (0..self.len()).filter(|&sample| self.label_tokens(sample) == 0).count(),
+            tokens: self.n_tokens(),
+            label_tokens: self.n_label_tokens(),
+            max_len: (0..self.len())
+                .map(|sample| self.ids(sample).len())
+                .max()
+                .unwrap_or_default(),
+            rows_with_special_tokens: summary.with_special,
+            from_cache: *from_cache,
+        }
+    }
+
+    /// Splits the samples into training and validation: the same for the same seed, each in file order.
+    pub fn split(&self, validation_fraction: f64, seed: u64) -> (Vec<u32>, Vec<u32>) {
+        order::split(self.len(), validation_fraction, seed)
+    }
+
+    /// Some of the samples, in the given order.
+    pub fn select(&self, samples: &[u32]) -> Self {
+        let selected = samples.iter().map(|&sample| self.at(sample as usize) as u32).collect();
+        Self {
+            shared: Arc::clone(&self.shared),
+            selected: Some(selected),
+        }
+    }
+
+    /// Writes every sample as one line `{"input_ids":[...],"labels":[...]}`, in order.
+    ///
+    /// # Errors
+    /// What `out` says.
+    pub fn write_dump(&self, out: &mut impl Write) -> std::io::Result<()> {
+        let mut line = Vec::new();
+        for sample in 0..self.len() {
+            let (ids, n_prompt) = (self.ids(sample), self.n_prompt(sample));
+            line.clear();
+            line.extend_from_slice(b"{\"input_ids\":[");
+            push_numbers(&mut line, ids.iter().map(|&id| i64::from(id)))?;
+            line.extend_from_slice(b"],\"labels\":[");
+            let labels = ids
+                .iter()
+                .enumerate()
+                .map(|(at, &id)| if at < n_prompt { -100 } else { i64::from(id) });
+            push_numbers(&mut line, labels)?;
+            line.extend_from_slice(b"]}\n");
+            out.write_all(&line)?;
+        }
+        out.flush()
+    }
+}
+
+impl Shared {
+    fn place(&self, file: u32, line: u32) -> String {
+        place(&self.paths[file as usize], line)
+    }
+}
+
+fn push_numbers(line: &mut Vec<u8>, numbers: impl Iterator<Item = i64>) -> std::io::Result<()> {
+    for (at, number) in numbers.enumerate() {
+        let comma = if at > 0 { "," } else { "" };
+        write!(line, "{comma}{number}")?;
+    }
+    Ok(())
+}

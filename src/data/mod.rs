@@ -1,0 +1,29 @@
+//! From data files to batches of tokens: [`rows`] and [`record`] read rows, [`template`] makes prompts of them, [`tokenizer`] and
+//! [`encode`] make samples, [`dataset`] holds them (through the token cache), [`order`] says which samples an update is
+//! made of, [`pack`] and [`batch`] spread them over micro-batches.
+//!
+//! Nothing here knows the model, prints, or reads the environment.
+
+pub mod record;
+pub mod rows;
+pub mod template;
+pub mod tokenizer;
+
+pub mod encode;
+
+mod cache;
+mod samples;
+
+pub mod dataset;
+
+pub mod batch;
+pub mod order;
+pub mod pack;
+
+pub use batch::{LossAverage, PackedBatch, build_batches};
+pub use dataset::{DataSpec, Dataset, Stats};
+pub use encode::{Encoder, Truncation, prompt_ids};
+pub use order::EpochOrder;
+pub use record::Record;
+pub use template::{Template, TemplateFile};
+pub use tokenizer::{SpecialTokens, Tokenizer};

@@ -1,0 +1,302 @@
+//! Encoding the rows of data files into one table, on all threads, or finding that table in the token cache.
+
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::cache::{self, Ids, Table};
+use super::dataset::DataSpec;
+use super::encode::{Encoder, Failure, Truncation};
+use super::record::{Reason, place, row_fault};
+use super::rows::RowFile;
+use crate::error::{Error, Fault, Result};
+
+/// What the token cache keeps beside the samples.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Summary {
+    pub(super) rows: usize,
+    pub(super) bad_rows: usize,
+    /// The first bad rows.
+    pub(super) bad: Vec<Bad>,
+    pub(super) dropped: usize,
+    /// The first samples dropped (or, where that is an error, too long): file, line, tokens.
+    pub(super) too_long: Vec<(u32, u32, usize)>,
+    pub(super) cut: usize,
+    pub(super) with_special: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Bad {
+    file: u32,
+    line: u32,
+    what: String,
+    hint: String,
+}
+
+/// How many bad rows are named one by one.
+const N_NAMED: usize = 20;
+/// Rows that one thread encodes at a time, and how many such pieces are in memory at once.
+const CHUNK_ROWS: usize = 256;
+const WINDOW_CHUNKS: usize = 256;
+
+/// Finds the samples in the cache or encodes them; also says which of the two.
+///
+/// # Errors
+/// See [`super::Dataset::load`].
+pub(super) fn load(
+    spec: &DataSpec,
+    encoder: &Encoder<'_>,
+    cache_folder: Option<&Path>,
+) -> Result<(Table, Summary, bool)> {
+    let cached = cache_folder.and_then(|folder| {
+        let sums: Option<Vec<u128>> = spec.files.iter().map(|path| sum_file(path).ok()).collect();
+        let table = cache::open(folder, key(encoder, &sums?))?;
+        let summary: Summary = serde_json::from_str(&table.summary).ok()?;
+        Some((table, summary))
+    });
+    let from_cache = cached.is_some();
+    let (table, summary) = match cached {
+        Some((table, summary)) => {
+            // The samples are kept whatever the number of bad rows allowed, which may have changed since.
+            refuse(spec, &summary, Vec::new())?;
+            (table, summary)
+        }
+        None => build(spec, encoder, cache_folder)?,
+    };
+    if table.lengths.is_empty() {
+        return Err(nothing_left(spec, &summary));
+    }
+    Ok((table, summary, from_cache))
+}
+
+/// The key of everything that the encoded samples depend on.
+fn key(encoder: &Encoder<'_>, file_sums: &[u128]) -> u128 {
+    let Encoder {
+        tokenizer,
+        template,
+        special_tokens,
+        max_length,
+        truncation,
+    } = encoder;
+    let said = serde_json::json!([template, special_tokens, max_length, truncation, file_sums.len()]).to_string();
+    let mut hasher = Xxh3::new();
+    hasher.update(&cache::VERSION.to_le_bytes());
+    hasher.update(&tokenizer.fingerprint().to_le_bytes());
+    for sum in file_sums {
+        hasher.update(&sum.to_le_bytes());
+    }
+    hasher.update(said.as_bytes());
+    hasher.digest128()
+}
+
+fn sum_file(path: &Path) -> std::io::Result<u128> {
+    let (mut file, mut hasher, mut buffer) = (File::open(path)?, Xxh3::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hasher.digest128()),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+}
+
+/// Encodes the files; nothing is cached unless they may be used.
+fn build(spec: &DataSpec, encoder: &Encoder<'_>, cache_folder: Option<&Path>) -> Result<(Table, Summary)> {
+    let mut builder = Builder::default();
+    let (mut sums, mut faults) = (Vec::new(), Vec::new());
+    for (file, path) in (0u32..).zip(&spec.files) {
+        match RowFile::read(path) {
+            Ok(rows) => {
+                builder.add_file(file, &rows, encoder)?;
+                sums.push(xxhash_rust::xxh3::xxh3_128(rows.bytes()));
+            }
+            Err(Error::Invalid(more)) => faults.extend(more),
+            Err(error) => return Err(error),
+        }
+    }
+    let Builder {
+        mut table,
+        ids,
+        summary,
+    } = builder;
+    table.ids = Ids::Memory(ids);
+    refuse(spec, &summary, faults)?;
+    table.summary = serde_json::to_string(&summary).expect("strings and numbers make JSON");
+    if let Some(folder) = cache_folder
+        && !table.lengths.is_empty()
+    {
+        let key = key(encoder, &sums);
+        cache::write(folder, key, &table)?;
+        // From here on the samples are read from the file, and their memory is free.
+        table = cache::open(folder, key).unwrap_or(table);
+    }
+    Ok((table, summary))
+}
+
+#[derive(Default)]
+struct Builder {
+    table: Table,
+    ids: Vec<u32>,
+    summary: Summary,
+}
+
+/// Some rows of one file, encoded.
+#[derive(Default)]
+struct Chunk {
+    ids: Vec<u32>,
+    /// Length, prompt length and line of each sample.
+    samples: Vec<(u32, u32, u32)>,
+    bad: Vec<(u32, Reason)>,
+    /// Line and tokens.
+    too_long: Vec<(u32, usize)>,
+    cut: usize,
+    with_special: usize,
+}
+
+impl Builder {
+    fn add_file(&mut self, file: u32, rows: &RowFile, encoder: &Encoder<'_>) -> Result<()> {
+        self.summary.rows += rows.len();
+        let starts: Vec<usize> = (0..rows.len()).step_by(CHUNK_ROWS).collect();
+        for window in starts.chunks(WINDOW_CHUNKS) {
+            let encode = |&start: &usize| encode_rows(rows, start..rows.len().min(start + CHUNK_ROWS), encoder);
+            let chunks: Vec<Result<Chunk>> = window.par_iter().map(encode).collect();
+            for chunk in chunks {
+                self.add_chunk(file, chunk?);
+            }
+        }
+        if let Some((line, reason)) = rows.broken() {
+            self.summary.rows += 1;
+            self.add_bad(file, *line, reason.clone());
+        }
+        Ok(())
+    }
+
+    fn add_chunk(&mut self, file: u32, chunk: Chunk) {
+        self.ids.extend(chunk.ids);
+        for (length, n_prompt, line) in chunk.samples {
+            self.table.lengths.push(length);
+            self.table.n_prompt.push(n_prompt);
+            self.table.files.push(file);
+            self.table.lines.push(line);
+        }
+        for (line, reason) in chunk.bad {
+            self.add_bad(file, line, reason);
+        }
+        let summary = &mut self.summary;
+        summary.dropped += chunk.too_long.len();
+        let room = N_NAMED - summary.too_long.len();
+        summary.too_long.extend(
+            chunk
+                .too_long
+                .into_iter()
+                .take(room)
+                .map(|(line, tokens)| (file, line, tokens)),
+        );
+        summary.cut += chunk.cut;
+        summary.with_special += chunk.with_special;
+    }
+
+    fn add_bad(&mut self, file: u32, line: u32, reason: Reason) {
+        self.summary.bad_rows += 1;
+        if self.summary.bad.len() < N_NAMED {
+            self.summary.bad.push(Bad {
+                file,
+                line,
+                what: reason.what,
+                hint: reason.hint,
+            });
+        }
+    }
+}
+
+fn encode_rows(rows: &RowFile, range: Range<usize>, encoder: &Encoder<'_>) -> Result<Chunk> {
+    let mut chunk = Chunk::default();
+    for row in range {
+        let (line, start) = (rows.line(row), chunk.ids.len());
+        let encoded = match rows
+            .record(row)
+            .map_err(Failure::Row)
+            .and_then(|record| encoder.encode(&record, &mut chunk.ids))
+        {
+            Ok(encoded) => encoded,
+            Err(Failure::Row(reason)) => {
+                chunk.ids.truncate(start);
+                chunk.bad.push((line, reason));
+                continue;
+            }
+            Err(Failure::Other(error)) => return Err(error),
+        };
+        let too_long = encoded.full_length > encoder.max_length;
+        if too_long && encoder.truncation != Truncation::Cut {
+            chunk.too_long.push((line, encoded.full_length));
+            continue;
+        }
+        chunk.cut += usize::from(too_long);
+        chunk.with_special += usize::from(encoded.has_special);
+        chunk
+            .samples
+            .push(((chunk.ids.len() - start) as u32, encoded.n_prompt, line));
+    }
+    Ok(chunk)
+}
+
+pub(super) fn bad_faults(summary: &Summary, paths: &[PathBuf]) -> Vec<Fault> {
+    let fault = |bad: &Bad| {
+        let reason = Reason::new(bad.what.as_str()).hint(bad.hint.as_str());
+        row_fault(&paths[bad.file as usize], bad.line, &reason)
+    };
+    summary.bad.iter().map(fault).collect()
+}
+
+/// Turns what was found into an error where it may not be passed over.
+fn refuse(spec: &DataSpec, summary: &Summary, mut faults: Vec<Fault>) -> Result<()> {
+    if summary.bad_rows > spec.max_bad_rows {
+        faults.extend(bad_faults(summary, &spec.files));
+        let what = format!(
+            "{} of {} rows are bad{}; {} may be",
+            summary.bad_rows,
+            summary.rows,
+            if summary.bad_rows > summary.bad.len() {
+                ", the first of them listed above"
+            } else {
+                ""
+            },
+            spec.max_bad_rows
+        );
+        faults.push(Fault::new("data.max_bad_rows", what).hint(format!(
+            "mend the rows, or set data.max_bad_rows = {} to pass them over",
+            summary.bad_rows
+        )));
+    }
+    if spec.truncation == Truncation::Error && summary.dropped > 0 {
+        for &(file, line, tokens) in &summary.too_long {
+            let what = format!("has {tokens} tokens, more than data.max_length = {}", spec.max_length);
+            faults.push(Fault::new(place(&spec.files[file as usize], line), what));
+        }
+        faults.push(
+            Fault::new(
+                "data.max_length",
+                format!("{} of {} samples are longer", summary.dropped, summary.rows),
+            )
+            .hint("raise data.max_length, or set data.truncation to \"drop\" or \"cut\""),
+        );
+    }
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Invalid(faults))
+    }
+}
+
+fn nothing_left(spec: &DataSpec, summary: &Summary) -> Error {
+    let files: Vec<String> = spec.files.iter().map(|path| path.display().to_string()).collect();
+    let what = format!(
+        "leaves no sample to use: of {} rows {} are bad and {} have more than {} tokens",
+        summary.rows, summary.bad_rows, summary.dropped, spec.max_length
+    );
+    Error::invalid(files.join(", "), what).hint("raise data.max_length, or name other files")
+}

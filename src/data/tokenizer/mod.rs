@@ -1,0 +1,245 @@
+//! Tokenizers: text to ids and back, from a SentencePiece `tokenizer.model` or a `tokenizer.json`.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use hf::HfTokenizer;
+use merge::Scratch;
+use sentencepiece::{Decoding, SentencePiece};
+use special::Matcher;
+
+pub use stream::DecodeStream;
+
+mod hf;
+mod merge;
+mod open;
+pub mod proto;
+mod sentencepiece;
+mod special;
+mod stream;
+
+/// What becomes of special tokens, like `</s>`, that are written in the text of a sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SpecialTokens {
+    /// They become their ids and split the text; each stretch between them gets its own dummy prefix.
+    Special,
+    /// They are encoded as plain text.
+    Text,
+}
+
+/// A file of the tokenizer's, to be kept beside an adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenizerFile {
+    /// Its name in a folder: `tokenizer.model`, `tokenizer_config.json`...
+    pub name: String,
+    /// Its contents, as they were read.
+    pub bytes: Vec<u8>,
+}
+
+/// A stretch of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part<'a> {
+    /// The text.
+    pub text: &'a str,
+    /// Whether it belongs to the template: special tokens in it are always special.
+    pub of_template: bool,
+}
+
+/// A tokenizer and the special tokens it knows. It can be shared between threads.
+pub struct Tokenizer {
+    place: String,
+    backend: Backend,
+    /// Every special token, as it is found in texts.
+    specials: Matcher,
+    special_ids: BTreeMap<u32, String>,
+    /// SentencePiece: the added tokens that are found even where special tokens are plain text.
+    kept: Matcher,
+    /// SentencePiece: the tokens past its pieces.
+    past_pieces: BTreeMap<u32, String>,
+    bos: Option<u32>,
+    eos: u32,
+    pad: Option<u32>,
+    vocab_size: usize,
+    files: Vec<TokenizerFile>,
+}
+
+enum Backend {
+    SentencePiece(Box<SentencePiece>),
+    Hf(Box<HfTokenizer>),
+}
+
+impl Tokenizer {
+    /// The ids of a text, nothing put before or after it.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where a `tokenizer.json` has no token for the text.
+    pub fn encode(&self, text: &str, special_tokens: SpecialTokens) -> Result<Vec<u32>> {
+        let mut ids = Vec::with_capacity(text.len() / 2 + 8);
+        self.encode_into(text, special_tokens, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// Appends the ids of a text; see [`Self::encode`].
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_into(&self, text: &str, special_tokens: SpecialTokens, ids: &mut Vec<u32>) -> Result<()> {
+        thread_local! {
+            static SCRATCH: RefCell<Scratch> = RefCell::default();
+        }
+        let plain = special_tokens == SpecialTokens::Text;
+        let model = match &self.backend {
+            Backend::Hf(hf) => {
+                ids.extend(hf.encode(text, plain)?);
+                return Ok(());
+            }
+            Backend::SentencePiece(model) => model,
+        };
+        let matcher = if plain { &self.kept } else { &self.specials };
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut rest = text;
+            while let Some(hit) = matcher.find(rest) {
+                let before = &rest[..hit.start];
+                model.encode(if hit.token.lstrip { before.trim_end() } else { before }, scratch, ids);
+                ids.push(hit.id);
+                let after = &rest[hit.end..];
+                rest = if hit.token.rstrip { after.trim_start() } else { after };
+            }
+            model.encode(rest, scratch, ids);
+        });
+        Ok(())
+    }
+
+    /// Appends the ids of a prompt. With [`SpecialTokens::Text`] the template's own special tokens still count; only
+    /// what the sample says is plain text.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_parts(&self, parts: &[Part<'_>], special_tokens: SpecialTokens, ids: &mut Vec<u32>) -> Result<()> {
+        let mut stretch = String::with_capacity(parts.iter().map(|part| part.text.len()).sum());
+        for part in parts {
+            let mut rest = part.text;
+            if special_tokens == SpecialTokens::Text && part.of_template {
+                while let Some(hit) = self.specials.find(rest) {
+                    stretch.push_str(&rest[..hit.start]);
+                    self.encode_into(&stretch, special_tokens, ids)?;
+                    stretch.clear();
+                    ids.push(hit.id);
+                    rest = &rest[hit.end..];
+                }
+            }
+            stretch.push_str(rest);
+        }
+        self.encode_into(&stretch, special_tokens, ids)
+    }
+
+    /// The text of ids; special tokens leave no trace, ids that are no token are passed over.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where the decoder of a `tokenizer.json` fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.decode_with(ids, false)
+    }
+
+    /// The text of ids with the special tokens written out, for people to look at.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn show(&self, ids: &[u32]) -> Result<String> {
+        self.decode_with(ids, true)
+    }
+
+    fn decode_with(&self, ids: &[u32], show_special: bool) -> Result<String> {
+        let model = match &self.backend {
+            Backend::Hf(hf) => return hf.decode(ids, show_special),
+            Backend::SentencePiece(model) => model,
+        };
+        let mut text = Decoding::default();
+        for id in ids {
+            match (self.special_ids.get(id), self.past_pieces.get(id)) {
+                (Some(token), _) if show_special => text.push_str(token),
+                (Some(_), _) => {}
+                (None, Some(token)) => text.push_str(token),
+                (None, None) => model.decode(*id, &mut text),
+            }
+        }
+        Ok(text.finish())
+    }
+
+    /// Starts decoding ids that come one by one.
+    pub fn decode_stream(&self) -> DecodeStream<'_> {
+        DecodeStream {
+            tokenizer: self,
+            ids: Vec::new(),
+            n_read: 0,
+        }
+    }
+
+    /// The token of an id as the vocabulary spells it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        match &self.backend {
+            Backend::Hf(hf) => hf.token(id),
+            Backend::SentencePiece(model) => model
+                .piece(id)
+                .or_else(|| self.past_pieces.get(&id).map(String::as_str))
+                .map(str::to_owned),
+        }
+    }
+
+    /// Whether a special token is written in a text.
+    pub fn has_special(&self, text: &str) -> bool {
+        self.specials.find(text).is_some()
+    }
+
+    /// The special tokens by id.
+    pub fn special_tokens(&self) -> &BTreeMap<u32, String> {
+        &self.special_ids
+    }
+
+    /// The id that goes before a prompt; `None` where the tokenizer has none or its files say that none is added.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The id that ends an answer.
+    pub fn eos(&self) -> u32 {
+        self.eos
+    }
+
+    /// The padding token's id, where there is one. Nothing here pads.
+    pub fn pad(&self) -> Option<u32> {
+        self.pad
+    }
+
+    /// The vocabulary's size: past the highest id, added tokens included.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The file it was read from, for messages.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// The files that make the same tokenizer in another folder. A bare `.model` file comes with a small
+    /// `tokenizer_config.json`, so that other programs read it the same way.
+    pub fn files(&self) -> &[TokenizerFile] {
+        &self.files
+    }
+
+    /// A number that differs between tokenizers that may encode differently.
+    pub fn fingerprint(&self) -> u128 {
+        let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+        for file in &self.files {
+            hasher.update(&(file.name.len() as u64).to_le_bytes());
+            hasher.update(file.name.as_bytes());
+            hasher.update(&(file.bytes.len() as u64).to_le_bytes());
+            hasher.update(&file.bytes);
+        }
+        hasher.digest128()
+    }
+}

@@ -1,0 +1,194 @@
+//! The adapter merged into the base: an ordinary model directory.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::checkpoint::manifest::write_whole;
+use crate::data::TemplateFile;
+use crate::error::{Error, Result};
+use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::params::{lora_key, table_key};
+use crate::model::tensor_file_out::{Planned, TensorFileWriter};
+use crate::model::weights::TensorFiles;
+use crate::trained::{OpenedAdapter, Trained};
+
+/// A file of the merged model holds at most this much.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Writes `W + s B A` for every adapted projection, trained tables in place of the base's, and the rest as it is.
+///
+/// Sums are computed in fp32 and stored in the base's dtype. A tied base whose embed or head was trained comes out
+/// untied. One tensor is in memory at a time.
+///
+/// # Errors
+/// An output folder that is taken; a write that fails (nothing is left then).
+pub fn export_merged(trained: &Trained, out: &Path) -> Result<()> {
+    let adapter = super::checked(trained, out)?;
+    let lora = &adapter.config.lora;
+    let is_tied = trained.base.tie_word_embeddings && lora.modules_to_save.is_empty();
+    let tokenizer = trained.tokenizer()?;
+    let merge = Merge { trained, adapter, lora };
+    write_whole(out, |dir| {
+        let shards = shards(merge.planned(is_tied)?);
+        let names = file_names(shards.len());
+        for (planned, name) in shards.iter().zip(&names) {
+            let mut file = TensorFileWriter::create(&dir.join(name), planned.clone())?;
+            for tensor in planned {
+                merge.write(&mut file, &tensor.name)?;
+            }
+            file.finish()?;
+        }
+        if shards.len() > 1 {
+            write_json(&dir.join("model.safetensors.index.json"), &index(&shards, &names))?;
+        }
+        write_config(trained, is_tied, dir)?;
+        for file in tokenizer.files() {
+            let path = dir.join(&file.name);
+            std::fs::write(&path, &file.bytes).map_err(Error::io("write", &path))?;
+        }
+        for name in ["generation_config.json", TemplateFile::NAME] {
+            let from = [&adapter.dir, &trained.base_dir].map(|dir| dir.join(name));
+            if let Some(from) = from.iter().find(|path| path.is_file()) {
+                std::fs::copy(from, dir.join(name)).map_err(Error::io("copy", from))?;
+            }
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+struct Merge<'a> {
+    trained: &'a Trained,
+    adapter: &'a OpenedAdapter,
+    lora: &'a LoraSpec,
+}
+
+impl Merge<'_> {
+    /// Every tensor of the merged model, in the base's dtypes.
+    fn planned(&self, is_tied: bool) -> Result<Vec<Planned>> {
+        let mut planned = Vec::new();
+        for (name, located) in self.trained.base_files.tensors() {
+            let table = Table::ALL.into_iter().find(|t| t.base_key() == name);
+            if name.ends_with("rotary_emb.inv_freq") || (table == Some(Table::Head) && self.trained.base.tie_word_embeddings) {
+                continue;
+            }
+            let mut shape: Vec<i64> = located.shape.iter().map(|&n| n as i64).collect();
+            if table.is_some() {
+                shape[0] = self.trained.vocab_size();
+            }
+            planned.push(Planned { name: name.clone(), dtype: located.dtype, shape });
+        }
+        if self.trained.base.tie_word_embeddings && !is_tied {
+            let embed = planned.iter().find(|p| p.name == Table::Embed.base_key()).cloned();
+            let embed = embed.ok_or_else(|| Error::failed(Table::Embed.base_key(), "is not in the base"))?;
+            planned.push(Planned { name: Table::Head.base_key().into(), ..embed });
+        }
+        Ok(planned)
+    }
+
+    fn write(&self, file: &mut TensorFileWriter, name: &str) -> Result<()> {
+        let base = &self.trained.base_files;
+        if let Some(table) = Table::ALL.into_iter().find(|t| t.base_key() == name) {
+            if self.lora.trains(table) {
+                return file.write(name, &load(&self.adapter.files, &table_key(table))?);
+            }
+            let source = if self.trained.base.tie_word_embeddings { Table::Embed } else { table };
+            return file.write_bytes(name, base.bytes(source.base_key())?);
+        }
+        match self.adapted(name) {
+            None => file.write_bytes(name, base.bytes(name)?),
+            Some((layer, projection)) => {
+                let a = load(&self.adapter.files, &lora_key(projection, layer, "lora_A"))?;
+                let b = load(&self.adapter.files, &lora_key(projection, layer, "lora_B"))?;
+                let mut merged = load(base, name)?;
+                let _ = merged.f_add_(&b.f_mm(&a)?.f_mul_scalar(self.lora.scale())?)?;
+                file.write(name, &merged)
+            }
+        }
+    }
+
+    /// The adapted projection whose weight a tensor is.
+    fn adapted(&self, name: &str) -> Option<(usize, Projection)> {
+        let layers = 0..self.trained.base.num_hidden_layers;
+        let layer = name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok()?;
+        let is_it = |p: &&Projection| format!("{}.weight", p.module(layer)) == name;
+        let projection = self.lora.target_modules.iter().find(is_it)?;
+        layers.contains(&layer).then_some((layer, *projection))
+    }
+}
+
+fn load(files: &TensorFiles, name: &str) -> Result<Tensor> {
+    files.load(name, Kind::Float, Device::Cpu)
+}
+
+/// Cuts the tensors into files of at most [`SHARD_BYTES`].
+fn shards(planned: Vec<Planned>) -> Vec<Vec<Planned>> {
+    let mut shards: Vec<Vec<Planned>> = vec![Vec::new()];
+    let mut bytes = 0;
+    for tensor in planned {
+        if bytes > 0 && bytes + tensor.n_bytes() > SHARD_BYTES {
+            shards.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += tensor.n_bytes();
+        if let Some(shard) = shards.last_mut() {
+            shard.push(tensor);
+        }
+    }
+    shards
+}
+
+fn file_names(n: usize) -> Vec<String> {
+    match n {
+        1 => vec!["model.safetensors".to_string()],
+        n => (1..=n).map(|i| format!("model-{i:05}-of-{n:05}.safetensors")).collect(),
+    }
+}
+
+fn index(shards: &[Vec<Planned>], names: &[String]) -> Value {
+    let total: u64 = shards.iter().flatten().map(Planned::n_bytes).sum();
+    let mut map = Map::new();
+    for (shard, file) in shards.iter().zip(names) {
+        for tensor in shard {
+            map.insert(tensor.name.clone(), json!(file));
+        }
+    }
+    json!({ "metadata": { "total_size": total }, "weight_map": map })
+}
+
+/// The base's `config.json` with the vocabulary and tying of the merged model.
+fn write_config(trained: &Trained, is_tied: bool, dir: &Path) -> Result<()> {
+    let path = trained.base_dir.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let mut config: Map<String, Value> = serde_json::from_str(&text)
+        .map_err(|e| Error::invalid(path.display().to_string(), format!("is not a JSON object: {e}")))?;
+    config.insert("vocab_size".into(), json!(trained.vocab_size()));
+    config.insert("tie_word_embeddings".into(), json!(is_tied));
+    write_json(&dir.join("config.json"), &Value::Object(config))
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).expect("a JSON value always serialises") + "\n";
+    std::fs::write(path, text).map_err(Error::io("write", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+
+    use super::*;
+
+    #[test]
+    fn large_models_are_cut_into_files_with_an_index() {
+        let tensor = |name: &str| Planned { name: name.into(), dtype: Dtype::F32, shape: vec![400_000_000] };
+        let shards = shards(["a", "b", "c", "d", "e", "f", "g"].map(tensor).to_vec());
+        let sizes: Vec<usize> = shards.iter().map(Vec::len).collect();
+        assert_eq!(sizes, [3, 3, 1]);
+        let names = file_names(3);
+        let index = index(&shards, &names);
+        assert_eq!(index["weight_map"]["d"], "model-00002-of-00003.safetensors");
+        assert_eq!(index["metadata"]["total_size"], 7 * 1_600_000_000u64);
+    }
+}

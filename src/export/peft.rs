@@ -1,0 +1,31 @@
+//! The adapter as PEFT reads it.
+
+use std::path::Path;
+
+use crate::checkpoint::manifest::{MANIFEST_FILE, write_whole};
+use crate::checkpoint::save::OPTIMIZER_FILE;
+use crate::checkpoint::state::STATE_FILE;
+use crate::error::{Error, Result};
+use crate::model::adapter_file::{AdapterConfig, CONFIG_FILE};
+use crate::trained::Trained;
+
+/// Copies the adapter with its tokenizer and template; its configuration names the base that was opened.
+///
+/// # Errors
+/// An output folder that is taken; a write that fails (nothing is left then).
+pub fn export_peft(trained: &Trained, out: &Path) -> Result<()> {
+    let adapter = super::checked(trained, out)?;
+    let base = std::path::absolute(&trained.base_dir).map_err(Error::io("resolve", &trained.base_dir))?;
+    write_whole(out, |dir| {
+        let of_the_run = [MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE, CONFIG_FILE];
+        for entry in std::fs::read_dir(&adapter.dir).map_err(Error::io("read", &adapter.dir))? {
+            let entry = entry.map_err(Error::io("read", &adapter.dir))?;
+            let path = entry.path();
+            if path.is_file() && of_the_run.iter().all(|name| entry.file_name() != *name) {
+                std::fs::copy(&path, dir.join(entry.file_name())).map_err(Error::io("copy", &path))?;
+            }
+        }
+        AdapterConfig { base: Some(base.display().to_string()), ..adapter.config.clone() }.save(dir)
+    })?;
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! Bellora fine-tunes Llama-family language models with LoRA on libtorch.
+//!
+//! The modules in reading order; each imports only from those above it. `ARCHITECTURE.md` holds the map.
+
+pub mod error;
+pub mod torch;
+
+pub mod ops;
+
+pub mod data;
+pub mod model;
+
+pub mod checkpoint;
+pub mod optim;
+
+pub mod config;
+pub mod log;
+pub mod plan;
+
+pub mod eval;
+pub mod train;
+
+pub mod export;
+pub mod generate;
+pub mod trained;
+
+pub mod cli;

@@ -1,0 +1,361 @@
+//! Everything that can be known before training: the model's shape, the tokenizer, the samples, the number of updates.
+//!
+//! `check` stops here; `train` and `eval` go on from here. All faults are collected and reported at once.
+
+use std::path::Path;
+
+use tch::{Device, Kind};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::checkpoint::state::Identity;
+use crate::config::{self, Auto, Config, Duration, TemplateChoice, Warmup};
+use crate::data::{self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, Tokenizer, Truncation};
+use crate::error::{Error, Fault, Result};
+use crate::model::adapter_file::{self, AdapterConfig};
+use crate::model::config::LlamaConfig;
+use crate::model::init::{NewRows, initialise};
+use crate::model::llama::{Compute, Llama};
+use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::params::{Layout, ParamBuffer};
+use crate::model::weights::TensorFiles;
+use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
+
+/// Micro-batches on a CPU hold this many tokens where the config says `auto`.
+const CPU_MICRO_BATCH_TOKENS: usize = 4096;
+
+/// The model of a config, checked but not loaded, with its tokenizer and template.
+pub struct ModelSetup {
+    /// The resolved config, no `auto` left.
+    pub config: Config,
+    /// The base's shape.
+    pub base: LlamaConfig,
+    /// The base's files.
+    pub files: TensorFiles,
+    /// The adapters.
+    pub lora: LoraSpec,
+    /// Rows of the tables, grown ones included.
+    pub vocab_size: i64,
+    /// Where the trainable parameters lie.
+    pub layout: Layout,
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The text around instruction and answer.
+    pub template: Template,
+    /// The adapter to start from.
+    init: Option<TensorFiles>,
+}
+
+/// A whole training job, checked.
+pub struct Job {
+    /// The model.
+    pub model: ModelSetup,
+    /// The samples to learn.
+    pub train: Dataset,
+    /// The samples to evaluate on, if any.
+    pub validation: Option<Dataset>,
+    /// Steps of the run.
+    pub total_steps: u64,
+    /// Steps of an epoch.
+    pub steps_per_epoch: u64,
+    /// The learning rate.
+    pub schedule: LrSchedule,
+}
+
+/// Collects faults from steps that do not depend on each other.
+#[derive(Default)]
+struct Gather(Vec<Fault>);
+
+impl Gather {
+    fn take<T>(&mut self, result: Result<T>) -> Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(Error::Invalid(faults)) => {
+                self.0.extend(faults);
+                Ok(None)
+            }
+            Err(other) => Err(other),
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        if self.0.is_empty() { Ok(()) } else { Err(Error::Invalid(self.0)) }
+    }
+}
+
+impl ModelSetup {
+    /// Checks the model, tokenizer and template of a config and settles its `auto` values. Reads headers, not weights.
+    pub fn inspect(mut config: Config) -> Result<Self> {
+        let mut faults = Gather::default();
+        faults.take(settle_autos(&mut config))?;
+        let lora = lora_spec(&config);
+        let base = faults.take(LlamaConfig::load(&config.model.base))?;
+        let files = match &base {
+            Some(_) => faults.take(TensorFiles::open_model(&config.model.base))?,
+            None => None,
+        };
+        if let (Some(base), Some(files)) = (&base, &files) {
+            faults.0.extend(files.check_llama(base));
+        }
+        let tokenizer = faults.take(Tokenizer::open(&config.model.tokenizer))?;
+        let template = faults.take(template(&config))?;
+        let vocab_size = match (&base, &tokenizer) {
+            (Some(base), Some(tokenizer)) => faults.take(vocab_size(&config, base, tokenizer, &lora))?,
+            _ => None,
+        };
+        let layout = base.as_ref().zip(vocab_size).map(|(base, vocab)| Layout::new(base, &lora, vocab));
+        let mut init = None;
+        if let (Some(dir), Some(layout)) = (&config.model.init_adapter, &layout) {
+            init = faults.take(open_init_adapter(dir, &lora, layout))?;
+        }
+        faults.finish()?;
+        match (base, files, tokenizer, template, vocab_size, layout) {
+            (Some(base), Some(files), Some(tokenizer), Some(template), Some(vocab_size), Some(layout)) => {
+                Ok(Self { config, base, files, lora, vocab_size, layout, tokenizer, template, init })
+            }
+            _ => Err(Error::failed("setup", "a part is missing though no fault was found")),
+        }
+    }
+
+    /// The dtype of weights, activations and products.
+    pub fn kind(&self) -> Kind {
+        match self.config.model.dtype {
+            Auto::Is(config::Dtype::Bf16) => Kind::BFloat16,
+            Auto::Is(config::Dtype::Fp16) => Kind::Half,
+            Auto::Is(config::Dtype::Fp32) | Auto::Auto => Kind::Float,
+        }
+    }
+
+    /// Tokens a micro-batch may hold.
+    pub fn micro_batch_tokens(&self) -> usize {
+        match self.config.train.micro_batch_tokens {
+            Auto::Is(tokens) => tokens,
+            Auto::Auto => CPU_MICRO_BATCH_TOKENS,
+        }
+    }
+
+    /// Allocates the parameters and sets them to their start: drawn, copied from the base, or the initial adapter's.
+    pub fn initial_params(&self) -> Result<ParamBuffer> {
+        let mut params = ParamBuffer::new(self.layout.clone(), self.kind(), Device::Cpu)?;
+        let new_rows = match self.config.model.new_rows {
+            config::NewRows::Normal => NewRows::Normal,
+            config::NewRows::Mean => NewRows::Mean,
+        };
+        initialise(&mut params, &self.base, &self.lora, &self.files, new_rows, self.config.train.seed)?;
+        if let Some(init) = &self.init {
+            adapter_file::load_into(init, &mut params)?;
+        }
+        Ok(params)
+    }
+
+    /// Loads the base and puts the adapters on it.
+    pub fn load(&self, params: &ParamBuffer) -> Result<Llama> {
+        let max_positions = self.config.data.max_length as i64;
+        let compute = Compute { kind: self.kind(), device: Device::Cpu, max_positions };
+        Llama::load(&self.base, &self.files, &self.lora, params, compute)
+    }
+
+    /// Loads and encodes data files; with a cache folder the tokens are kept there.
+    pub fn dataset(&self, files: &[std::path::PathBuf], cache: Option<&Path>) -> Result<Dataset> {
+        let data = &self.config.data;
+        let spec = DataSpec {
+            files: files.to_vec(),
+            max_length: data.max_length,
+            truncation: match data.truncation {
+                config::Truncation::Drop => Truncation::Drop,
+                config::Truncation::Cut => Truncation::Cut,
+                config::Truncation::Error => Truncation::Error,
+            },
+            special_tokens: special_tokens(&self.config),
+            max_bad_rows: usize::try_from(data.max_bad_rows).unwrap_or(usize::MAX),
+        };
+        Dataset::load(&spec, &self.tokenizer, &self.template, cache)
+    }
+
+    /// The adapter's configuration as it is written.
+    pub fn adapter_config(&self) -> AdapterConfig {
+        AdapterConfig { lora: self.lora.clone(), base: Some(self.config.model.base.display().to_string()) }
+    }
+
+    /// The small files that travel with the adapter: the tokenizer's and `template.json`.
+    pub fn files_beside(&self) -> Vec<(String, Vec<u8>)> {
+        let template = TemplateFile::new(&self.template, &self.tokenizer, special_tokens(&self.config));
+        let mut files: Vec<(String, Vec<u8>)> =
+            self.tokenizer.files().iter().map(|f| (f.name.clone(), f.bytes.clone())).collect();
+        files.push((TemplateFile::NAME.to_string(), template.to_json().into_bytes()));
+        files
+    }
+
+    /// How the losses of an update are averaged.
+    pub fn loss_average(&self) -> LossAverage {
+        match self.config.train.loss_average {
+            config::LossAverage::Tokens => LossAverage::Tokens,
+            config::LossAverage::Samples => LossAverage::Samples { group: self.config.train.loss_group_samples },
+        }
+    }
+}
+
+impl Job {
+    /// Checks a whole job. With a cache folder the tokens are kept there; without one no file is created.
+    pub fn inspect(config: Config, cache: Option<&Path>) -> Result<Self> {
+        let model = ModelSetup::inspect(config)?;
+        let data = &model.config.data;
+        let mut faults = Gather::default();
+        // Validation first and never cached: when it is at fault, no file has been made yet.
+        let mut validation = match data.validation.is_empty() {
+            true => None,
+            false => faults.take(model.dataset(&data.validation, None))?,
+        };
+        let cache = cache.filter(|_| faults.0.is_empty());
+        let all = faults.take(model.dataset(&data.train, cache))?;
+        faults.finish()?;
+        let Some(mut train) = all else {
+            return Err(Error::failed("data", "is missing though no fault was found"));
+        };
+        if data.validation_fraction > 0.0 {
+            let (learned, held_out) = train.split(data.validation_fraction, model.config.train.seed);
+            if learned.is_empty() || held_out.is_empty() {
+                let what = format!("{} of {} samples leaves one side empty", data.validation_fraction, train.len());
+                return Err(Error::invalid("data.validation_fraction", what));
+            }
+            validation = Some(train.select(&held_out));
+            train = train.select(&learned);
+        }
+        let settings = &model.config.train;
+        let steps_per_epoch = (train.len() as u64).div_ceil(settings.global_batch as u64);
+        let total_steps = match settings.duration {
+            Duration::Epochs(epochs) => steps_per_epoch * u64::from(epochs),
+            Duration::Steps(steps) => steps,
+        };
+        let warmup = match settings.warmup {
+            Warmup::Ratio(ratio) => warmup_updates(total_steps, ratio),
+            Warmup::Steps(steps) => steps,
+        };
+        let shape = match settings.schedule {
+            config::Schedule::Cosine => Shape::Cosine,
+            config::Schedule::Linear => Shape::Linear,
+            config::Schedule::Constant => Shape::Constant,
+        };
+        let schedule = LrSchedule { learning_rate: settings.learning_rate, shape, warmup, total: total_steps };
+        Ok(Self { model, train, validation, total_steps, steps_per_epoch, schedule })
+    }
+
+    /// Checksums of what the run reads.
+    pub fn identity(&self) -> Identity {
+        let mut hasher = Xxh3::new();
+        for sample in 0..self.train.len() {
+            hasher.update(&(self.train.n_prompt(sample) as u64).to_le_bytes());
+            hasher.update(&(self.train.ids(sample).len() as u64).to_le_bytes());
+            for id in self.train.ids(sample) {
+                hasher.update(&id.to_le_bytes());
+            }
+        }
+        Identity { base: self.model.files.fingerprint(), data: format!("{:032x}", hasher.digest128()) }
+    }
+}
+
+/// Replaces every `auto` by the program's choice on this machine.
+fn settle_autos(config: &mut Config) -> Result<()> {
+    if config.model.device == Auto::Is(config::Device::Cuda) {
+        return Err(Error::invalid("model.device", "\"cuda\" is asked for, but this version computes on the CPU only")
+            .hint("write device = \"auto\" or \"cpu\""));
+    }
+    config.model.device = Auto::Is(config::Device::Cpu);
+    if config.model.dtype == Auto::Auto {
+        config.model.dtype = Auto::Is(config::Dtype::Fp32);
+    }
+    if config.train.micro_batch_tokens == Auto::Auto {
+        config.train.micro_batch_tokens = Auto::Is(CPU_MICRO_BATCH_TOKENS.max(config.data.max_length));
+    }
+    if config.train.recompute == Auto::Auto {
+        config.train.recompute = Auto::Is(config::Recompute::Nothing);
+    }
+    Ok(())
+}
+
+/// The adapters of a config, whose names it has checked.
+fn lora_spec(config: &Config) -> LoraSpec {
+    let lora = &config.lora;
+    let mut target_modules: Vec<Projection> =
+        lora.target_modules.iter().filter_map(|n| Projection::from_name(n)).collect();
+    let mut modules_to_save: Vec<Table> = lora.modules_to_save.iter().filter_map(|n| Table::from_name(n)).collect();
+    target_modules.sort();
+    modules_to_save.sort();
+    LoraSpec {
+        r: lora.r as i64,
+        alpha: lora.alpha,
+        dropout: lora.dropout,
+        use_rslora: lora.use_rslora,
+        target_modules,
+        modules_to_save,
+    }
+}
+
+fn special_tokens(config: &Config) -> SpecialTokens {
+    match config.data.special_tokens {
+        config::SpecialTokens::Special => SpecialTokens::Special,
+        config::SpecialTokens::Text => SpecialTokens::Text,
+    }
+}
+
+fn template(config: &Config) -> Result<Template> {
+    match &config.data.template {
+        TemplateChoice::Alpaca => Ok(Template::alpaca()),
+        TemplateChoice::ChineseAlpaca => Ok(Template::chinese_alpaca()),
+        TemplateChoice::File(path) => data::Template::read(path),
+    }
+}
+
+/// The rows of the tables: the base's, or the tokenizer's where it may grow them.
+fn vocab_size(config: &Config, base: &LlamaConfig, tokenizer: &Tokenizer, lora: &LoraSpec) -> Result<i64> {
+    let tokens = tokenizer.vocab_size() as i64;
+    if tokens <= base.vocab_size {
+        return Ok(base.vocab_size);
+    }
+    if !config.model.resize_vocab {
+        let what = format!(
+            "has {tokens} tokens, but the embedding table of {} has {} rows",
+            config.model.base.display(),
+            base.vocab_size
+        );
+        return Err(Error::invalid(tokenizer.place(), what).hint(
+            "if the vocabulary is meant to grow, set model.resize_vocab = true and \
+             lora.modules_to_save = [\"embed_tokens\", \"lm_head\"]; else model.tokenizer or model.base is the wrong one",
+        ));
+    }
+    if Table::ALL.iter().any(|t| !lora.trains(*t)) {
+        let what = format!("the vocabulary grows from {} to {tokens}, so both tables must be trained", base.vocab_size);
+        return Err(Error::invalid("lora.modules_to_save", what)
+            .hint("write modules_to_save = [\"embed_tokens\", \"lm_head\"]: new rows would be lost on export"));
+    }
+    Ok(tokens)
+}
+
+/// Opens an adapter to start from and holds its configuration against the run's.
+fn open_init_adapter(dir: &Path, lora: &LoraSpec, layout: &Layout) -> Result<TensorFiles> {
+    let theirs = AdapterConfig::load(dir)?.lora;
+    let mut faults = Vec::new();
+    let mut compare = |key: &str, ours: String, theirs: String| {
+        if ours != theirs {
+            let what = format!("the config has {ours}, {} has {theirs}", dir.join(adapter_file::CONFIG_FILE).display());
+            faults.push(Fault::new(format!("lora.{key}"), what).hint("make the two equal"));
+        }
+    };
+    compare("r", lora.r.to_string(), theirs.r.to_string());
+    compare("alpha", lora.alpha.to_string(), theirs.alpha.to_string());
+    compare("use_rslora", lora.use_rslora.to_string(), theirs.use_rslora.to_string());
+    let projections = |l: &LoraSpec| format!("{:?}", l.target_modules.iter().map(|p| p.name()).collect::<Vec<_>>());
+    compare("target_modules", projections(lora), projections(&theirs));
+    let tables = |l: &LoraSpec| format!("{:?}", l.modules_to_save.iter().map(|t| t.name()).collect::<Vec<_>>());
+    compare("modules_to_save", tables(lora), tables(&theirs));
+    if !faults.is_empty() {
+        return Err(Error::Invalid(faults));
+    }
+    let path = dir.join(adapter_file::WEIGHTS_FILE);
+    if !path.is_file() {
+        return Err(Error::invalid(path.display().to_string(), "is missing")
+            .hint("an adapter stored as adapter_model.bin must be saved again with safe_serialization=True"));
+    }
+    let files = TensorFiles::open(&[path])?;
+    let faults = adapter_file::check(&files, layout);
+    if faults.is_empty() { Ok(files) } else { Err(Error::Invalid(faults)) }
+}
