@@ -40,16 +40,10 @@ pub struct PackedBatch {
 /// Builds the micro-batches of one update from its samples, in the order that defines it. Samples with nothing to learn
 /// are left out but keep their slots; an update without any label token has no micro-batches.
 pub fn build_batches(dataset: &Dataset, samples: &[u32], average: LossAverage, max_tokens: usize) -> Vec<PackedBatch> {
-    let labels: Vec<usize> = samples
-        .iter()
-        .map(|&sample| dataset.label_tokens(sample as usize))
-        .collect();
+    let labels: Vec<usize> = samples.iter().map(|&sample| dataset.label_tokens(sample as usize)).collect();
     let weights = sample_weights(&labels, average);
     let slots: Vec<usize> = (0..samples.len()).filter(|&slot| labels[slot] > 0).collect();
-    let lengths: Vec<usize> = slots
-        .iter()
-        .map(|&slot| dataset.ids(samples[slot] as usize).len())
-        .collect();
+    let lengths: Vec<usize> = slots.iter().map(|&slot| dataset.ids(samples[slot] as usize).len()).collect();
     micro_batches(&lengths, max_tokens)
         .into_iter()
         .map(|documents| {
@@ -76,11 +70,7 @@ fn sample_weights(labels: &[usize], average: LossAverage) -> Vec<f32> {
     groups
         .zip(sums)
         .flat_map(|(group, sum)| {
-            let weight = if sum > 0 {
-                (1.0 / (valid as f64 * sum as f64)) as f32
-            } else {
-                0.0
-            };
+            let weight = if sum > 0 { (1.0 / (valid as f64 * sum as f64)) as f32 } else { 0.0 };
             std::iter::repeat_n(weight, group.len())
         })
         .collect()
@@ -111,8 +101,7 @@ impl PackedBatch {
         self.slots.push(slot as u64);
         // The first token has no row before it that could predict it.
         let first = dataset.n_prompt(sample).max(1);
-        self.learned_rows
-            .extend((first..ids.len()).map(|at| (start + at - 1) as i64));
+        self.learned_rows.extend((first..ids.len()).map(|at| (start + at - 1) as i64));
         self.targets.extend(ids[first..].iter().map(|&id| i64::from(id)));
         self.weights.resize(self.targets.len(), weight);
         self.label_tokens = self.targets.len();

@@ -78,11 +78,8 @@ pub(super) fn path(folder: &Path, key: u128) -> PathBuf {
 pub(super) fn write(folder: &Path, key: u128, table: &Table) -> Result<()> {
     static WRITES: AtomicU64 = AtomicU64::new(0);
     let unwritable = |error: std::io::Error| {
-        Error::failed(
-            folder.display().to_string(),
-            format!("the token cache cannot be written: {error}"),
-        )
-        .hint("set data.cache_dir to a folder with room that you may write to")
+        Error::failed(folder.display().to_string(), format!("the token cache cannot be written: {error}"))
+            .hint("set data.cache_dir to a folder with room that you may write to")
     };
     std::fs::create_dir_all(folder).map_err(unwritable)?;
     let unique = WRITES.fetch_add(1, Ordering::Relaxed);
@@ -98,10 +95,7 @@ pub(super) fn write(folder: &Path, key: u128, table: &Table) -> Result<()> {
 }
 
 fn write_file(path: &Path, key: u128, table: &Table) -> std::io::Result<()> {
-    let mut out = Summing {
-        out: BufWriter::with_capacity(1 << 20, File::create(path)?),
-        sum: Xxh3::new(),
-    };
+    let mut out = Summing { out: BufWriter::with_capacity(1 << 20, File::create(path)?), sum: Xxh3::new() };
     out.put(MAGIC)?;
     out.put_words(&[BYTE_ORDER, VERSION])?;
     out.put(&key.to_le_bytes())?;
@@ -115,10 +109,7 @@ fn write_file(path: &Path, key: u128, table: &Table) -> std::io::Result<()> {
     out.put(table.summary.as_bytes())?;
     let sum = out.sum.digest128();
     out.put(&sum.to_le_bytes())?;
-    out.out
-        .into_inner()
-        .map_err(std::io::IntoInnerError::into_error)?
-        .sync_all()
+    out.out.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()
 }
 
 /// Writes and sums up what it writes.
@@ -146,21 +137,11 @@ impl Summing {
 pub(super) fn open(folder: &Path, key: u128) -> Option<Table> {
     let map = map(&File::open(path(folder, key)).ok()?).ok()?;
     let header = map.get(..HEADER_BYTES)?;
-    let expected = [
-        &MAGIC[..],
-        &BYTE_ORDER.to_ne_bytes(),
-        &VERSION.to_ne_bytes(),
-        &key.to_le_bytes(),
-    ]
-    .concat();
+    let expected = [&MAGIC[..], &BYTE_ORDER.to_ne_bytes(), &VERSION.to_ne_bytes(), &key.to_le_bytes()].concat();
     let counts = header.strip_prefix(expected.as_slice())?;
     let (counts, _) = counts.as_chunks::<8>();
-    let [n_samples, n_ids, n_summary]: [usize; 3] = counts
-        .iter()
-        .map(|count| u64::from_le_bytes(*count) as usize)
-        .collect::<Vec<_>>()
-        .try_into()
-        .ok()?;
+    let [n_samples, n_ids, n_summary]: [usize; 3] =
+        counts.iter().map(|count| u64::from_le_bytes(*count) as usize).collect::<Vec<_>>().try_into().ok()?;
 
     let column_bytes = n_samples.checked_mul(4)?;
     let ids_start = column_bytes.checked_mul(4)?.checked_add(HEADER_BYTES)?;
@@ -186,18 +167,10 @@ pub(super) fn open(folder: &Path, key: u128) -> Option<Table> {
         files: column(2),
         lines: column(3),
         summary: String::from_utf8(map[summary_start..sum_start].to_vec()).ok()?,
-        ids: Ids::Mapped(MappedIds {
-            start: ids_start,
-            end: summary_start,
-            map,
-        }),
+        ids: Ids::Mapped(MappedIds { start: ids_start, end: summary_start, map }),
     };
     let total: u64 = table.lengths.iter().map(|&length| u64::from(length)).sum();
-    let prompts_fit = table
-        .n_prompt
-        .iter()
-        .zip(&table.lengths)
-        .all(|(prompt, length)| prompt <= length);
+    let prompts_fit = table.n_prompt.iter().zip(&table.lengths).all(|(prompt, length)| prompt <= length);
     (total == n_ids as u64 && prompts_fit).then_some(table)
 }
 

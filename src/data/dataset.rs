@@ -106,17 +106,8 @@ impl Dataset {
                 end
             }))
             .collect();
-        let shared = Shared {
-            paths: spec.files.clone(),
-            table,
-            offsets,
-            summary,
-            from_cache,
-        };
-        Ok(Self {
-            shared: Arc::new(shared),
-            selected: None,
-        })
+        let shared = Shared { paths: spec.files.clone(), table, offsets, summary, from_cache };
+        Ok(Self { shared: Arc::new(shared), selected: None })
     }
 
     /// Samples.
@@ -130,9 +121,7 @@ impl Dataset {
     }
 
     fn at(&self, sample: usize) -> usize {
-        self.selected
-            .as_ref()
-            .map_or(sample, |selected| selected[sample] as usize)
+        self.selected.as_ref().map_or(sample, |selected| selected[sample] as usize)
     }
 
     /// A sample's ids.
@@ -158,8 +147,7 @@ impl Dataset {
     /// Where a sample stands: `file:line`.
     pub fn place(&self, sample: usize) -> String {
         let at = self.at(sample);
-        self.shared
-            .place(self.shared.table.files[at], self.shared.table.lines[at])
+        self.shared.place(self.shared.table.files[at], self.shared.table.lines[at])
     }
 
     /// Tokens of all samples.
@@ -174,12 +162,7 @@ impl Dataset {
 
     /// What loading found. Of a selection, samples and tokens are its own; the rest is of the whole files.
     pub fn stats(&self) -> Stats {
-        let Shared {
-            summary,
-            paths,
-            from_cache,
-            ..
-        } = &*self.shared;
+        let Shared { summary, paths, from_cache, .. } = &*self.shared;
         Stats {
             rows: summary.rows,
             samples: self.len(),
@@ -195,10 +178,7 @@ impl Dataset {
             with_nothing_to_learn: (0..self.len()).filter(|&sample| self.label_tokens(sample) == 0).count(),
             tokens: self.n_tokens(),
             label_tokens: self.n_label_tokens(),
-            max_len: (0..self.len())
-                .map(|sample| self.ids(sample).len())
-                .max()
-                .unwrap_or_default(),
+            max_len: (0..self.len()).map(|sample| self.ids(sample).len()).max().unwrap_or_default(),
             rows_with_special_tokens: summary.with_special,
             from_cache: *from_cache,
         }
@@ -212,10 +192,7 @@ impl Dataset {
     /// Some of the samples, in the given order.
     pub fn select(&self, samples: &[u32]) -> Self {
         let selected = samples.iter().map(|&sample| self.at(sample as usize) as u32).collect();
-        Self {
-            shared: Arc::clone(&self.shared),
-            selected: Some(selected),
-        }
+        Self { shared: Arc::clone(&self.shared), selected: Some(selected) }
     }
 
     /// Writes every sample as one line `{"input_ids":[...],"labels":[...]}`, in order.
@@ -230,10 +207,7 @@ impl Dataset {
             line.extend_from_slice(b"{\"input_ids\":[");
             push_numbers(&mut line, ids.iter().map(|&id| i64::from(id)))?;
             line.extend_from_slice(b"],\"labels\":[");
-            let labels = ids
-                .iter()
-                .enumerate()
-                .map(|(at, &id)| if at < n_prompt { -100 } else { i64::from(id) });
+            let labels = ids.iter().enumerate().map(|(at, &id)| if at < n_prompt { -100 } else { i64::from(id) });
             push_numbers(&mut line, labels)?;
             line.extend_from_slice(b"]}\n");
             out.write_all(&line)?;

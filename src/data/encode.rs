@@ -64,41 +64,26 @@ impl Encoder<'_> {
         let start = ids.len();
         let parts = self.template.prompt(record).map_err(Failure::Row)?;
         ids.extend(self.tokenizer.bos());
-        let answered = self
-            .tokenizer
-            .encode_parts(&parts, self.special_tokens, ids)
-            .and_then(|()| {
-                let n_prompt = ids.len() - start;
-                self.tokenizer.encode_into(&record.answer, self.special_tokens, ids)?;
-                ids.push(self.tokenizer.eos());
-                Ok(n_prompt)
-            });
+        let answered = self.tokenizer.encode_parts(&parts, self.special_tokens, ids).and_then(|()| {
+            let n_prompt = ids.len() - start;
+            self.tokenizer.encode_into(&record.answer, self.special_tokens, ids)?;
+            ids.push(self.tokenizer.eos());
+            Ok(n_prompt)
+        });
         let n_prompt = answered.map_err(Failure::Other)?;
         let full_length = ids.len() - start;
         if full_length > self.max_length {
-            let kept = if self.truncation == Truncation::Cut {
-                self.max_length
-            } else {
-                0
-            };
+            let kept = if self.truncation == Truncation::Cut { self.max_length } else { 0 };
             ids.truncate(start + kept);
         }
         let n_prompt = n_prompt.min(ids.len() - start);
         let n_prompt = u32::try_from(n_prompt)
             .map_err(|_| Failure::Row(Reason::new("is longer than four thousand million tokens")))?;
-        let mut texts = record
-            .history
-            .iter()
-            .flat_map(|(question, answer)| [question, answer])
-            .chain(&record.system);
+        let mut texts = record.history.iter().flat_map(|(question, answer)| [question, answer]).chain(&record.system);
         let has_special = texts.any(|text| self.tokenizer.has_special(text))
             || self.tokenizer.has_special(&record.question)
             || self.tokenizer.has_special(&record.answer);
-        Ok(Encoded {
-            n_prompt,
-            full_length,
-            has_special,
-        })
+        Ok(Encoded { n_prompt, full_length, has_special })
     }
 }
 
@@ -112,9 +97,7 @@ pub fn prompt_ids(
     special_tokens: SpecialTokens,
     record: &Record,
 ) -> Result<Vec<u32>> {
-    let parts = template
-        .prompt(record)
-        .map_err(|reason| Error::invalid("prompt", reason.what).hint(reason.hint))?;
+    let parts = template.prompt(record).map_err(|reason| Error::invalid("prompt", reason.what).hint(reason.hint))?;
     let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
     tokenizer.encode_parts(&parts, special_tokens, &mut ids)?;
     Ok(ids)

@@ -35,11 +35,7 @@ impl SplitMix64 {
 /// SplitMix64. The generator starts at the first output for `seed`, plus `stream` times an odd constant.
 fn permutation(n: usize, seed: u64, stream: u64) -> Vec<u32> {
     let mut generator = SplitMix64(seed);
-    let mut generator = SplitMix64(
-        generator
-            .next()
-            .wrapping_add(stream.wrapping_mul(0xD1B5_4A32_D192_ED03)),
-    );
+    let mut generator = SplitMix64(generator.next().wrapping_add(stream.wrapping_mul(0xD1B5_4A32_D192_ED03)));
     let mut order: Vec<u32> = (0u32..).take(n).collect();
     for last in (1..n).rev() {
         order.swap(last, generator.below(last as u64 + 1) as usize);
@@ -63,17 +59,8 @@ impl EpochOrder {
     /// # Panics
     /// If there are no samples or an update takes none: a loaded data set and a resolved config never say so.
     pub fn new(n_samples: usize, global_batch: usize, shuffle: bool, seed: u64) -> Self {
-        assert!(
-            n_samples > 0 && global_batch > 0,
-            "an order of {n_samples} samples, {global_batch} an update"
-        );
-        Self {
-            n_samples,
-            global_batch,
-            shuffle,
-            seed,
-            current: None,
-        }
+        assert!(n_samples > 0 && global_batch > 0, "an order of {n_samples} samples, {global_batch} an update");
+        Self { n_samples, global_batch, shuffle, seed, current: None }
     }
 
     /// Updates an epoch: the last may have fewer samples than the others.
@@ -105,11 +92,7 @@ impl EpochOrder {
 /// at least one sample where there are two, and a share of 0 leaves validation empty.
 pub fn split(n_samples: usize, validation_fraction: f64, seed: u64) -> (Vec<u32>, Vec<u32>) {
     let wanted = (n_samples as f64 * validation_fraction).round() as usize;
-    let n_validation = if validation_fraction > 0.0 && n_samples > 1 {
-        wanted.clamp(1, n_samples - 1)
-    } else {
-        0
-    };
+    let n_validation = if validation_fraction > 0.0 && n_samples > 1 { wanted.clamp(1, n_samples - 1) } else { 0 };
     // A stream that no epoch reaches.
     let mut order = permutation(n_samples, seed, u64::MAX);
     let mut train = order.split_off(n_validation);

@@ -18,10 +18,7 @@ fn best_fit(lengths: &[usize], by_length: &[usize], max_tokens: usize) -> Vec<Ve
     let mut batches: Vec<(usize, Vec<usize>)> = Vec::new();
     for &document in by_length {
         let fits = |held: usize| held.saturating_add(lengths[document]) <= max_tokens;
-        let best = batches
-            .iter_mut()
-            .filter(|(held, _)| fits(*held))
-            .max_by_key(|(held, _)| *held);
+        let best = batches.iter_mut().filter(|(held, _)| fits(*held)).max_by_key(|(held, _)| *held);
         match best {
             Some((held, batch)) => {
                 *held += lengths[document];

@@ -23,10 +23,7 @@ pub struct Record {
 impl Record {
     /// A question by itself, as a prompt to answer.
     pub fn question(text: impl Into<String>) -> Self {
-        Self {
-            question: text.into(),
-            ..Self::default()
-        }
+        Self { question: text.into(), ..Self::default() }
     }
 }
 
@@ -42,18 +39,12 @@ pub struct Reason {
 impl Reason {
     /// A reason that says all by itself.
     pub fn new(what: impl Into<String>) -> Self {
-        Self {
-            what: what.into(),
-            hint: String::new(),
-        }
+        Self { what: what.into(), hint: String::new() }
     }
 
     /// Adds what to change.
     pub fn hint(self, hint: impl Into<String>) -> Self {
-        Self {
-            hint: hint.into(),
-            ..self
-        }
+        Self { hint: hint.into(), ..self }
     }
 }
 
@@ -72,11 +63,8 @@ struct Row {
 
 pub(super) fn parse(bytes: &[u8], line: u32) -> std::result::Result<Record, Reason> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
-        Reason::new(format!(
-            "is not valid UTF-8 (byte {} of the row)",
-            error.valid_up_to() + 1
-        ))
-        .hint("convert the file: iconv -f GB18030 -t UTF-8 (or what it is written in)")
+        Reason::new(format!("is not valid UTF-8 (byte {} of the row)", error.valid_up_to() + 1))
+            .hint("convert the file: iconv -f GB18030 -t UTF-8 (or what it is written in)")
     })?;
     if !text.trim_start().starts_with('{') {
         let found = match serde_json::from_str::<Value>(text) {
@@ -86,14 +74,9 @@ pub(super) fn parse(bytes: &[u8], line: u32) -> std::result::Result<Record, Reas
         return Err(Reason::new(format!("a row must be a JSON object, this is {found}")));
     }
     let row: Row = serde_json::from_str(text).map_err(|error| bad_json(&error, line))?;
-    match (
-        row.messages.is_some() || row.conversations.is_some(),
-        row.instruction.is_some(),
-    ) {
-        (true, true) => Err(
-            Reason::new("holds both a dialogue and an `instruction`: which one is meant?")
-                .hint("remove one of the two"),
-        ),
+    match (row.messages.is_some() || row.conversations.is_some(), row.instruction.is_some()) {
+        (true, true) => Err(Reason::new("holds both a dialogue and an `instruction`: which one is meant?")
+            .hint("remove one of the two")),
         (true, false) => dialogue(row),
         (false, true) => alpaca(row),
         (false, false) if row.input.is_some() && row.target.is_some() => Ok(Record {
@@ -110,39 +93,20 @@ fn alpaca(row: Row) -> std::result::Result<Record, Reason> {
     if row.output.is_none() {
         return Err(Reason::new("has an `instruction` but no `output`"));
     }
-    let input = row
-        .input
-        .map(|input| string(Some(input), "input"))
-        .transpose()?
-        .unwrap_or_default();
+    let input = row.input.map(|input| string(Some(input), "input")).transpose()?.unwrap_or_default();
     if !input.is_empty() {
         question.push('\n');
         question.push_str(&input);
     }
     let history = match row.history {
         None => Vec::new(),
-        Some(Value::Array(turns)) => turns
-            .into_iter()
-            .map(history_turn)
-            .collect::<std::result::Result<_, _>>()?,
+        Some(Value::Array(turns)) => turns.into_iter().map(history_turn).collect::<std::result::Result<_, _>>()?,
         Some(other) => {
-            return Err(Reason::new(format!(
-                "`history` must be a list, this is {}",
-                kind(&other)
-            )));
+            return Err(Reason::new(format!("`history` must be a list, this is {}", kind(&other))));
         }
     };
-    let system = row
-        .system
-        .map(|system| string(Some(system), "system"))
-        .transpose()?
-        .filter(|text| !text.is_empty());
-    Ok(Record {
-        system,
-        history,
-        question,
-        answer: string(row.output, "output")?,
-    })
+    let system = row.system.map(|system| string(Some(system), "system")).transpose()?.filter(|text| !text.is_empty());
+    Ok(Record { system, history, question, answer: string(row.output, "output")? })
 }
 
 fn history_turn(turn: Value) -> std::result::Result<(String, String), Reason> {
@@ -151,9 +115,7 @@ fn history_turn(turn: Value) -> std::result::Result<(String, String), Reason> {
     {
         return Ok((question, answer));
     }
-    Err(Reason::new(
-        "each turn of `history` must be a list of two strings: [question, answer]",
-    ))
+    Err(Reason::new("each turn of `history` must be a list of two strings: [question, answer]"))
 }
 
 /// Whose words a turn of a dialogue holds.
@@ -167,31 +129,21 @@ enum Role {
 fn dialogue(row: Row) -> std::result::Result<Record, Reason> {
     let (turns, name) = match (row.conversations, row.messages) {
         (Some(_), Some(_)) => {
-            return Err(
-                Reason::new("holds both `conversations` and `messages`: which one is meant?")
-                    .hint("remove one of the two"),
-            );
+            return Err(Reason::new("holds both `conversations` and `messages`: which one is meant?")
+                .hint("remove one of the two"));
         }
         (Some(turns), None) => (turns, "conversations"),
         (None, turns) => (turns.unwrap_or_default(), "messages"),
     };
     let Value::Array(turns) = turns else {
-        return Err(Reason::new(format!(
-            "`{name}` must be a list of turns, this is {}",
-            kind(&turns)
-        )));
+        return Err(Reason::new(format!("`{name}` must be a list of turns, this is {}", kind(&turns))));
     };
     let own_system = row.system.map(|system| string(Some(system), "system")).transpose()?;
-    let mut record = Record {
-        system: own_system.filter(|text| !text.is_empty()),
-        ..Record::default()
-    };
+    let mut record = Record { system: own_system.filter(|text| !text.is_empty()), ..Record::default() };
     let mut asked: Option<String> = None;
     for (number, turn) in (1..).zip(turns) {
-        let (role, text) = turn_of(turn).map_err(|reason| Reason {
-            what: format!("turn {number} of `{name}` {}", reason.what),
-            ..reason
-        })?;
+        let (role, text) = turn_of(turn)
+            .map_err(|reason| Reason { what: format!("turn {number} of `{name}` {}", reason.what), ..reason })?;
         let misplaced = |what: &str| Reason::new(format!("turn {number} of `{name}` {what}"));
         match role {
             Role::System if number > 1 => return Err(misplaced("is a system prompt, which must come first")),
@@ -203,28 +155,21 @@ fn dialogue(row: Row) -> std::result::Result<Record, Reason> {
             Role::User if asked.is_some() => return Err(misplaced("is a second user turn in a row")),
             Role::User => asked = Some(text),
             Role::Assistant => {
-                let question = asked
-                    .take()
-                    .ok_or_else(|| misplaced("is an assistant turn without a user turn before it"))?;
+                let question =
+                    asked.take().ok_or_else(|| misplaced("is an assistant turn without a user turn before it"))?;
                 record.history.push((question, text));
             }
         }
     }
     if asked.is_some() {
-        return Err(
-            Reason::new(format!("`{name}` ends with a user turn: there is no reply to learn"))
-                .hint("remove the last turn, or add the reply"),
-        );
+        return Err(Reason::new(format!("`{name}` ends with a user turn: there is no reply to learn"))
+            .hint("remove the last turn, or add the reply"));
     }
     let (question, answer) = record
         .history
         .pop()
         .ok_or_else(|| Reason::new(format!("`{name}` holds no turns of a user and an assistant")))?;
-    Ok(Record {
-        question,
-        answer,
-        ..record
-    })
+    Ok(Record { question, answer, ..record })
 }
 
 /// A turn in the words of ShareGPT (`from`, `value`) or of OpenAI (`role`, `content`).
@@ -254,10 +199,7 @@ fn turn_of(turn: Value) -> std::result::Result<(Role, String), Reason> {
 fn string(value: Option<Value>, name: &str) -> std::result::Result<String, Reason> {
     match value {
         Some(Value::String(text)) => Ok(text),
-        Some(other) => Err(Reason::new(format!(
-            "`{name}` must be a string, this is {}",
-            kind(&other)
-        ))),
+        Some(other) => Err(Reason::new(format!("`{name}` must be a string, this is {}", kind(&other)))),
         None => Err(Reason::new(format!("has no `{name}`"))),
     }
 }
@@ -273,11 +215,7 @@ fn unknown_format(row: &Row, text: &str) -> Reason {
     }
     let keys = serde_json::from_str::<serde_json::Map<String, Value>>(text).unwrap_or_default();
     let keys: Vec<String> = keys.keys().take(8).map(|key| format!("`{}`", shortened(key))).collect();
-    let found = if keys.is_empty() {
-        "it has no keys".to_owned()
-    } else {
-        format!("its keys are {}", keys.join(", "))
-    };
+    let found = if keys.is_empty() { "it has no keys".to_owned() } else { format!("its keys are {}", keys.join(", ")) };
     Reason::new(format!("is of no known format: {found}")).hint(KNOWN)
 }
 
@@ -305,11 +243,7 @@ fn kind(value: &Value) -> &'static str {
 /// The beginning of a text from a data file, fit for a message.
 fn shortened(text: &str) -> String {
     let short: String = text.chars().take(40).flat_map(char::escape_debug).collect();
-    if text.chars().nth(40).is_some() {
-        format!("{short}...")
-    } else {
-        short
-    }
+    if text.chars().nth(40).is_some() { format!("{short}...") } else { short }
 }
 
 /// A fault at a row.

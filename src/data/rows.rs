@@ -52,10 +52,8 @@ impl RowFile {
             Some(b'[') => array_rows(&bytes, start),
             Some(b'{') => (line_rows(&bytes, start), None),
             Some(_) => {
-                return Err(
-                    Reason::new("is neither a JSON array nor JSON lines (it begins with no `[` or `{`)")
-                        .hint("write one JSON object a line, or one array of objects, in UTF-8"),
-                );
+                return Err(Reason::new("is neither a JSON array nor JSON lines (it begins with no `[` or `{`)")
+                    .hint("write one JSON object a line, or one array of objects, in UTF-8"));
             }
         };
         if let Some((row, _)) = rows.first()
@@ -141,10 +139,7 @@ fn array_rows(bytes: &[u8], start: usize) -> (Vec<RowPlace>, Option<(u32, Reason
         }
         if closed {
             let reason = Reason::new("there is more after the array's closing bracket");
-            return (
-                rows,
-                Some((line, reason.hint("a data file is one array, or one object a line"))),
-            );
+            return (rows, Some((line, reason.hint("a data file is one array, or one object a line"))));
         }
         if depth == 1 && byte == b'}' {
             let reason = Reason::new("there is a `}` that closes nothing").hint("check the row before it");
@@ -173,10 +168,7 @@ fn array_rows(bytes: &[u8], start: usize) -> (Vec<RowPlace>, Option<(u32, Reason
     }
     let broken = (!closed).then(|| {
         let reason = Reason::new("the array is never closed: the file is cut off, or a quote or bracket is missing");
-        (
-            row.map_or(line, |(_, line)| line),
-            reason.hint("check this row and what follows it"),
-        )
+        (row.map_or(line, |(_, line)| line), reason.hint("check this row and what follows it"))
     });
     (rows, broken)
 }
@@ -186,14 +178,8 @@ const PYTHON: &str = "in Python: datasets.Dataset";
 fn other_kind_by_name(path: &Path) -> Option<Reason> {
     let extension = path.extension()?.to_string_lossy().to_ascii_lowercase();
     let (what, hint) = match extension.as_str() {
-        "parquet" => (
-            "a Parquet file",
-            format!("{PYTHON}.from_parquet(FILE).to_json(\"rows.jsonl\")"),
-        ),
-        "arrow" | "feather" => (
-            "an Arrow file",
-            format!("{PYTHON}.from_file(FILE).to_json(\"rows.jsonl\")"),
-        ),
+        "parquet" => ("a Parquet file", format!("{PYTHON}.from_parquet(FILE).to_json(\"rows.jsonl\")")),
+        "arrow" | "feather" => ("an Arrow file", format!("{PYTHON}.from_file(FILE).to_json(\"rows.jsonl\")")),
         "csv" | "tsv" => ("a table", format!("{PYTHON}.from_csv(FILE).to_json(\"rows.jsonl\")")),
         "xls" | "xlsx" => (
             "a spreadsheet",
@@ -201,15 +187,13 @@ fn other_kind_by_name(path: &Path) -> Option<Reason> {
                             orient=\"records\", lines=True)"
                 .to_owned(),
         ),
-        "gz" | "bz2" | "xz" | "zst" | "zip" | "7z" | "rar" | "tar" | "tgz" => (
-            "a compressed file",
-            format!("unpack it first: {}", unpacker(&extension)),
-        ),
+        "gz" | "bz2" | "xz" | "zst" | "zip" | "7z" | "rar" | "tar" | "tgz" => {
+            ("a compressed file", format!("unpack it first: {}", unpacker(&extension)))
+        }
         "pkl" | "pickle" | "pt" | "pth" | "npy" | "npz" => ("a Python object", "write it as JSON lines".to_owned()),
-        "yaml" | "yml" | "toml" | "xml" | "html" => (
-            "no JSON file",
-            "write one JSON object a line, or one array of objects".to_owned(),
-        ),
+        "yaml" | "yml" | "toml" | "xml" | "html" => {
+            ("no JSON file", "write one JSON object a line, or one array of objects".to_owned())
+        }
         "db" | "sqlite" | "sqlite3" => ("a database", "write its rows as JSON lines".to_owned()),
         _ => return None,
     };
@@ -218,36 +202,16 @@ fn other_kind_by_name(path: &Path) -> Option<Reason> {
 
 fn other_kind_by_content(bytes: &[u8]) -> Option<Reason> {
     let kinds: [(&[u8], &str, String); 10] = [
-        (
-            b"PAR1",
-            "a Parquet file",
-            format!("{PYTHON}.from_parquet(FILE).to_json(\"rows.jsonl\")"),
-        ),
-        (
-            b"ARROW1",
-            "an Arrow file",
-            format!("{PYTHON}.from_file(FILE).to_json(\"rows.jsonl\")"),
-        ),
+        (b"PAR1", "a Parquet file", format!("{PYTHON}.from_parquet(FILE).to_json(\"rows.jsonl\")")),
+        (b"ARROW1", "an Arrow file", format!("{PYTHON}.from_file(FILE).to_json(\"rows.jsonl\")")),
         (b"\x1f\x8b", "a gzip file", "unpack it first: gunzip".to_owned()),
         (b"PK\x03\x04", "a zip file", "unpack it first: unzip".to_owned()),
         (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it first: unzstd".to_owned()),
         (b"\xfd7zXZ", "an xz file", "unpack it first: unxz".to_owned()),
         (b"BZh", "a bzip2 file", "unpack it first: bunzip2".to_owned()),
-        (
-            b"\xff\xfe",
-            "written in UTF-16",
-            "convert it: iconv -f UTF-16 -t UTF-8".to_owned(),
-        ),
-        (
-            b"\xfe\xff",
-            "written in UTF-16",
-            "convert it: iconv -f UTF-16 -t UTF-8".to_owned(),
-        ),
-        (
-            b"version https://git-lfs",
-            "only a pointer of git-lfs",
-            "fetch the file itself: git lfs pull".to_owned(),
-        ),
+        (b"\xff\xfe", "written in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8".to_owned()),
+        (b"\xfe\xff", "written in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8".to_owned()),
+        (b"version https://git-lfs", "only a pointer of git-lfs", "fetch the file itself: git lfs pull".to_owned()),
     ];
     let (_, what, hint) = kinds.into_iter().find(|(magic, ..)| bytes.starts_with(magic))?;
     Some(not_json(what, hint))

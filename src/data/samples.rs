@@ -76,13 +76,7 @@ pub(super) fn load(
 
 /// The key of everything that the encoded samples depend on.
 fn key(encoder: &Encoder<'_>, file_sums: &[u128]) -> u128 {
-    let Encoder {
-        tokenizer,
-        template,
-        special_tokens,
-        max_length,
-        truncation,
-    } = encoder;
+    let Encoder { tokenizer, template, special_tokens, max_length, truncation } = encoder;
     let said = serde_json::json!([template, special_tokens, max_length, truncation, file_sums.len()]).to_string();
     let mut hasher = Xxh3::new();
     hasher.update(&cache::VERSION.to_le_bytes());
@@ -118,11 +112,7 @@ fn build(spec: &DataSpec, encoder: &Encoder<'_>, cache_folder: Option<&Path>) ->
             Err(error) => return Err(error),
         }
     }
-    let Builder {
-        mut table,
-        ids,
-        summary,
-    } = builder;
+    let Builder { mut table, ids, summary } = builder;
     table.ids = Ids::Memory(ids);
     refuse(spec, &summary, faults)?;
     table.summary = serde_json::to_string(&summary).expect("strings and numbers make JSON");
@@ -189,13 +179,7 @@ impl Builder {
         let summary = &mut self.summary;
         summary.dropped += chunk.too_long.len();
         let room = N_NAMED - summary.too_long.len();
-        summary.too_long.extend(
-            chunk
-                .too_long
-                .into_iter()
-                .take(room)
-                .map(|(line, tokens)| (file, line, tokens)),
-        );
+        summary.too_long.extend(chunk.too_long.into_iter().take(room).map(|(line, tokens)| (file, line, tokens)));
         summary.cut += chunk.cut;
         summary.with_special += chunk.with_special;
     }
@@ -203,12 +187,7 @@ impl Builder {
     fn add_bad(&mut self, file: u32, line: u32, reason: Reason) {
         self.summary.bad_rows += 1;
         if self.summary.bad.len() < N_NAMED {
-            self.summary.bad.push(Bad {
-                file,
-                line,
-                what: reason.what,
-                hint: reason.hint,
-            });
+            self.summary.bad.push(Bad { file, line, what: reason.what, hint: reason.hint });
         }
     }
 }
@@ -217,19 +196,16 @@ fn encode_rows(rows: &RowFile, range: Range<usize>, encoder: &Encoder<'_>) -> Re
     let mut chunk = Chunk::default();
     for row in range {
         let (line, start) = (rows.line(row), chunk.ids.len());
-        let encoded = match rows
-            .record(row)
-            .map_err(Failure::Row)
-            .and_then(|record| encoder.encode(&record, &mut chunk.ids))
-        {
-            Ok(encoded) => encoded,
-            Err(Failure::Row(reason)) => {
-                chunk.ids.truncate(start);
-                chunk.bad.push((line, reason));
-                continue;
-            }
-            Err(Failure::Other(error)) => return Err(error),
-        };
+        let encoded =
+            match rows.record(row).map_err(Failure::Row).and_then(|record| encoder.encode(&record, &mut chunk.ids)) {
+                Ok(encoded) => encoded,
+                Err(Failure::Row(reason)) => {
+                    chunk.ids.truncate(start);
+                    chunk.bad.push((line, reason));
+                    continue;
+                }
+                Err(Failure::Other(error)) => return Err(error),
+            };
         let too_long = encoded.full_length > encoder.max_length;
         if too_long && encoder.truncation != Truncation::Cut {
             chunk.too_long.push((line, encoded.full_length));
@@ -237,9 +213,7 @@ fn encode_rows(rows: &RowFile, range: Range<usize>, encoder: &Encoder<'_>) -> Re
         }
         chunk.cut += usize::from(too_long);
         chunk.with_special += usize::from(encoded.has_special);
-        chunk
-            .samples
-            .push(((chunk.ids.len() - start) as u32, encoded.n_prompt, line));
+        chunk.samples.push(((chunk.ids.len() - start) as u32, encoded.n_prompt, line));
     }
     Ok(chunk)
 }
@@ -260,17 +234,13 @@ fn refuse(spec: &DataSpec, summary: &Summary, mut faults: Vec<Fault>) -> Result<
             "{} of {} rows are bad{}; {} may be",
             summary.bad_rows,
             summary.rows,
-            if summary.bad_rows > summary.bad.len() {
-                ", the first of them listed above"
-            } else {
-                ""
-            },
+            if summary.bad_rows > summary.bad.len() { ", the first of them listed above" } else { "" },
             spec.max_bad_rows
         );
-        faults.push(Fault::new("data.max_bad_rows", what).hint(format!(
-            "mend the rows, or set data.max_bad_rows = {} to pass them over",
-            summary.bad_rows
-        )));
+        faults.push(
+            Fault::new("data.max_bad_rows", what)
+                .hint(format!("mend the rows, or set data.max_bad_rows = {} to pass them over", summary.bad_rows)),
+        );
     }
     if spec.truncation == Truncation::Error && summary.dropped > 0 {
         for &(file, line, tokens) in &summary.too_long {
@@ -278,18 +248,11 @@ fn refuse(spec: &DataSpec, summary: &Summary, mut faults: Vec<Fault>) -> Result<
             faults.push(Fault::new(place(&spec.files[file as usize], line), what));
         }
         faults.push(
-            Fault::new(
-                "data.max_length",
-                format!("{} of {} samples are longer", summary.dropped, summary.rows),
-            )
-            .hint("raise data.max_length, or set data.truncation to \"drop\" or \"cut\""),
+            Fault::new("data.max_length", format!("{} of {} samples are longer", summary.dropped, summary.rows))
+                .hint("raise data.max_length, or set data.truncation to \"drop\" or \"cut\""),
         );
     }
-    if faults.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Invalid(faults))
-    }
+    if faults.is_empty() { Ok(()) } else { Err(Error::Invalid(faults)) }
 }
 
 fn nothing_left(spec: &DataSpec, summary: &Summary) -> Error {

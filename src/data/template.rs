@@ -127,10 +127,7 @@ impl Template {
             )
         })?;
         if toml.stop.iter().any(String::is_empty) {
-            return Err(Error::invalid(
-                &place,
-                "`stop` holds an empty string: generation would stop at once",
-            ));
+            return Err(Error::invalid(&place, "`stop` holds an empty string: generation would stop at once"));
         }
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Self {
@@ -151,19 +148,9 @@ impl Template {
     /// Where the record has a system prompt and the template no place for it.
     pub fn prompt<'a>(&'a self, record: &'a Record) -> std::result::Result<Vec<Part<'a>>, Reason> {
         let mut parts = Vec::with_capacity(5 + 6 * record.history.len());
-        let own = |text: &'a String| Part {
-            text,
-            of_template: true,
-        };
+        let own = |text: &'a String| Part { text, of_template: true };
         let mut around = |strings: &'a Around, text: &'a String| {
-            parts.extend([
-                own(&strings[0]),
-                Part {
-                    text,
-                    of_template: false,
-                },
-                own(&strings[1]),
-            ]);
+            parts.extend([own(&strings[0]), Part { text, of_template: false }, own(&strings[1])]);
         };
         match (&record.system, &self.system) {
             (Some(system), Some(strings)) => around(strings, system),
@@ -180,14 +167,7 @@ impl Template {
             around(&self.user, question);
             around(&self.reply, answer);
         }
-        around(
-            if record.history.is_empty() {
-                &self.only_user
-            } else {
-                &self.user
-            },
-            &record.question,
-        );
+        around(if record.history.is_empty() { &self.only_user } else { &self.user }, &record.question);
         parts.insert(0, own(&self.start));
         parts.push(own(&self.end));
         Ok(parts)
@@ -221,11 +201,8 @@ impl TemplateFile {
 
     /// Binds a template to the tokenizer it is used with.
     pub fn new(template: &Template, tokenizer: &Tokenizer, special_tokens: SpecialTokens) -> Self {
-        let ids: BTreeMap<String, u32> = tokenizer
-            .special_tokens()
-            .iter()
-            .map(|(&id, token)| (token.clone(), id))
-            .collect();
+        let ids: BTreeMap<String, u32> =
+            tokenizer.special_tokens().iter().map(|(&id, token)| (token.clone(), id)).collect();
         let mut stop_token_ids = vec![tokenizer.eos()];
         stop_token_ids.extend(template.stop.iter().filter_map(|text| ids.get(text)));
         stop_token_ids.sort_unstable();

@@ -1,6 +1,7 @@
 //! Tokenizers: SentencePiece models against values that Python's sentencepiece gave, special tokens, tokenizer.json, and
 //! what is refused.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use bellora::data::tokenizer::Part;
@@ -13,43 +14,14 @@ use serde_json::{Value, json};
 /// where asked for, the 256 byte pieces.
 pub(crate) fn tiny_model(byte_fallback: bool) -> ModelProto {
     let mut pieces = vec![("<unk>", 0.0, PieceKind::Unknown), ("<s>", 0.0, PieceKind::Control)];
-    pieces.extend([
-        ("</s>", 0.0, PieceKind::Control),
-        ("<sep>", 0.0, PieceKind::UserDefined),
-    ]);
-    let normal = [
-        ("ab", 0.0),
-        ("bc", 0.0),
-        ("ca", 0.0),
-        ("aa", 0.0),
-        ("abc", -1.0),
-        ("▁a", -2.0),
-        ("你好", -3.0),
-    ];
-    let more = [
-        ("▁▁", -4.0),
-        ("▁ab", -0.5),
-        ("aaaa", -1.0),
-        ("caab", -1.0),
-        ("好好", 0.0),
-        ("▁你好", -3.5),
-    ];
-    let letters = [
-        ("▁", -9.0),
-        ("a", -9.0),
-        ("b", -9.0),
-        ("c", -9.0),
-        ("好", -9.0),
-        ("x", -9.0),
-        ("\n", -9.0),
-    ];
+    pieces.extend([("</s>", 0.0, PieceKind::Control), ("<sep>", 0.0, PieceKind::UserDefined)]);
+    let normal = [("ab", 0.0), ("bc", 0.0), ("ca", 0.0), ("aa", 0.0), ("abc", -1.0), ("▁a", -2.0), ("你好", -3.0)];
+    let more = [("▁▁", -4.0), ("▁ab", -0.5), ("aaaa", -1.0), ("caab", -1.0), ("好好", 0.0), ("▁你好", -3.5)];
+    let letters = [("▁", -9.0), ("a", -9.0), ("b", -9.0), ("c", -9.0), ("好", -9.0), ("x", -9.0), ("\n", -9.0)];
     for list in [&normal[..], &more[..], &letters[..]] {
         pieces.extend(list.iter().map(|&(text, score)| (text, score, PieceKind::Normal)));
     }
-    let mut pieces: Vec<_> = pieces
-        .into_iter()
-        .map(|(text, score, kind)| (text.to_owned(), score, kind))
-        .collect();
+    let mut pieces: Vec<_> = pieces.into_iter().map(|(text, score, kind)| (text.to_owned(), score, kind)).collect();
     if byte_fallback {
         pieces.extend((0..=255).map(|byte| (format!("<0x{byte:02X}>"), 0.0, PieceKind::Byte)));
     }
@@ -98,10 +70,7 @@ pub(crate) fn tiny() -> Tokenizer {
 fn refusal(result: bellora::error::Result<Tokenizer>) -> String {
     let error = result.err().expect("this must be refused");
     assert_eq!(error.exit_code(), 2, "{error}");
-    assert!(
-        error.faults().iter().all(|fault| !fault.hint.is_empty()),
-        "no hint: {error}"
-    );
+    assert!(error.faults().iter().all(|fault| !fault.hint.is_empty()), "no hint: {error}");
     error.to_string()
 }
 
@@ -147,31 +116,22 @@ const PYTHON: &[(&str, &[u32], &[u32])] = &[
 fn sentencepiece_ids_are_those_of_sentencepiece() {
     let (bytes, unknown) = (tiny(), open_with(&tiny_model(false), &[]).unwrap());
     for (text, with_bytes, without) in PYTHON {
-        assert_eq!(
-            bytes.encode(text, SpecialTokens::Text).unwrap(),
-            *with_bytes,
-            "{text:?}"
-        );
-        assert_eq!(
-            unknown.encode(text, SpecialTokens::Text).unwrap(),
-            *without,
-            "{text:?} without byte pieces"
-        );
+        assert_eq!(bytes.encode(text, SpecialTokens::Text).unwrap(), *with_bytes, "{text:?}");
+        assert_eq!(unknown.encode(text, SpecialTokens::Text).unwrap(), *without, "{text:?} without byte pieces");
     }
 }
 
 /// The rule itself, slowly: of all neighbours whose text is a piece merge the pair of the highest score, leftmost first.
 fn merge_by_the_rule(model: &ModelProto, text: &str) -> Vec<u32> {
-    let find = |text: &str| {
-        let same = |piece: &PieceProto| piece.piece() == text && piece.r#type() == PieceKind::Normal;
-        model.pieces.iter().position(same)
-    };
+    let normal = (0..).zip(&model.pieces).filter(|(_, piece)| piece.r#type() == PieceKind::Normal);
+    let ids: HashMap<&str, u32> = normal.map(|(id, piece)| (piece.piece(), id)).collect();
+    let find = |text: &str| ids.get(text).copied();
     let mut symbols: Vec<String> = format!("▁{text}").chars().map(|letter| letter.to_string()).collect();
     loop {
         let mut best: Option<(f32, usize)> = None;
         for at in 1..symbols.len() {
             if let Some(id) = find(&format!("{}{}", symbols[at - 1], symbols[at])) {
-                let score = model.pieces[id].score();
+                let score = model.pieces[id as usize].score();
                 if best.is_none_or(|(highest, _)| score > highest) {
                     best = Some((score, at));
                 }
@@ -181,28 +141,35 @@ fn merge_by_the_rule(model: &ModelProto, text: &str) -> Vec<u32> {
         let right = symbols.remove(at);
         symbols[at - 1].push_str(&right);
     }
-    symbols
-        .iter()
-        .map(|symbol| find(symbol).expect("letters of this test are pieces") as u32)
-        .collect()
+    symbols.iter().map(|symbol| find(symbol).expect("letters of this test are pieces")).collect()
 }
 
 #[test]
 fn long_and_short_segments_merge_by_the_same_rule() {
-    let (model, tokenizer) = (tiny_model(true), tiny());
+    // Every string of up to four letters `a` and `b` is a piece, with few different scores: no place to split a text at.
+    let mut model = tiny_model(true);
+    let mut strings = vec![String::new()];
+    for length in 1..=4 {
+        let longer = strings.iter().filter(|text| text.len() + 1 == length);
+        let longer: Vec<String> = longer.flat_map(|text| [format!("{text}a"), format!("{text}b")]).collect();
+        strings.extend(longer);
+    }
+    let known: Vec<String> = model.pieces.iter().map(|piece| piece.piece().to_owned()).collect();
+    let new = strings.iter().filter(|text| !text.is_empty() && !known.contains(text));
+    model.pieces.extend((0u8..).zip(new).map(|(at, text)| PieceProto {
+        piece: Some(text.clone()),
+        score: Some(-f32::from(at * 7 % 5)),
+        r#type: Some(PieceKind::Normal as i32),
+    }));
+    let tokenizer = open_with(&model, &[]).unwrap();
+
     let mut state = 7u32;
     let mut letter = |letters: &[char]| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         letters[(state >> 24) as usize % letters.len()]
     };
     for n in (1..40).chain([63, 64, 65, 66, 130, 300]) {
-        for letters in [
-            &['a', 'b', 'c'][..],
-            &['a', '▁'],
-            &['a'],
-            &['好', 'a'],
-            &['a', 'b', 'x', '\n'],
-        ] {
+        for letters in [&['a', 'b'][..], &['a', 'b', 'c'], &['a', '▁'], &['a'], &['好', 'a', 'x', '\n']] {
             let text: String = (0..n).map(|_| letter(letters)).collect();
             let ids = tokenizer.encode(&text, SpecialTokens::Text).unwrap();
             assert_eq!(ids, merge_by_the_rule(&model, &text), "{text:?}");
@@ -212,29 +179,25 @@ fn long_and_short_segments_merge_by_the_same_rule() {
 
 #[test]
 fn special_tokens_split_a_text_and_each_stretch_begins_anew() {
-    let tokenizer = open_with(
-        &tiny_model(true),
-        &[("tokenizer_config.json", json!({"pad_token": "[PAD]"}))],
-    )
-    .unwrap();
+    let tokenizer = open_with(&tiny_model(true), &[("tokenizer_config.json", json!({"pad_token": "[PAD]"}))]).unwrap();
     let n_pieces = tiny_model(true).pieces.len() as u32;
     let pad = n_pieces;
     assert_eq!((tokenizer.vocab_size(), tokenizer.pad()), (pad as usize + 1, Some(pad)));
     assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1), 2));
     let encode = |text, mode| tokenizer.encode(text, mode).unwrap();
     let stretch = |text| encode(text, SpecialTokens::Text);
-    let expected = [
-        stretch("ab "),
-        vec![2],
-        stretch(" ab"),
-        vec![1, pad],
-        stretch("a"),
-        vec![0],
-    ]
-    .concat();
+    let expected = [stretch("ab "), vec![2], stretch(" ab"), vec![1, pad], stretch("a"), vec![0]].concat();
     assert_eq!(encode("ab </s> ab<s>[PAD]a<unk>", SpecialTokens::Special), expected);
     assert!(!stretch("ab</s>").contains(&2), "as text, nothing is special");
     assert!(tokenizer.has_special("a</s>") && !tokenizer.has_special("a</s >"));
+
+    // A piece named [PAD] is special whatever its type.
+    let mut model = tiny_model(true);
+    model.pieces[5].piece = Some("[PAD]".into());
+    let with_piece = open_with(&model, &[]).unwrap();
+    assert_eq!((with_piece.pad(), with_piece.vocab_size()), (Some(5), n_pieces as usize));
+    let begins = with_piece.encode("[PAD]a", SpecialTokens::Special).unwrap();
+    assert_eq!(begins, [vec![5], stretch("a")].concat());
 
     // The template's own special tokens are special even where the sample's are text.
     let parts = [("ab</s>", true), ("a</s>", false), ("b", true)];
@@ -243,25 +206,12 @@ fn special_tokens_split_a_text_and_each_stretch_begins_anew() {
     tokenizer.encode_parts(&parts, SpecialTokens::Text, &mut ids).unwrap();
     assert_eq!(ids, [stretch("ab"), vec![2], stretch("a</s>b")].concat());
     ids.clear();
-    tokenizer
-        .encode_parts(&parts, SpecialTokens::Special, &mut ids)
-        .unwrap();
-    assert_eq!(
-        ids,
-        [stretch("ab"), vec![2], stretch("a"), vec![2], stretch("b")].concat()
-    );
+    tokenizer.encode_parts(&parts, SpecialTokens::Special, &mut ids).unwrap();
+    assert_eq!(ids, [stretch("ab"), vec![2], stretch("a"), vec![2], stretch("b")].concat());
 
-    assert_eq!(
-        tokenizer.decode(&expected).unwrap(),
-        "ab   ab a",
-        "each stretch but the first keeps its prefix"
-    );
+    assert_eq!(tokenizer.decode(&expected).unwrap(), "ab   ab a", "each stretch but the first keeps its prefix");
     assert_eq!(tokenizer.show(&[1, pad, 2]).unwrap(), "<s>[PAD]</s>");
-    assert_eq!(
-        tokenizer.decode(&[pad + 99]).unwrap(),
-        "",
-        "an id past the vocabulary has no text"
-    );
+    assert_eq!(tokenizer.decode(&[pad + 99]).unwrap(), "", "an id past the vocabulary has no text");
 }
 
 #[test]
@@ -279,11 +229,7 @@ fn added_tokens_of_every_file_count_in_the_vocabulary() {
     let map =
         json!({"additional_special_tokens": ["<|x|>", "<|im_start|>", "<|x|>>"], "pad_token": {"content": "<pad>"}});
     let added = json!({"<|im_start|>": n, "<tool>": n + 4});
-    let files = [
-        ("tokenizer_config.json", config),
-        ("special_tokens_map.json", map),
-        ("added_tokens.json", added),
-    ];
+    let files = [("tokenizer_config.json", config), ("special_tokens_map.json", map), ("added_tokens.json", added)];
     let tokenizer = open_with(&model, &files).unwrap();
     // New names take the ids past the highest numbered one: eos, then pad, then the additional ones.
     assert_eq!(tokenizer.eos(), n + 5);
@@ -291,24 +237,14 @@ fn added_tokens_of_every_file_count_in_the_vocabulary() {
     assert_eq!(tokenizer.token(n + 7).as_deref(), Some("<|x|>"));
     assert_eq!((tokenizer.vocab_size(), tokenizer.bos()), (n as usize + 9, None));
     let ids = tokenizer.encode("<|im_start|> \na", SpecialTokens::Special).unwrap();
-    assert_eq!(
-        ids,
-        [vec![n], tokenizer.encode("a", SpecialTokens::Text).unwrap()].concat(),
-        "it swallows white space"
-    );
+    assert_eq!(ids, [vec![n], tokenizer.encode("a", SpecialTokens::Text).unwrap()].concat(), "it swallows white space");
     assert!(
-        tokenizer
-            .encode("aBelloraa", SpecialTokens::Text)
-            .unwrap()
-            .contains(&(n + 1)),
+        tokenizer.encode("aBelloraa", SpecialTokens::Text).unwrap().contains(&(n + 1)),
         "not special: always found"
     );
-    assert!(
-        !tokenizer
-            .encode("<tool>", SpecialTokens::Text)
-            .unwrap()
-            .contains(&(n + 4))
-    );
+    let overlapping = tokenizer.encode("<|x|>><|x|>", SpecialTokens::Special).unwrap();
+    assert_eq!(overlapping, [n + 8, n + 7], "the longest first");
+    assert!(!tokenizer.encode("<tool>", SpecialTokens::Text).unwrap().contains(&(n + 4)));
 
     let conflict = json!({"added_tokens_decoder": {"5": {"content": "<new>"}}});
     assert!(refusal(open_with(&model, &[("tokenizer_config.json", conflict)])).contains("`bc` as 5"));
@@ -318,10 +254,7 @@ fn added_tokens_of_every_file_count_in_the_vocabulary() {
 
 #[test]
 fn a_bare_model_file_opens_again_the_same_from_the_files_it_gives() {
-    let folder = folder(&[
-        ("any.model", &tiny_model(true).encode_to_vec()),
-        ("tokenizer_config.json", b"{not read}"),
-    ]);
+    let folder = folder(&[("any.model", &tiny_model(true).encode_to_vec()), ("tokenizer_config.json", b"{not read}")]);
     let bare = Tokenizer::open(&folder.path().join("any.model")).unwrap();
     let copy = tempfile::tempdir().unwrap();
     for file in bare.files() {
@@ -329,16 +262,9 @@ fn a_bare_model_file_opens_again_the_same_from_the_files_it_gives() {
     }
     let again = Tokenizer::open(copy.path()).unwrap();
     assert_eq!(again.fingerprint(), bare.fingerprint());
-    assert_eq!(
-        (again.bos(), again.eos(), again.vocab_size()),
-        (bare.bos(), bare.eos(), bare.vocab_size())
-    );
-    let other = open_with(
-        &tiny_model(true),
-        &[("tokenizer_config.json", json!({"pad_token": "[PAD]"}))],
-    )
-    .unwrap();
-    assert_ne!(other.fingerprint(), bare.fingerprint());
+    assert_eq!((again.bos(), again.eos(), again.vocab_size()), (bare.bos(), bare.eos(), bare.vocab_size()));
+    let padded = |pad| open_with(&tiny_model(true), &[("tokenizer_config.json", json!({"pad_token": pad}))]).unwrap();
+    assert_ne!(padded("<a>").fingerprint(), padded("<b>").fingerprint());
 }
 
 #[test]
@@ -351,18 +277,12 @@ fn streaming_gives_whole_characters_and_the_same_text() {
         let pushed: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
         let streamed = pushed.concat() + &stream.finish().unwrap();
         assert_eq!(streamed, text);
-        assert!(
-            text.contains('\u{fffd}') || pushed.iter().all(|part| !part.contains('\u{fffd}')),
-            "{pushed:?}"
-        );
+        assert!(text.contains('\u{fffd}') || pushed.iter().all(|part| !part.contains('\u{fffd}')), "{pushed:?}");
     }
     // A character cut off: it appears at the end, each of its bytes as one U+FFFD.
     let ids = tokenizer.encode("é", SpecialTokens::Text).unwrap();
     let mut stream = tokenizer.decode_stream();
-    assert_eq!(
-        ids[..2].iter().map(|&id| stream.push(id).unwrap()).collect::<String>(),
-        ""
-    );
+    assert_eq!(ids[..2].iter().map(|&id| stream.push(id).unwrap()).collect::<String>(), "");
     assert_eq!(stream.finish().unwrap(), "\u{fffd}");
 }
 
@@ -380,43 +300,16 @@ fn models_that_would_not_come_out_exactly_are_refused_by_name() {
     for (message, expected) in [
         (trainer(&|spec| spec.model_type = Some(1)), "Unigram"),
         (trainer(&|spec| spec.model_type = None), "Unigram"),
-        (
-            trainer(&|spec| spec.treat_whitespace_as_suffix = Some(true)),
-            "treat_whitespace_as_suffix",
-        ),
+        (trainer(&|spec| spec.treat_whitespace_as_suffix = Some(true)), "treat_whitespace_as_suffix"),
         (trainer(&|spec| spec.byte_fallback = Some(false)), "no byte piece"),
-        (
-            normalizer(&|spec| spec.precompiled_charsmap = Some(vec![1])),
-            "normalises texts (`identity`)",
-        ),
-        (
-            normalizer(&|spec| spec.remove_extra_whitespaces = None),
-            "remove_extra_whitespaces",
-        ),
-        (
-            normalizer(&|spec| spec.escape_whitespaces = Some(false)),
-            "escape_whitespaces",
-        ),
-        (
-            piece(5, &|piece| piece.r#type = Some(PieceKind::Unused as i32)),
-            "piece 5 `bc`",
-        ),
-        (
-            piece(5, &|piece| piece.piece = Some("ab".into())),
-            "piece 5 `ab` stands twice",
-        ),
-        (
-            piece(5, &|piece| piece.score = Some(f32::NAN)),
-            "piece 5 has no text or no score",
-        ),
-        (
-            piece(0, &|piece| piece.r#type = Some(PieceKind::Control as i32)),
-            "no unknown piece",
-        ),
-        (
-            piece(2, &|piece| piece.piece = Some("</z>".into())),
-            "no token that ends a text",
-        ),
+        (normalizer(&|spec| spec.precompiled_charsmap = Some(vec![1])), "normalises texts (`identity`)"),
+        (normalizer(&|spec| spec.remove_extra_whitespaces = None), "remove_extra_whitespaces"),
+        (normalizer(&|spec| spec.escape_whitespaces = Some(false)), "escape_whitespaces"),
+        (piece(5, &|piece| piece.r#type = Some(PieceKind::Unused as i32)), "piece 5 `bc`"),
+        (piece(5, &|piece| piece.piece = Some("ab".into())), "piece 5 `ab` stands twice"),
+        (piece(5, &|piece| piece.score = Some(f32::NAN)), "piece 5 has no text or no score"),
+        (piece(0, &|piece| piece.r#type = Some(PieceKind::Control as i32)), "no unknown piece"),
+        (piece(2, &|piece| piece.piece = Some("</z>".into())), "no token that ends a text"),
         (changed(&|model| drop(model.pieces.pop())), "not all 256 byte pieces"),
     ] {
         assert!(message.contains(expected), "{message} (expected: {expected})");
@@ -427,17 +320,10 @@ fn models_that_would_not_come_out_exactly_are_refused_by_name() {
     assert!(refusal(Tokenizer::open(tiktoken.path())).contains("not a SentencePiece model"));
     assert!(refusal(Tokenizer::open(folder(&[("vocab.json", b"{}")]).path())).contains("holds neither"));
     assert!(refusal(Tokenizer::open(Path::new("meta-llama/Llama-2-7b-hf"))).contains("does not exist"));
-    let files: &[(&str, &[u8])] = &[
-        ("tokenizer.model", &tiny_model(true).encode_to_vec()),
-        ("tokenizer_config.json", b"[]"),
-    ];
+    let files: &[(&str, &[u8])] =
+        &[("tokenizer.model", &tiny_model(true).encode_to_vec()), ("tokenizer_config.json", b"[]")];
     let error = Tokenizer::open(folder(files).path()).err().unwrap();
-    assert!(
-        error
-            .to_string()
-            .contains("tokenizer_config.json: is not a JSON object"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("tokenizer_config.json: is not a JSON object"), "{error}");
 }
 
 /// A byte-level BPE as Llama 3 and GPT-2 have it, with settings that must not matter.
@@ -472,10 +358,7 @@ fn a_tokenizer_json_is_read_with_the_files_beside_it() {
         Tokenizer::open(&folder.path().join("tokenizer.json"))
     };
     let tokenizer = open(&tiny_json(begin.clone()), json!({"pad_token": "[PAD]"})).unwrap();
-    assert_eq!(
-        (tokenizer.bos(), tokenizer.eos(), tokenizer.pad()),
-        (Some(16), 17, Some(18))
-    );
+    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.pad()), (Some(16), 17, Some(18)));
     assert_eq!(tokenizer.vocab_size(), 19);
     let encode = |text, mode| tokenizer.encode(text, mode).unwrap();
     assert_eq!(encode("aab<|endoftext|> a", SpecialTokens::Special), [0, 2, 17, 3, 0]);
@@ -486,11 +369,7 @@ fn a_tokenizer_json_is_read_with_the_files_beside_it() {
     let streamed: Vec<String> = [0, 6, 7].iter().map(|&id| stream.push(id).unwrap()).collect();
     assert_eq!(streamed, ["a", "", "é"]);
 
-    let no_bos = open(
-        &tiny_json(begin.clone()),
-        json!({"add_bos_token": false, "eos_token": "<|begin|>"}),
-    )
-    .unwrap();
+    let no_bos = open(&tiny_json(begin.clone()), json!({"add_bos_token": false, "eos_token": "<|begin|>"})).unwrap();
     assert_eq!((no_bos.bos(), no_bos.eos()), (None, 16));
     assert_eq!(open(&tiny_json(Value::Null), json!({})).unwrap().bos(), None);
 
@@ -536,10 +415,7 @@ fn n_differing(rows: &Path, tokenizer: &Tokenizer, template: &Template, max_leng
     let dataset = Dataset::load(&spec, tokenizer, template, None).unwrap();
     let mut dump = Vec::new();
     dataset.write_dump(&mut dump).unwrap();
-    let got: Vec<Value> = dump
-        .split(|&b| b == b'\n')
-        .filter_map(|line| serde_json::from_slice(line).ok())
-        .collect();
+    let got: Vec<Value> = dump.split(|&b| b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
     assert_eq!(got.len(), wanted.len());
     let differs = |(got, wanted): &(&Value, &&Value)| json!([got["input_ids"], got["labels"]]) != ***wanted;
     got.iter().zip(wanted).filter(differs).count()
@@ -550,23 +426,14 @@ fn real_rows_are_tokenised_as_by_the_trainers_they_come_from() {
     let Some(shared) = reference_rows() else { return };
     let tokenizer = Tokenizer::open(&shared.join("data/tokenizers/chinese_alpaca.model")).unwrap();
     assert_eq!(tokenizer.vocab_size(), 49_954);
-    let (golden, samples) = (
-        json_lines(&shared.join("oracle/tokens/golden.jsonl")),
-        "oracle/tokens/samples.jsonl",
-    );
+    let (golden, samples) = (json_lines(&shared.join("oracle/tokens/golden.jsonl")), "oracle/tokens/samples.jsonl");
     let templates = [("card", Template::alpaca()), ("framework", Template::chinese_alpaca())];
     for (name, template) in &templates {
         let wanted: Vec<&Value> = golden.iter().map(|row| &row[*name]).collect();
-        assert_eq!(
-            n_differing(&shared.join(samples), &tokenizer, template, 512, &wanted),
-            0,
-            "{name}"
-        );
+        assert_eq!(n_differing(&shared.join(samples), &tokenizer, template, 512, &wanted), 0, "{name}");
     }
     for row in json_lines(&shared.join("oracle/tokens/edge.jsonl")) {
-        let ids = tokenizer
-            .encode(row["text"].as_str().unwrap(), SpecialTokens::Special)
-            .unwrap();
+        let ids = tokenizer.encode(row["text"].as_str().unwrap(), SpecialTokens::Special).unwrap();
         assert_eq!(json!(ids), row["ids_nobos"], "{}", row["text"]);
         assert_eq!(json!([vec![1], ids].concat()), row["ids"], "{}", row["text"]);
     }
@@ -583,16 +450,9 @@ fn real_rows_are_tokenised_as_by_the_trainers_they_come_from() {
             };
             let wanted: Vec<&Value> = wanted.iter().collect();
             let rows = case.join("data/train.jsonl");
-            assert_eq!(
-                n_differing(&rows, &tokenizer, template, max_length, &wanted),
-                0,
-                "{case:?} {name}"
-            );
+            assert_eq!(n_differing(&rows, &tokenizer, template, max_length, &wanted), 0, "{case:?} {name}");
             n_cases += 1;
         }
     }
-    println!(
-        "{} real rows, 34 edge strings and {n_cases} cases agree",
-        2 * golden.len()
-    );
+    eprintln!("{} real rows, 34 edge strings and {n_cases} cases agree", 2 * golden.len());
 }

@@ -29,35 +29,28 @@ impl HfTokenizer {
     /// disagrees with the files beside it about an id.
     pub(super) fn new(bytes: &[u8], declared: &Declared, place: &str) -> Result<Self> {
         let invalid = |what: String| Error::invalid(place, what);
-        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| {
-            invalid(format!("is not a tokenizer.json: {error}")).hint("the file is damaged or of an unknown version")
-        })?;
-        let json: Value = serde_json::from_slice(bytes).unwrap_or_default();
-        if json
-            .pointer("/model/dropout")
-            .and_then(Value::as_f64)
-            .is_some_and(|dropout| dropout > 0.0)
-        {
-            return Err(
-                invalid("has dropout in its model: texts would be encoded at random".into())
-                    .hint("set model.dropout to null in the file"),
-            );
+        let damaged = |what: &dyn std::fmt::Display| {
+            invalid(format!("is not a tokenizer.json: {what}")).hint("the file is damaged or of an unknown version")
+        };
+        let json: Value = serde_json::from_slice(bytes).map_err(|error| damaged(&error))?;
+        // `tokenizers` 0.23 panics on some files that say what it does not expect.
+        let mut tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(bytes))
+            .map_err(|_| damaged(&"the tokenizers library cannot read it"))?
+            .map_err(|error| damaged(&error))?;
+        if json.pointer("/model/dropout").and_then(Value::as_f64).is_some_and(|dropout| dropout > 0.0) {
+            return Err(invalid("has dropout in its model: texts would be encoded at random".into())
+                .hint("set model.dropout to null in the file"));
         }
         for token in json["added_tokens"].as_array().into_iter().flatten() {
             let (text, id) = (token["content"].as_str().unwrap_or_default(), token["id"].as_u64());
             let given = tokenizer.token_to_id(text).map(u64::from);
             if given != id {
-                let what = format!(
-                    "numbers `{text}` as {}, which leaves holes in its vocabulary",
-                    token["id"]
-                );
+                let what = format!("numbers `{text}` as {}, which leaves holes in its vocabulary", token["id"]);
                 return Err(invalid(what).hint("number the added tokens without holes after the model's vocabulary"));
             }
         }
         // A file may keep settings of a pipeline that cut or padded; here samples are cut by data.truncation alone.
-        tokenizer
-            .with_truncation(None)
-            .map_err(|error| invalid(error.to_string()))?;
+        tokenizer.with_truncation(None).map_err(|error| invalid(error.to_string()))?;
         tokenizer.with_padding(None);
 
         for token in &declared.added {
@@ -73,21 +66,13 @@ impl HfTokenizer {
             if let (Some(declared), Some(id)) = (token.id, id)
                 && declared != id
             {
-                let what = format!(
-                    "gives token `{}` the id {id}, the files beside it {declared}",
-                    token.text
-                );
+                let what = format!("gives token `{}` the id {id}, the files beside it {declared}", token.text);
                 return Err(invalid(what).hint("the tokenizer's files do not belong together: download them again"));
             }
         }
         let added = tokenizer.get_added_tokens_decoder().into_iter().collect();
         let n_ids = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id + 1);
-        Ok(Self {
-            special: tokenizer,
-            plain: OnceLock::new(),
-            added,
-            n_ids,
-        })
+        Ok(Self { special: tokenizer, plain: OnceLock::new(), added, n_ids })
     }
 
     pub(super) fn n_ids(&self) -> u32 {
@@ -104,32 +89,18 @@ impl HfTokenizer {
 
     /// The special tokens, as the matcher takes them.
     pub(super) fn specials(&self) -> impl Iterator<Item = (Added, u32)> {
-        self.added
-            .iter()
-            .filter(|(_, token)| token.special)
-            .map(|(&id, token)| {
-                let added = Added {
-                    lstrip: token.lstrip,
-                    rstrip: token.rstrip,
-                    ..Added::special(&token.content, Some(id))
-                };
-                (added, id)
-            })
+        self.added.iter().filter(|(_, token)| token.special).map(|(&id, token)| {
+            let added =
+                Added { lstrip: token.lstrip, rstrip: token.rstrip, ..Added::special(&token.content, Some(id)) };
+            (added, id)
+        })
     }
 
     /// What the post-processor puts before a text.
     pub(super) fn prefix(&self, place: &str) -> Result<Vec<u32>> {
-        let encode = |special| {
-            self.special
-                .encode_fast("a", special)
-                .map_err(|error| failed(place, &error))
-        };
+        let encode = |special| self.special.encode_fast("a", special).map_err(|error| failed(place, &error));
         let (bare, full) = (encode(false)?, encode(true)?);
-        let at = full
-            .get_ids()
-            .windows(bare.len().max(1))
-            .position(|window| window == bare.get_ids())
-            .unwrap_or(0);
+        let at = full.get_ids().windows(bare.len().max(1)).position(|window| window == bare.get_ids()).unwrap_or(0);
         Ok(full.get_ids()[..at].to_vec())
     }
 
@@ -143,16 +114,12 @@ impl HfTokenizer {
         } else {
             &self.special
         };
-        let encoding = tokenizer
-            .encode_fast(text, false)
-            .map_err(|error| failed("tokenizer.json", &error))?;
+        let encoding = tokenizer.encode_fast(text, false).map_err(|error| failed("tokenizer.json", &error))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     pub(super) fn decode(&self, ids: &[u32], show_special: bool) -> Result<String> {
-        self.special
-            .decode(ids, !show_special)
-            .map_err(|error| failed("tokenizer.json", &error))
+        self.special.decode(ids, !show_special).map_err(|error| failed("tokenizer.json", &error))
     }
 }
 

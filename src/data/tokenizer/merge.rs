@@ -32,10 +32,7 @@ impl SentencePiece {
         if text.is_empty() {
             return;
         }
-        let mut out = Output {
-            ids,
-            unknown_before: false,
-        };
+        let mut out = Output { ids, unknown_before: false };
         scratch.clear();
         if self.dummy_prefix {
             self.push(SPACE, scratch, &mut out);
@@ -149,24 +146,12 @@ impl SentencePiece {
 
     /// Merges with a heap of candidates, those that came to nothing left in it and skipped when they surface.
     fn merge_with_heap(&self, scratch: &mut Scratch) {
-        let Scratch {
-            symbols,
-            pairs,
-            heap,
-            next,
-            previous,
-        } = scratch;
+        let Scratch { symbols, pairs, heap, next, previous } = scratch;
         let n = symbols.len();
         pairs.push(BRIDGE);
         next.extend(1..=n);
         previous.extend((0..n).map(|at| at.wrapping_sub(1)));
-        heap.extend(
-            pairs
-                .iter()
-                .enumerate()
-                .filter(|(_, pair)| **pair != BRIDGE)
-                .map(candidate),
-        );
+        heap.extend(pairs.iter().enumerate().filter(|(_, pair)| **pair != BRIDGE).map(candidate));
         while let Some(Reverse((order, piece))) = heap.pop() {
             let left = (order & u64::from(u32::MAX)) as usize;
             // `pairs[left]` is what the symbol at `left` and its neighbour make now. A later pair at the same place
@@ -179,11 +164,7 @@ impl SentencePiece {
             (symbols[right], pairs[right]) = (NONE, BRIDGE);
             next[left] = next[right];
             let after = next[left];
-            pairs[left] = if after < n {
-                self.pair(piece, symbols[after])
-            } else {
-                BRIDGE
-            };
+            pairs[left] = if after < n { self.pair(piece, symbols[after]) } else { BRIDGE };
             if after < n {
                 previous[after] = left;
             }

@@ -172,21 +172,16 @@ impl Tokenizer {
 
     /// Starts decoding ids that come one by one.
     pub fn decode_stream(&self) -> DecodeStream<'_> {
-        DecodeStream {
-            tokenizer: self,
-            ids: Vec::new(),
-            n_read: 0,
-        }
+        DecodeStream { tokenizer: self, ids: Vec::new(), n_read: 0 }
     }
 
     /// The token of an id as the vocabulary spells it.
     pub fn token(&self, id: u32) -> Option<String> {
         match &self.backend {
             Backend::Hf(hf) => hf.token(id),
-            Backend::SentencePiece(model) => model
-                .piece(id)
-                .or_else(|| self.past_pieces.get(&id).map(String::as_str))
-                .map(str::to_owned),
+            Backend::SentencePiece(model) => {
+                model.piece(id).or_else(|| self.past_pieces.get(&id).map(String::as_str)).map(str::to_owned)
+            }
         }
     }
 

@@ -51,56 +51,32 @@ impl Tokenizer {
         let file_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let bytes = read(path)?;
         if path.extension().is_some_and(|extension| extension == "json") {
-            let folder = path
-                .parent()
-                .filter(|folder| !folder.as_os_str().is_empty())
-                .unwrap_or(Path::new("."));
-            let mut files = vec![TokenizerFile {
-                name: JSON.into(),
-                bytes,
-            }];
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let mut files = vec![TokenizerFile { name: JSON.into(), bytes }];
             files.extend(read_files(folder, &[])?);
             return Self::from_json(files, &folder.display().to_string(), &file_name);
         }
         let folder = path.parent().unwrap_or(Path::new("")).display().to_string();
-        Self::from_sentencepiece(
-            vec![TokenizerFile {
-                name: MODEL.into(),
-                bytes,
-            }],
-            &folder,
-            &file_name,
-        )
+        Self::from_sentencepiece(vec![TokenizerFile { name: MODEL.into(), bytes }], &folder, &file_name)
     }
 
     fn from_sentencepiece(mut files: Vec<TokenizerFile>, folder: &str, file_name: &str) -> Result<Self> {
         let declared = Declared::read(&files, folder)?;
         let place = format!("{}{file_name}", slashed(folder));
-        let bytes = files
-            .iter()
-            .find(|file| file.name == MODEL)
-            .map_or(&[][..], |file| &file.bytes);
+        let bytes = files.iter().find(|file| file.name == MODEL).map_or(&[][..], |file| &file.bytes);
         let model = SentencePiece::new(bytes, &place)?;
 
-        let mut tokens: BTreeMap<u32, Added> = model
-            .special_pieces()
-            .map(|(id, text)| (id, Added::special(text, Some(id))))
-            .collect();
-        let mut ids: BTreeMap<&str, u32> = (0..model.n_pieces())
-            .filter_map(|id| Some((model.piece(id)?, id)))
-            .collect();
+        let mut tokens: BTreeMap<u32, Added> =
+            model.special_pieces().map(|(id, text)| (id, Added::special(text, Some(id)))).collect();
+        let mut ids: BTreeMap<&str, u32> =
+            (0..model.n_pieces()).filter_map(|id| Some((model.piece(id)?, id))).collect();
         let mut past_pieces = BTreeMap::new();
         for token in &declared.added {
-            let next = past_pieces
-                .last_key_value()
-                .map_or(model.n_pieces(), |(&last, _)| last + 1);
+            let next = past_pieces.last_key_value().map_or(model.n_pieces(), |(&last, _)| last + 1);
             let known = ids.get(token.text.as_str()).copied();
             let id = match (token.id, known) {
                 (Some(declared), Some(known)) if declared != known => {
-                    let what = format!(
-                        "has token `{}` as {known}, the files beside it as {declared}",
-                        token.text
-                    );
+                    let what = format!("has token `{}` as {known}, the files beside it as {declared}", token.text);
                     return Err(mismatch(&place, what));
                 }
                 (_, Some(known)) => known,
@@ -120,24 +96,13 @@ impl Tokenizer {
         }
 
         let named = |name: &Option<String>, piece: &str| {
-            name.as_deref()
-                .and_then(|name| ids.get(name).copied())
-                .or_else(|| model.control(piece))
+            name.as_deref().and_then(|name| ids.get(name).copied()).or_else(|| model.control(piece))
         };
         let bos = named(&declared.bos, &model.bos_piece).filter(|_| declared.add_bos != Some(false));
         let eos = named(&declared.eos, &model.eos_piece).ok_or_else(|| no_eos(&place))?;
-        let pad_piece = if ids.contains_key("[PAD]") {
-            &Some("[PAD]".to_owned())
-        } else {
-            &None
-        };
-        let pad = named(
-            declared.pad.as_ref().map_or(pad_piece, |_| &declared.pad),
-            &model.pad_piece,
-        );
-        let vocab_size = past_pieces
-            .last_key_value()
-            .map_or(model.n_pieces(), |(&last, _)| last + 1) as usize;
+        let pad_piece = if ids.contains_key("[PAD]") { &Some("[PAD]".to_owned()) } else { &None };
+        let pad = named(declared.pad.as_ref().map_or(pad_piece, |_| &declared.pad), &model.pad_piece);
+        let vocab_size = past_pieces.last_key_value().map_or(model.n_pieces(), |(&last, _)| last + 1) as usize;
 
         if !files.iter().any(|file| file.name == CONFIG) {
             let text = |id: Option<u32>| id.and_then(|id| tokens.get(&id)).map(|token| token.text.as_str());
@@ -146,22 +111,11 @@ impl Tokenizer {
                 "add_eos_token": false, "bos_token": text(bos), "eos_token": text(Some(eos)), "pad_token": text(pad),
                 "unk_token": model.unknown_piece(),
             });
-            files.push(TokenizerFile {
-                name: CONFIG.into(),
-                bytes: format!("{config:#}\n").into_bytes(),
-            });
+            files.push(TokenizerFile { name: CONFIG.into(), bytes: format!("{config:#}\n").into_bytes() });
         }
-        let kept = Matcher::new(
-            tokens
-                .iter()
-                .filter(|(_, token)| !token.special)
-                .map(|(&id, t)| (t.clone(), id)),
-        );
-        let special_ids = tokens
-            .iter()
-            .filter(|(_, token)| token.special)
-            .map(|(&id, t)| (id, t.text.clone()))
-            .collect();
+        let kept = Matcher::new(tokens.iter().filter(|(_, token)| !token.special).map(|(&id, t)| (t.clone(), id)));
+        let special_ids =
+            tokens.iter().filter(|(_, token)| token.special).map(|(&id, t)| (id, t.text.clone())).collect();
         Ok(Self {
             place,
             specials: Matcher::new(tokens.into_iter().map(|(id, token)| (token, id))),
@@ -180,10 +134,7 @@ impl Tokenizer {
     fn from_json(files: Vec<TokenizerFile>, folder: &str, file_name: &str) -> Result<Self> {
         let declared = Declared::read(&files, folder)?;
         let place = format!("{}{file_name}", slashed(folder));
-        let bytes = files
-            .iter()
-            .find(|file| file.name == JSON)
-            .map_or(&[][..], |file| &file.bytes);
+        let bytes = files.iter().find(|file| file.name == JSON).map_or(&[][..], |file| &file.bytes);
         let hf = HfTokenizer::new(bytes, &declared, &place)?;
         let named = |name: &Option<String>| name.as_deref().and_then(|name| hf.id(name));
 
@@ -237,11 +188,7 @@ fn mismatch(place: &str, what: String) -> Error {
 }
 
 fn slashed(folder: &str) -> String {
-    if folder.is_empty() || folder.ends_with('/') {
-        folder.to_owned()
-    } else {
-        format!("{folder}/")
-    }
+    if folder.is_empty() || folder.ends_with('/') { folder.to_owned() } else { format!("{folder}/") }
 }
 
 /// Reads those of the named and the declaring files that the folder holds.
@@ -250,10 +197,7 @@ fn read_files(folder: &Path, names: &[&str]) -> Result<Vec<TokenizerFile>> {
     for name in names.iter().chain(&DECLARING).copied() {
         let path = folder.join(name);
         if path.is_file() {
-            files.push(TokenizerFile {
-                name: name.to_owned(),
-                bytes: read(&path)?,
-            });
+            files.push(TokenizerFile { name: name.to_owned(), bytes: read(&path)? });
         }
     }
     Ok(files)

@@ -108,9 +108,7 @@ pub(super) fn refuse_other_kinds(model: &ModelProto, trainer: &TrainerProto, pla
         other => Some(format!("a model of unknown type {other}")),
     };
     let name = normalizer.name();
-    let unused = (0u32..)
-        .zip(&model.pieces)
-        .find(|(_, piece)| piece.r#type() == PieceKind::Unused);
+    let unused = (0u32..).zip(&model.pieces).find(|(_, piece)| piece.r#type() == PieceKind::Unused);
     let what = if let Some(kind) = kind {
         kind
     } else if !normalizer.precompiled_charsmap().is_empty() {
@@ -128,9 +126,6 @@ pub(super) fn refuse_other_kinds(model: &ModelProto, trainer: &TrainerProto, pla
     } else {
         return Ok(());
     };
-    Err(Error::invalid(
-        place,
-        format!("is {what}; Bellora reads SentencePiece BPE models as Llama's"),
-    )
-    .hint("give the tokenizer.json of this model as model.tokenizer"))
+    Err(Error::invalid(place, format!("is {what}; Bellora reads SentencePiece BPE models as Llama's"))
+        .hint("give the tokenizer.json of this model as model.tokenizer"))
 }

@@ -51,15 +51,12 @@ impl SentencePiece {
     /// [`Error::Invalid`] at `place` for a file that is no SentencePiece model, and for a kind of model whose encoding
     /// would not come out exactly, by name.
     pub(super) fn new(bytes: &[u8], place: &str) -> Result<Self> {
-        let model = ModelProto::decode(bytes)
-            .ok()
-            .filter(|model| !model.pieces.is_empty())
-            .ok_or_else(|| {
-                Error::invalid(place, "is not a SentencePiece model").hint(
-                    "the original tokenizer.model of Llama 3 is of another kind (tiktoken): give its tokenizer.json; \
+        let model = ModelProto::decode(bytes).ok().filter(|model| !model.pieces.is_empty()).ok_or_else(|| {
+            Error::invalid(place, "is not a SentencePiece model").hint(
+                "the original tokenizer.model of Llama 3 is of another kind (tiktoken): give its tokenizer.json; \
                  for a damaged or cut-off file, download it again",
-                )
-            })?;
+            )
+        })?;
         let trainer = model.trainer_spec.clone().unwrap_or_default();
         refuse_other_kinds(&model, &trainer, place)?;
 
@@ -92,11 +89,7 @@ impl SentencePiece {
                 }
                 _ => {}
             }
-            pieces.push(Piece {
-                text: text.to_owned(),
-                kind,
-                byte,
-            });
+            pieces.push(Piece { text: text.to_owned(), kind, byte });
         }
         let unknown = unknown.ok_or_else(|| bad("has no unknown piece".into()))?;
         if trainer.byte_fallback() && byte_ids.contains(&NONE) {
@@ -148,8 +141,7 @@ impl SentencePiece {
                 (Some(id), Some(PieceKind::Normal | PieceKind::UserDefined)) => id,
                 _ => {
                     // SentencePiece looks a character that is left over up among the other pieces too.
-                    self.loose
-                        .push((letter, id.filter(|_| kind != Some(PieceKind::Unknown))));
+                    self.loose.push((letter, id.filter(|_| kind != Some(PieceKind::Unknown))));
                     n_pieces + self.loose.len() as u32 - 1
                 }
             };
@@ -166,17 +158,11 @@ impl SentencePiece {
             let mut chars = text.chars();
             match (chars.next(), chars.next()) {
                 (Some(letter), None) => Some(self.symbol_of_char[letter as usize]),
-                _ => ids
-                    .get(text)
-                    .copied()
-                    .filter(|&id| self.pieces[id as usize].kind == PieceKind::Normal),
+                _ => ids.get(text).copied().filter(|&id| self.pieces[id as usize].kind == PieceKind::Normal),
             }
         };
         let mut pairs = Pairs::default();
-        for (id, piece) in (0u64..)
-            .zip(&self.pieces)
-            .filter(|(_, piece)| piece.kind == PieceKind::Normal)
-        {
+        for (id, piece) in (0u64..).zip(&self.pieces).filter(|(_, piece)| piece.kind == PieceKind::Normal) {
             let score = model.pieces[id as usize].score();
             let rank = scores.partition_point(|&other| other > score) as u64;
             let text = piece.text.as_str();

@@ -22,13 +22,7 @@ pub(super) struct Added {
 
 impl Added {
     pub(super) fn special(text: impl Into<String>, id: Option<u32>) -> Self {
-        Self {
-            text: text.into(),
-            id,
-            special: true,
-            lstrip: false,
-            rstrip: false,
-        }
+        Self { text: text.into(), id, special: true, lstrip: false, rstrip: false }
     }
 }
 
@@ -45,15 +39,7 @@ pub(super) struct Declared {
 }
 
 /// The names under which the files keep single special tokens, in the order in which new ones take their ids.
-const NAMED: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-];
+const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 impl Declared {
     /// Reads the declaring files among `files`; `place` is the tokenizer's folder, for messages.
@@ -64,20 +50,13 @@ impl Declared {
         let config = object(files, "tokenizer_config.json", place)?;
         let map = object(files, "special_tokens_map.json", place)?;
         let numbered = object(files, "added_tokens.json", place)?;
-        let mut reader = Reader {
-            by_text: BTreeMap::new(),
-            faults: Vec::new(),
-            place,
-        };
+        let mut reader = Reader { by_text: BTreeMap::new(), faults: Vec::new(), place };
 
         if let Some(decoder) = config.get("added_tokens_decoder").and_then(Value::as_object) {
             for (key, token) in decoder {
                 match (key.parse::<u32>(), text_of(token)) {
                     (Ok(id), Some(text)) => reader.add(numbered_token(text, id, token), "tokenizer_config.json"),
-                    _ => reader.fault(
-                        "tokenizer_config.json",
-                        format!("added_tokens_decoder has a bad entry `{key}`"),
-                    ),
+                    _ => reader.fault("tokenizer_config.json", format!("added_tokens_decoder has a bad entry `{key}`")),
                 }
             }
         }
@@ -89,11 +68,7 @@ impl Declared {
         }
 
         // A config of the newer kind, with its own list of added tokens, goes before the map; the older kind after it.
-        let order = if config.contains_key("added_tokens_decoder") {
-            [&config, &map]
-        } else {
-            [&map, &config]
-        };
+        let order = if config.contains_key("added_tokens_decoder") { [&config, &map] } else { [&map, &config] };
         let named = |key: &str| order.iter().find_map(|file| file.get(key).and_then(text_of));
         let lists = ["additional_special_tokens", "extra_special_tokens"]
             .iter()
@@ -139,13 +114,7 @@ impl Reader<'_> {
         match self.by_text.get(&token.text) {
             Some(old) if old.id != token.id => {
                 let (old, new) = (old.id.unwrap_or_default(), token.id.unwrap_or_default());
-                self.fault(
-                    file,
-                    format!(
-                        "token `{}` has the id {new} here and {old} in another place",
-                        token.text
-                    ),
-                );
+                self.fault(file, format!("token `{}` has the id {new} here and {old} in another place", token.text));
             }
             Some(_) => {}
             None => {
@@ -166,11 +135,7 @@ impl Reader<'_> {
             );
             self.faults.push(Fault::new(self.place, what));
         }
-        if self.faults.is_empty() {
-            Ok(added)
-        } else {
-            Err(Error::Invalid(self.faults))
-        }
+        if self.faults.is_empty() { Ok(added) } else { Err(Error::Invalid(self.faults)) }
     }
 }
 
@@ -187,10 +152,7 @@ fn numbered_token(text: &str, id: u32, token: &Value) -> Added {
 
 /// The text of a token written as a string or as an object with `content`; an empty one means that there is none.
 fn text_of(token: &Value) -> Option<&str> {
-    token
-        .as_str()
-        .or_else(|| token.get("content")?.as_str())
-        .filter(|text| !text.is_empty())
+    token.as_str().or_else(|| token.get("content")?.as_str()).filter(|text| !text.is_empty())
 }
 
 fn object(files: &[TokenizerFile], name: &str, place: &str) -> Result<serde_json::Map<String, Value>> {
@@ -200,10 +162,7 @@ fn object(files: &[TokenizerFile], name: &str, place: &str) -> Result<serde_json
     match serde_json::from_slice(&file.bytes) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::invalid(format!("{place}/{name}"), "is not a JSON object")),
-        Err(error) => Err(Error::invalid(
-            format!("{place}/{name}"),
-            format!("is not valid JSON: {error}"),
-        )),
+        Err(error) => Err(Error::invalid(format!("{place}/{name}"), format!("is not valid JSON: {error}"))),
     }
 }
 
@@ -239,9 +198,7 @@ impl Matcher {
     /// The longest token at the very beginning of `text`.
     pub(super) fn at_start<'a>(&'a self, text: &[u8]) -> Option<(&'a Added, u32)> {
         let list = &self.by_first_byte[usize::from(*text.first()?)];
-        list.iter()
-            .find(|(token, _)| text.starts_with(token.text.as_bytes()))
-            .map(|(token, id)| (token, *id))
+        list.iter().find(|(token, _)| text.starts_with(token.text.as_bytes())).map(|(token, id)| (token, *id))
     }
 
     /// The first token in `text`.
@@ -252,12 +209,7 @@ impl Matcher {
                 continue;
             }
             if let Some((token, id)) = self.at_start(&bytes[start..]) {
-                return Some(Hit {
-                    start,
-                    end: start + token.text.len(),
-                    id,
-                    token,
-                });
+                return Some(Hit { start, end: start + token.text.len(), id, token });
             }
         }
         None
