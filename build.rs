@@ -6,7 +6,9 @@ const SHIM: &str = "src/torch/shim.cpp";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed={SHIM}");
+    for file in [SHIM, "src/torch/cpu_rows.h"] {
+        println!("cargo:rerun-if-changed={file}");
+    }
     let link_dir = PathBuf::from(
         std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency and sets it"),
     );

@@ -9,6 +9,7 @@ mod signals;
 mod train;
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -62,6 +63,28 @@ enum Command {
     Generate(generate::GenerateArgs),
 }
 
+impl Command {
+    /// Whether the command runs the model.
+    fn computes(&self) -> bool {
+        !matches!(self, Self::Check(_) | Self::Prepare(_))
+    }
+}
+
+/// Starts the program again with OpenMP's threads sleeping, not spinning, while they wait for each other.
+///
+/// The OpenMP runtime reads this once, as it is loaded, before any code of ours. Spinning threads are ruinous as soon as
+/// anything else wants the processors: the one that would end the wait is kept from running.
+fn wait_politely() {
+    const POLICY: &str = "OMP_WAIT_POLICY";
+    if std::env::var_os(POLICY).is_some() {
+        return;
+    }
+    if let Ok(program) = std::env::current_exe() {
+        // On success this does not return; otherwise the program goes on as it is.
+        let _ = std::process::Command::new(program).args(std::env::args_os().skip(1)).env(POLICY, "passive").exec();
+    }
+}
+
 /// A config file with overrides.
 #[derive(Debug, Args)]
 struct ConfigArgs {
@@ -81,6 +104,9 @@ impl ConfigArgs {
 /// Runs the program and gives its exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.command.computes() {
+        wait_politely();
+    }
     // No taped autograd anywhere in the product.
     let _no_grad = tch::no_grad_guard();
     let result = match cli.command {

@@ -71,9 +71,8 @@ impl Block {
         rope::forward_(&self.heads.rotated(&qkv)?, &batch.rotation)?;
         let (o, attention) = attention::forward(&qkv, self.heads, &batch.cu_seqlens)?;
         let (mut x2_nd, o_xa) = self.linear(&self.o, &o, Site::OutputIn, batch)?;
-        let _ = x2_nd.f_add_(&x_nd)?;
 
-        let (h_nd, mlp_norm) = rms_norm::forward(&x2_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
+        let (h_nd, mlp_norm) = rms_norm::forward_add_(&mut x2_nd, &x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
         let (gu_n2f, gate_up_xa) = self.linear(&self.gate_up, &h_nd, Site::MlpIn, batch)?;
         let h_nf = swiglu::forward(&gu_n2f)?;
         let (mut out_nd, down_xa) = self.linear(&self.down, &h_nf, Site::DownIn, batch)?;
@@ -111,8 +110,7 @@ impl Block {
             attention::one_token(&qkv.f_narrow(1, 0, self.heads.q_width())?, &k, &v, self.heads)?
         };
         let (mut x2_nd, _) = self.o.forward(&o, &o)?;
-        let _ = x2_nd.f_add_(x_nd)?;
-        let (h_nd, _) = rms_norm::forward(&x2_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
+        let (h_nd, _) = rms_norm::forward_add_(&mut x2_nd, x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
         let (gu_n2f, _) = self.gate_up.forward(&h_nd, &h_nd)?;
         let h_nf = swiglu::forward(&gu_n2f)?;
         let (mut out_nd, _) = self.down.forward(&h_nf, &h_nf)?;
@@ -143,9 +141,8 @@ impl Block {
         let mut dh_nd = self.gate_up.backward_input(&dgu_n2f)?;
         drop(dgu_n2f);
         self.add_adapters(&self.gate_up, &mut dh_nd, ds.as_ref(), Site::MlpIn, batch)?;
-        let (mut dx2_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x2_nd, &self.mlp_norm_d, &saved.mlp_norm)?;
+        let (dx2_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x2_nd, &self.mlp_norm_d, &saved.mlp_norm, &dout_nd)?;
         self.accumulate_a(&self.gate_up, ds, h_nd, Site::MlpIn, batch, grads)?;
-        let _ = dx2_nd.f_add_(&dout_nd)?;
 
         let ds = self.o.backward_b(&dx2_nd, saved.o_xa.as_ref(), grads)?;
         let mut do_ = self.o.backward_input(&dx2_nd)?;
@@ -163,9 +160,9 @@ impl Block {
         }
         let mut dh_nd = self.qkv.backward_input(&dqkv)?;
         self.add_adapters(&self.qkv, &mut dh_nd, ds.as_ref(), Site::AttentionIn, batch)?;
-        let (mut dx_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm)?;
+        let (dx_nd, h_nd) =
+            rms_norm::backward(&dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm, &dx2_nd)?;
         self.accumulate_a(&self.qkv, ds, h_nd, Site::AttentionIn, batch, grads)?;
-        let _ = dx_nd.f_add_(&dx2_nd)?;
         Ok(Some(dx_nd))
     }
 

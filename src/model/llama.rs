@@ -182,31 +182,32 @@ impl Llama {
 
     /// Computes the loss over the learned rows and its gradient at the last block's output `[N, D]`.
     ///
-    /// Rows without a learned next token never reach the head. The loss is an fp32 scalar without `loss_scale`;
-    /// gradients carry the scale. A trained head accumulates its own gradient.
+    /// Rows without a learned next token never reach the head. The loss is without `loss_scale`; gradients
+    /// carry it. A trained head accumulates its own gradient.
     pub fn head_loss(
         &self,
         hidden_nd: &Tensor,
         batch: &Batch,
         grads: &Gradients,
         loss_scale: f64,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<(f64, Tensor)> {
         let rows_md = hidden_nd.f_index_select(0, &batch.learned_rows)?;
         let (h_md, norm) = rms_norm::forward(&rows_md, &self.norm_d, self.config.rms_norm_eps)?;
         let dh_md = h_md.f_empty_like()?;
-        let mut loss = Tensor::f_zeros([0i64; 0], (Kind::Float, self.device))?;
+        let mut loss = 0.0;
         for (first, n) in self.chunks(h_md.size()[0]) {
             let h = h_md.f_narrow(0, first, n)?;
             let logits = gemm::nt(&h, &self.head.weight_vd)?;
             let (targets, weights) = (batch.targets.f_narrow(0, first, n)?, batch.weights.f_narrow(0, first, n)?);
-            let (chunk_loss, dlogits) = cross_entropy::forward_backward(&logits, &targets, &weights, loss_scale)?;
-            let _ = loss.f_add_(&chunk_loss)?;
+            let (chunk_loss, dlogits) = cross_entropy::forward_backward(logits, &targets, &weights, loss_scale)?;
+            loss += chunk_loss;
             gemm::write_nn_(&dh_md.f_narrow(0, first, n)?, &dlogits, &self.head.weight_vd, 1.0)?;
             if let Some(index) = self.head.param {
                 gemm::accumulate_tn_(&grads.view(index)?, &dlogits, &h, 1.0)?;
             }
         }
-        let (drows_md, _) = rms_norm::backward(&dh_md, &rows_md, &self.norm_d, &norm)?;
+        let no_residual = rows_md.f_zeros_like()?;
+        let (drows_md, _) = rms_norm::backward(&dh_md, &rows_md, &self.norm_d, &norm, &no_residual)?;
         let mut dhidden_nd = hidden_nd.f_zeros_like()?;
         let _ = dhidden_nd.f_index_copy_(0, &batch.learned_rows, &drows_md)?;
         Ok((loss, dhidden_nd))

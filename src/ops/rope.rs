@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::torch;
 
 /// Cosines and sines by position: `[positions, E/2]` each.
 #[derive(Debug)]
@@ -52,15 +53,15 @@ pub fn inverse_frequencies(head_dim: i64, theta: f64, scaling: RopeScaling) -> V
 }
 
 impl RopeTable {
-    /// Tabulates `n_positions` rotations; angles in fp32, stored in `kind`.
+    /// Tabulates `n_positions` rotations in fp32 (fp64 if `kind` is).
     pub fn new(inv_freq: &[f32], n_positions: i64, kind: Kind, device: Device) -> Result<Self> {
         let angle_kind = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let freq = Tensor::f_from_slice(inv_freq)?.f_to_kind(angle_kind)?;
         let positions = Tensor::f_arange(n_positions, (angle_kind, Device::Cpu))?;
         let angles_pe = positions.f_outer(&freq)?;
         Ok(Self {
-            cos_pe: angles_pe.f_cos()?.f_to_kind(kind)?.f_to_device(device)?,
-            sin_pe: angles_pe.f_sin()?.f_to_kind(kind)?.f_to_device(device)?,
+            cos_pe: angles_pe.f_cos()?.f_to_device(device)?,
+            sin_pe: angles_pe.f_sin()?.f_to_device(device)?,
         })
     }
 
@@ -72,41 +73,44 @@ impl RopeTable {
     /// Looks the rotations of given positions up, once for all layers of a micro-batch.
     pub fn at(&self, position_ids_n: &Tensor) -> Result<Rotation> {
         Ok(Rotation {
-            cos_n1e: self.cos_pe.f_index_select(0, position_ids_n)?.f_unsqueeze(1)?,
-            sin_n1e: self.sin_pe.f_index_select(0, position_ids_n)?.f_unsqueeze(1)?,
+            cos_ne: self.cos_pe.f_index_select(0, position_ids_n)?,
+            sin_ne: self.sin_pe.f_index_select(0, position_ids_n)?,
         })
     }
 }
 
-/// The rotations of a micro-batch's rows: `[N, 1, E/2]` each.
+/// The rotations of a micro-batch's rows: `[N, E/2]` each.
 #[derive(Debug)]
 pub struct Rotation {
-    cos_n1e: Tensor,
-    sin_n1e: Tensor,
+    cos_ne: Tensor,
+    sin_ne: Tensor,
 }
 
-/// Rotates `x_nhe` in place.
+/// Rotates `x_nhe` in place; its rows are contiguous but may lie apart.
 pub fn forward_(x_nhe: &Tensor, rotation: &Rotation) -> Result<()> {
-    rotate_(x_nhe, rotation, false)
+    rotate_(x_nhe, rotation, 1.0)
 }
 
 /// Rotates the gradient back in place: the rotation by the opposite angle.
 pub fn backward_(dx_nhe: &Tensor, rotation: &Rotation) -> Result<()> {
-    rotate_(dx_nhe, rotation, true)
+    rotate_(dx_nhe, rotation, -1.0)
 }
 
-fn rotate_(x_nhe: &Tensor, rotation: &Rotation, opposite: bool) -> Result<()> {
+fn rotate_(x_nhe: &Tensor, rotation: &Rotation, sign: f64) -> Result<()> {
+    if x_nhe.device() == Device::Cpu && matches!(x_nhe.kind(), Kind::Float | Kind::BFloat16) {
+        return torch::rope_(x_nhe, &rotation.cos_ne, &rotation.sin_ne, sign);
+    }
+    plain_rotate_(x_nhe, rotation, sign)
+}
+
+/// The rotation by libtorch's ops: every dtype and device, and the judge of the row kernel. Sign -1 turns back.
+pub fn plain_rotate_(x_nhe: &Tensor, rotation: &Rotation, sign: f64) -> Result<()> {
     let half = x_nhe.size()[2] / 2;
-    let mut a = x_nhe.f_narrow(2, 0, half)?;
-    let mut b = x_nhe.f_narrow(2, half, half)?;
-    let (cos, sin) = (&rotation.cos_n1e, &rotation.sin_n1e);
-    let (from_a, from_b) = (a.f_mul(sin)?, b.f_mul(sin)?);
-    let (new_a, new_b) = if opposite {
-        (a.f_mul(cos)?.f_add(&from_b)?, b.f_mul(cos)?.f_sub(&from_a)?)
-    } else {
-        (a.f_mul(cos)?.f_sub(&from_b)?, b.f_mul(cos)?.f_add(&from_a)?)
-    };
-    a.f_copy_(&new_a)?;
-    b.f_copy_(&new_b)?;
+    let (mut to_a, mut to_b) = (x_nhe.f_narrow(2, 0, half)?, x_nhe.f_narrow(2, half, half)?);
+    let (cos, sin) = (rotation.cos_ne.f_unsqueeze(1)?, rotation.sin_ne.f_mul_scalar(sign)?.f_unsqueeze(1)?);
+    let (a, b) = (to_a.f_to_kind(cos.kind())?, to_b.f_to_kind(cos.kind())?);
+    let (new_a, new_b) = (a.f_mul(&cos)?.f_sub(&b.f_mul(&sin)?)?, b.f_mul(&cos)?.f_add(&a.f_mul(&sin)?)?);
+    to_a.f_copy_(&new_a)?;
+    to_b.f_copy_(&new_b)?;
     Ok(())
 }

@@ -3,17 +3,28 @@
 use tch::Tensor;
 
 use crate::error::Result;
+use crate::torch::{self, has_row_kernels};
 
 /// Computes `h_nf` from `gu_n2f = [g | u]`; nothing but the input is kept.
 pub fn forward(gu_n2f: &Tensor) -> Result<Tensor> {
-    let f = gu_n2f.size()[1] / 2;
-    Ok(gu_n2f.f_narrow(1, 0, f)?.f_silu()?.f_mul(&gu_n2f.f_narrow(1, f, f)?)?)
+    if has_row_kernels(gu_n2f) { torch::swiglu(gu_n2f) } else { plain_forward(gu_n2f) }
 }
 
 /// Computes `[dg | du]` and, on the way, `h` again (which forward did not keep).
 ///
 /// `dg = dh u σ(g) (1 + g (1 - σ(g)))`, `du = dh silu(g)`.
 pub fn backward(dh_nf: &Tensor, gu_n2f: &Tensor) -> Result<(Tensor, Tensor)> {
+    if has_row_kernels(gu_n2f) { torch::swiglu_backward(dh_nf, gu_n2f) } else { plain_backward(dh_nf, gu_n2f) }
+}
+
+/// [`forward`] by libtorch's ops: every dtype and device, and the judge of the row kernel.
+pub fn plain_forward(gu_n2f: &Tensor) -> Result<Tensor> {
+    let f = gu_n2f.size()[1] / 2;
+    Ok(gu_n2f.f_narrow(1, 0, f)?.f_silu()?.f_mul(&gu_n2f.f_narrow(1, f, f)?)?)
+}
+
+/// [`backward`] by libtorch's ops: every dtype and device, and the judge of the row kernel.
+pub fn plain_backward(dh_nf: &Tensor, gu_n2f: &Tensor) -> Result<(Tensor, Tensor)> {
     let f = gu_n2f.size()[1] / 2;
     let (g, u) = (gu_n2f.f_narrow(1, 0, f)?, gu_n2f.f_narrow(1, f, f)?);
     let silu = g.f_silu()?;

@@ -5,7 +5,7 @@
 
 use std::ffi::{CStr, c_char, c_int};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use crate::error::{Error, Result};
@@ -24,6 +24,38 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
+    ) -> c_int;
+    fn bellora_rms_norm(
+        x: *mut C_tensor,
+        add: *mut C_tensor,
+        weight: *mut C_tensor,
+        eps: f64,
+        y: *mut *mut C_tensor,
+        rstd: *mut *mut C_tensor,
+    ) -> c_int;
+    fn bellora_rms_norm_backward(
+        dy: *mut C_tensor,
+        x: *mut C_tensor,
+        weight: *mut C_tensor,
+        rstd: *mut C_tensor,
+        dresidual: *mut C_tensor,
+        dx: *mut *mut C_tensor,
+        y: *mut *mut C_tensor,
+    ) -> c_int;
+    fn bellora_swiglu(gu: *mut C_tensor, h: *mut *mut C_tensor) -> c_int;
+    fn bellora_swiglu_backward(
+        dh: *mut C_tensor,
+        gu: *mut C_tensor,
+        dgu: *mut *mut C_tensor,
+        h: *mut *mut C_tensor,
+    ) -> c_int;
+    fn bellora_rope(x: *mut C_tensor, cos: *mut C_tensor, sin: *mut C_tensor, sign: f64) -> c_int;
+    fn bellora_cross_entropy(
+        logits: *mut C_tensor,
+        targets: *mut C_tensor,
+        weights: *mut C_tensor,
+        loss_scale: f64,
+        loss: *mut f64,
     ) -> c_int;
     fn bellora_sum_of_squares(x: *mut C_tensor, out: *mut f64) -> c_int;
     fn bellora_dropout(
@@ -68,6 +100,12 @@ fn taken(code: c_int, tensor: *mut C_tensor) -> Result<Tensor> {
     check(code)?;
     // SAFETY: on success the shim hands over a heap-allocated tensor that nobody else frees.
     Ok(unsafe { Tensor::from_ptr(tensor) })
+}
+
+/// Takes over two tensors that the shim made.
+fn taken_two(code: c_int, first: *mut C_tensor, second: *mut C_tensor) -> Result<(Tensor, Tensor)> {
+    check(code)?;
+    Ok((taken(code, first)?, taken(code, second)?))
 }
 
 /// Computes `out = beta * out + alpha * a b` in place; `out` may be a view with a row stride.
@@ -123,6 +161,112 @@ pub fn fused_adamw_(
     })
 }
 
+/// Whether a tensor has row kernels: contiguous fp32 or bf16 on the CPU.
+pub fn has_row_kernels(x: &Tensor) -> bool {
+    x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16) && x.is_contiguous()
+}
+
+/// Asserts what the row kernels take for granted; they see memory, not shapes.
+fn assert_rows(tensors: &[(&Tensor, &[i64])]) {
+    for (tensor, shape) in tensors {
+        assert_eq!(tensor.size(), *shape, "shape of a row kernel's operand");
+        assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "a row kernel's operand is contiguous");
+    }
+}
+
+/// RMSNorm of the rows of `x` `[N, D]` by `weight` `[D]` of the same dtype; with `add` first `x += add` in place.
+/// Returns `y` and the fp32 reciprocal root mean squares `[N, 1]`.
+///
+/// # Errors
+/// A dtype without row kernels.
+pub fn rms_norm(x: &Tensor, add: Option<&Tensor>, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    let (n, d) = x.size2()?;
+    assert_rows(&[(x, &[n, d]), (add.unwrap_or(x), &[n, d]), (weight, &[d])]);
+    let (mut y, mut rstd) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: the operands live through the call, have the shapes the kernel reads and one dtype (checked by it).
+    let code = unsafe {
+        let add = add.map_or(std::ptr::null_mut(), raw);
+        bellora_rms_norm(raw(x), add, raw(weight), eps, &mut y, &mut rstd)
+    };
+    taken_two(code, y, rstd)
+}
+
+/// The gradient of [`rms_norm`]'s `x` plus `dresidual`, and `y` again; all `[N, D]`, `rstd` `[N, 1]`.
+///
+/// # Errors
+/// A dtype without row kernels.
+pub fn rms_norm_backward(
+    dy: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    rstd: &Tensor,
+    dresidual: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let (n, d) = x.size2()?;
+    assert_rows(&[(dy, &[n, d]), (x, &[n, d]), (weight, &[d]), (rstd, &[n, 1]), (dresidual, &[n, d])]);
+    let (mut dx, mut y) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: as in `rms_norm`.
+    let code = unsafe {
+        bellora_rms_norm_backward(raw(dy), raw(x), raw(weight), raw(rstd), raw(dresidual), &mut dx, &mut y)
+    };
+    taken_two(code, dx, y)
+}
+
+/// `silu(g) ⊙ u` of `[g | u]` `[N, 2F]`.
+///
+/// # Errors
+/// A dtype without row kernels.
+pub fn swiglu(gu: &Tensor) -> Result<Tensor> {
+    let (n, f2) = gu.size2()?;
+    assert_rows(&[(gu, &[n, f2])]);
+    let mut h = std::ptr::null_mut();
+    // SAFETY: as in `rms_norm`.
+    let code = unsafe { bellora_swiglu(raw(gu), &mut h) };
+    taken(code, h)
+}
+
+/// `[dg | du]` `[N, 2F]` from `dh` `[N, F]`, and `h` again.
+///
+/// # Errors
+/// A dtype without row kernels.
+pub fn swiglu_backward(dh: &Tensor, gu: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (n, f2) = gu.size2()?;
+    assert_rows(&[(gu, &[n, f2]), (dh, &[n, f2 / 2])]);
+    let (mut dgu, mut h) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: as in `rms_norm`.
+    let code = unsafe { bellora_swiglu_backward(raw(dh), raw(gu), &mut dgu, &mut h) };
+    taken_two(code, dgu, h)
+}
+
+/// Rotates `x` `[N, heads, E]`, whose rows are contiguous, in place; `cos` and `sin` fp32 `[N, E/2]`.
+///
+/// # Errors
+/// A dtype without row kernels.
+pub fn rope_(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<()> {
+    let (n, _, e) = x.size3()?;
+    assert!(x.stride()[1..] == [e, 1] && x.device() == Device::Cpu, "rows of heads side by side");
+    assert_rows(&[(cos, &[n, e / 2]), (sin, &[n, e / 2])]);
+    // SAFETY: as in `rms_norm`; rows may lie apart, by the stride that the kernel reads.
+    check(unsafe { bellora_rope(raw(x), raw(cos), raw(sin), sign) })
+}
+
+/// Overwrites `logits` `[N, V]` by `weight · loss_scale · (softmax - onehot)` and returns the sum of `weight · nll`.
+///
+/// # Errors
+/// A dtype without row kernels.
+pub fn cross_entropy_(logits: &Tensor, targets: &Tensor, weights: &Tensor, loss_scale: f64) -> Result<f64> {
+    let (n, v) = logits.size2()?;
+    assert_rows(&[(logits, &[n, v]), (targets, &[n]), (weights, &[n])]);
+    if n > 0 {
+        let (least, most) = (targets.f_min()?.f_int64_value(&[])?, targets.f_max()?.f_int64_value(&[])?);
+        assert!(least >= 0 && most < v, "targets {least} to {most} of {v} logits");
+    }
+    let mut loss = 0.0;
+    // SAFETY: as in `rms_norm`; targets were checked against the row length.
+    check(unsafe { bellora_cross_entropy(raw(logits), raw(targets), raw(weights), loss_scale, &mut loss) })?;
+    Ok(loss)
+}
+
 /// Sums the squares of a contiguous fp32 CPU tensor in fp64, the same on any number of threads.
 ///
 /// # Errors
@@ -165,7 +309,7 @@ pub fn dropout(x: &Tensor, slot: &Tensor, token: &Tensor, draw: MaskDraw) -> Res
 /// # Panics
 /// If the tensor is not contiguous or not on the CPU: a defect of the caller.
 pub fn bytes(tensor: &Tensor) -> &[u8] {
-    assert!(tensor.is_contiguous() && tensor.device() == tch::Device::Cpu, "bytes of a contiguous CPU tensor");
+    assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "bytes of a contiguous CPU tensor");
     let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
     // SAFETY: a contiguous CPU tensor holds `len` initialised bytes at its data pointer for as long as it is borrowed.
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), len) }

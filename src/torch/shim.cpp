@@ -10,6 +10,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include "cpu_rows.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -31,9 +33,6 @@ static int guarded(F&& body) {
   }
   return -1;
 }
-
-// Several machine levels of one loop, chosen at start: the program is built once for all x86-64 processors.
-#define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 
 // ---- dropout: Philox 4x32-10, eight 16-bit draws a call ----
 
@@ -102,6 +101,18 @@ static double sum_of_squares(const float* x, int64_t n) {
   return sum;
 }
 
+// Runs `body` for fp32 and bf16, the dtypes with row kernels.
+#define DISPATCH_ROWS(kind, ...)                                                        \
+  AT_DISPATCH_SWITCH(kind, "row kernel", AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)      \
+                                             AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+// Rows that one thread takes at a time: enough work to be worth a hand-over.
+static int64_t grain(int64_t columns) { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns)); }
+
+static at::Tensor like(const at::Tensor& t, int64_t rows, int64_t columns) {
+  return at::empty({rows, columns}, t.options());
+}
+
 extern "C" {
 
 const char* bellora_last_error() { return last_error.c_str(); }
@@ -151,6 +162,163 @@ int bellora_sum_of_squares(T x, double* out) {
     double sum = 0;
     for (double s : sums) sum += s;
     *out = sum;
+  });
+}
+
+// If `add` is given, x += add in place first. y = x r w with r = 1 / sqrt(mean(x²) + eps), in fp32 [N, 1].
+int bellora_rms_norm(T x, T add, T weight, double eps, T* y_out, T* rstd_out) {
+  return guarded([&] {
+    const int64_t n = x->size(0), d = x->size(1);
+    at::Tensor y = like(*x, n, d), rstd = at::empty({n, 1}, x->options().dtype(at::kFloat));
+    float* r = rstd.mutable_data_ptr<float>();
+    DISPATCH_ROWS(x->scalar_type(), [&] {
+      scalar_t *xs = x->mutable_data_ptr<scalar_t>(), *ys = y.mutable_data_ptr<scalar_t>();
+      const scalar_t* adds = add ? add->const_data_ptr<scalar_t>() : nullptr;
+      std::vector<float> weight_scratch;
+      const float* w = rows::read(weight->const_data_ptr<scalar_t>(), weight_scratch, d);
+      at::parallel_for(0, n, grain(d), [&](int64_t first, int64_t last) {
+        std::vector<float> x_scratch, add_scratch, sum_scratch, y_scratch;
+        for (int64_t i = first; i < last; i++) {
+          const float* row = rows::read(xs + i * d, x_scratch, d);
+          if (adds) {
+            float* sum = rows::room(xs + i * d, sum_scratch, d);
+            rows::add(row, rows::read(adds + i * d, add_scratch, d), sum, d);
+            rows::put(sum, xs + i * d, d);
+            row = rows::read(xs + i * d, x_scratch, d);
+          }
+          r[i] = rows::rstd(row, d, static_cast<float>(eps));
+          float* to = rows::room(ys + i * d, y_scratch, d);
+          rows::scale(row, w, r[i], to, d);
+          rows::put(to, ys + i * d, d);
+        }
+      });
+    });
+    *y_out = new at::Tensor(std::move(y));
+    *rstd_out = new at::Tensor(std::move(rstd));
+  });
+}
+
+// dx = r (g - x r² mean(g x)) + dresidual with g = dy w, and y again.
+int bellora_rms_norm_backward(T dy, T x, T weight, T rstd, T dresidual, T* dx_out, T* y_out) {
+  return guarded([&] {
+    const int64_t n = x->size(0), d = x->size(1);
+    at::Tensor dx = like(*x, n, d), y = like(*x, n, d);
+    const float* r = rstd->const_data_ptr<float>();
+    DISPATCH_ROWS(x->scalar_type(), [&] {
+      const scalar_t *dys = dy->const_data_ptr<scalar_t>(), *xs = x->const_data_ptr<scalar_t>();
+      const scalar_t* res = dresidual->const_data_ptr<scalar_t>();
+      scalar_t *dxs = dx.mutable_data_ptr<scalar_t>(), *ys = y.mutable_data_ptr<scalar_t>();
+      std::vector<float> weight_scratch;
+      const float* w = rows::read(weight->const_data_ptr<scalar_t>(), weight_scratch, d);
+      at::parallel_for(0, n, grain(d), [&](int64_t first, int64_t last) {
+        std::vector<float> s1, s2, s3, s4, s5;
+        for (int64_t i = first; i < last; i++) {
+          float *to_dx = rows::room(dxs + i * d, s4, d), *to_y = rows::room(ys + i * d, s5, d);
+          rows::rms_norm_backward(rows::read(dys + i * d, s1, d), rows::read(xs + i * d, s2, d), w, r[i],
+                                  rows::read(res + i * d, s3, d), to_dx, to_y, d);
+          rows::put(to_dx, dxs + i * d, d);
+          rows::put(to_y, ys + i * d, d);
+        }
+      });
+    });
+    *dx_out = new at::Tensor(std::move(dx));
+    *y_out = new at::Tensor(std::move(y));
+  });
+}
+
+// h = silu(g) u of [g | u]
+int bellora_swiglu(T gu, T* h_out) {
+  return guarded([&] {
+    const int64_t n = gu->size(0), f = gu->size(1) / 2;
+    at::Tensor h = like(*gu, n, f);
+    DISPATCH_ROWS(gu->scalar_type(), [&] {
+      const scalar_t* from = gu->const_data_ptr<scalar_t>();
+      scalar_t* to = h.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, n, grain(f), [&](int64_t first, int64_t last) {
+        std::vector<float> s1, s2, s3;
+        for (int64_t i = first; i < last; i++) {
+          float* row = rows::room(to + i * f, s3, f);
+          rows::swiglu(rows::read(from + 2 * i * f, s1, f), rows::read(from + (2 * i + 1) * f, s2, f), row, f);
+          rows::put(row, to + i * f, f);
+        }
+      });
+    });
+    *h_out = new at::Tensor(std::move(h));
+  });
+}
+
+// [dg | du] and h again
+int bellora_swiglu_backward(T dh, T gu, T* dgu_out, T* h_out) {
+  return guarded([&] {
+    const int64_t n = gu->size(0), f = gu->size(1) / 2;
+    at::Tensor dgu = like(*gu, n, 2 * f), h = like(*gu, n, f);
+    DISPATCH_ROWS(gu->scalar_type(), [&] {
+      const scalar_t *dhs = dh->const_data_ptr<scalar_t>(), *gus = gu->const_data_ptr<scalar_t>();
+      scalar_t *dgus = dgu.mutable_data_ptr<scalar_t>(), *hs = h.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, n, grain(f), [&](int64_t first, int64_t last) {
+        std::vector<float> s1, s2, s3, s4, s5, s6;
+        for (int64_t i = first; i < last; i++) {
+          scalar_t *to_dg = dgus + 2 * i * f, *to_du = to_dg + f, *to_h = hs + i * f;
+          float *dg = rows::room(to_dg, s4, f), *du = rows::room(to_du, s5, f), *hr = rows::room(to_h, s6, f);
+          rows::swiglu_backward(rows::read(dhs + i * f, s1, f), rows::read(gus + 2 * i * f, s2, f),
+                                rows::read(gus + (2 * i + 1) * f, s3, f), dg, du, hr, f);
+          rows::put(dg, to_dg, f);
+          rows::put(du, to_du, f);
+          rows::put(hr, to_h, f);
+        }
+      });
+    });
+    *dgu_out = new at::Tensor(std::move(dgu));
+    *h_out = new at::Tensor(std::move(h));
+  });
+}
+
+// Rotates x [N, heads, E] (unit strides within a row) in place; cos and sin fp32 [N, E/2]; sign -1 turns back.
+int bellora_rope(T x, T cos, T sin, double sign) {
+  return guarded([&] {
+    const int64_t n = x->size(0), heads = x->size(1), half = x->size(2) / 2, width = 2 * heads * half, stride = x->stride(0);
+    const float *c = cos->const_data_ptr<float>(), *s = sin->const_data_ptr<float>();
+    DISPATCH_ROWS(x->scalar_type(), [&] {
+      scalar_t* xs = x->mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, n, grain(width), [&](int64_t first, int64_t last) {
+        std::vector<float> scratch;
+        for (int64_t i = first; i < last; i++) {
+          float* row = const_cast<float*>(rows::read(xs + i * stride, scratch, width));
+          rows::rotate(row, c + i * half, s + i * half, static_cast<float>(sign), heads, half);
+          rows::put(row, xs + i * stride, width);
+        }
+      });
+    });
+  });
+}
+
+// Overwrites logits [N, V] by weight · loss_scale · (softmax - onehot) and sums weight · nll in fp64.
+int bellora_cross_entropy(T logits, T targets, T weights, double loss_scale, double* loss_out) {
+  return guarded([&] {
+    const int64_t n = logits->size(0), v = logits->size(1);
+    const int64_t* target = targets->const_data_ptr<int64_t>();
+    const float* weight = weights->const_data_ptr<float>();
+    std::vector<double> losses(n);
+    DISPATCH_ROWS(logits->scalar_type(), [&] {
+      scalar_t* xs = logits->mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, n, grain(v), [&](int64_t first, int64_t last) {
+        std::vector<float> s1, s2;
+        for (int64_t i = first; i < last; i++) {
+          const float* x = rows::read(xs + i * v, s1, v);
+          const float m = rows::largest(x, v), at_target = x[target[i]];
+          float* p = rows::room(xs + i * v, s2, v);
+          const double sum = rows::exp_sum(x, m, p, v);
+          losses[i] = weight[i] * (std::log(sum) + m - at_target);
+          const double share = weight[i] * loss_scale;
+          rows::multiply(p, static_cast<float>(share / sum), v);
+          p[target[i]] -= static_cast<float>(share);
+          rows::put(p, xs + i * v, v);
+        }
+      });
+    });
+    double sum = 0;
+    for (double l : losses) sum += l;
+    *loss_out = sum;
   });
 }
 }

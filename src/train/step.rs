@@ -1,7 +1,5 @@
 //! One optimizer step over the global batch.
 
-use tch::Tensor;
-
 use crate::config::{Auto, Recompute};
 use crate::data::{EpochOrder, build_batches};
 use crate::error::{Error, Result};
@@ -68,7 +66,7 @@ impl Trainer {
             let (batch_loss, dhidden_nd) = self.model.head_loss(&hidden_nd, &batch, &self.grads, loss_scale)?;
             drop(hidden_nd);
             self.model.backward(saved, dhidden_nd, &batch, &self.grads)?;
-            loss += scalar(&batch_loss)?;
+            loss += batch_loss;
         }
         let norm = clip::norm(self.grads.flat())? / loss_scale;
 
@@ -120,8 +118,4 @@ impl Trainer {
             first.join(", ")
         ))
     }
-}
-
-fn scalar(t: &Tensor) -> Result<f64> {
-    Ok(t.f_double_value(&[])?)
 }
