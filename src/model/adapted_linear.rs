@@ -85,31 +85,33 @@ impl AdaptedLinear {
         self.adapters.is_some()
     }
 
-    /// Computes `y [N, O]` and `x̃ Aᵀ [N, kR]`, which backward needs.
+    /// Computes `y [N, O]` and `s x̃ Aᵀ [N, kR]`, which backward needs.
     pub fn forward(&self, x_ni: &Tensor, dropped_ni: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let mut y_no = gemm::nt(x_ni, &self.weight_oi)?;
         if let Some(bias) = &self.bias_o {
             let _ = y_no.f_add_(bias)?;
         }
         let Some(adapters) = &self.adapters else { return Ok((y_no, None)) };
-        let xa_nr = gemm::nt(dropped_ni, &adapters.a_ri)?;
+        let mut xa_nr = gemm::nt(dropped_ni, &adapters.a_ri)?;
+        let _ = xa_nr.f_mul_scalar_(adapters.scale)?;
         for (adapter, xa_part) in adapters.each.iter().zip(adapters.rank_columns(&xa_nr)?) {
             let y_part = y_no.f_narrow(1, adapter.start, adapter.width)?;
-            gemm::add_nt_(&y_part, &xa_part, &adapter.b_or, adapters.scale)?;
+            gemm::add_nt_(&y_part, &xa_part, &adapter.b_or)?;
         }
         Ok((y_no, Some(xa_nr)))
     }
 
-    /// Computes `dS = s dy B [N, kR]` and accumulates `dB += s dyᵀ (x̃ Aᵀ)`.
+    /// Computes `dS = s dy B [N, kR]` and accumulates `dB += dyᵀ (s x̃ Aᵀ)`.
     pub fn backward_b(&self, dy_no: &Tensor, xa_nr: Option<&Tensor>, grads: &Gradients) -> Result<Option<Tensor>> {
         let (Some(adapters), Some(xa_nr)) = (&self.adapters, xa_nr) else { return Ok(None) };
-        let ds_nr = xa_nr.f_empty_like()?;
+        let mut ds_nr = xa_nr.f_empty_like()?;
         let parts = adapters.rank_columns(xa_nr)?.into_iter().zip(adapters.rank_columns(&ds_nr)?);
-        for (adapter, (xa_part, ds_part)) in adapters.each.iter().zip(parts) {
+        for (adapter, (xa_part, mut ds_part)) in adapters.each.iter().zip(parts) {
             let dy_part = dy_no.f_narrow(1, adapter.start, adapter.width)?;
-            gemm::write_nn_(&ds_part, &dy_part, &adapter.b_or, adapters.scale)?;
-            gemm::accumulate_tn_(&grads.view(adapter.b_index)?, &dy_part, &xa_part, adapters.scale)?;
+            ds_part.f_copy_(&gemm::nn(&dy_part, &adapter.b_or)?)?;
+            gemm::accumulate_tn_(&grads.view(adapter.b_index)?, &dy_part, &xa_part)?;
         }
+        let _ = ds_nr.f_mul_scalar_(adapters.scale)?;
         Ok(Some(ds_nr))
     }
 
@@ -138,7 +140,7 @@ impl AdaptedLinear {
     /// Accumulates `dA += dSᵀ x̃`.
     pub fn backward_a(&self, ds_nr: Option<&Tensor>, dropped_ni: &Tensor, grads: &Gradients) -> Result<()> {
         let (Some(adapters), Some(ds_nr)) = (&self.adapters, ds_nr) else { return Ok(()) };
-        gemm::accumulate_tn_(&grads.stacked(adapters.a_first, adapters.each.len())?, ds_nr, dropped_ni, 1.0)
+        gemm::accumulate_tn_(&grads.stacked(adapters.a_first, adapters.each.len())?, ds_nr, dropped_ni)
     }
 }
 

@@ -201,9 +201,9 @@ impl Llama {
             let (targets, weights) = (batch.targets.f_narrow(0, first, n)?, batch.weights.f_narrow(0, first, n)?);
             let (chunk_loss, dlogits) = cross_entropy::forward_backward(logits, &targets, &weights, loss_scale)?;
             loss += chunk_loss;
-            gemm::write_nn_(&dh_md.f_narrow(0, first, n)?, &dlogits, &self.head.weight_vd, 1.0)?;
+            dh_md.f_narrow(0, first, n)?.f_copy_(&gemm::nn(&dlogits, &self.head.weight_vd)?)?;
             if let Some(index) = self.head.param {
-                gemm::accumulate_tn_(&grads.view(index)?, &dlogits, &h, 1.0)?;
+                gemm::accumulate_tn_(&grads.view(index)?, &dlogits, &h)?;
             }
         }
         let no_residual = rows_md.f_zeros_like()?;

@@ -3,46 +3,54 @@
 //! `nt` multiplies by a transpose on the right (`a bᵀ`), `nn` by none, `tn` by a transpose on the left (`aᵀ b`).
 //! Half-precision products accumulate in fp32 inside libtorch and are rounded once.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::torch::addmm_;
+use crate::torch::{self, addmm_};
 
 /// Computes `x wᵀ`: `[N, I] x [O, I] -> [N, O]`.
 pub fn nt(x_ni: &Tensor, w_oi: &Tensor) -> Result<Tensor> {
-    Ok(x_ni.f_mm(&w_oi.f_tr()?)?)
+    if is_fp32_on_cpu(x_ni) { torch::onednn_linear(x_ni, w_oi) } else { Ok(x_ni.f_mm(&w_oi.f_tr()?)?) }
 }
 
 /// Computes `dy w`: `[N, O] x [O, I] -> [N, I]`.
 pub fn nn(dy_no: &Tensor, w_oi: &Tensor) -> Result<Tensor> {
-    Ok(dy_no.f_mm(w_oi)?)
+    if is_fp32_on_cpu(dy_no) { torch::onednn_linear(dy_no, &w_oi.f_tr()?) } else { Ok(dy_no.f_mm(w_oi)?) }
 }
 
-/// Adds `alpha x wᵀ` to `out` `[N, O]`, which may be a slice of columns.
-pub fn add_nt_(out_no: &Tensor, x_ni: &Tensor, w_oi: &Tensor, alpha: f64) -> Result<()> {
-    addmm_(out_no, x_ni, &w_oi.f_tr()?, 1.0, alpha)
+fn is_fp32_on_cpu(x: &Tensor) -> bool {
+    x.kind() == Kind::Float && x.device() == Device::Cpu
+}
+
+/// Adds `x wᵀ` to `out` `[N, O]`, which may be a slice of columns.
+pub fn add_nt_(out_no: &Tensor, x_ni: &Tensor, w_oi: &Tensor) -> Result<()> {
+    add_product_(out_no, x_ni, &w_oi.f_tr()?)
 }
 
 /// Adds `dy w` to `out` `[N, I]`.
 pub fn add_nn_(out_ni: &Tensor, dy_no: &Tensor, w_oi: &Tensor) -> Result<()> {
-    addmm_(out_ni, dy_no, w_oi, 1.0, 1.0)
+    add_product_(out_ni, dy_no, w_oi)
 }
 
-/// Writes `alpha dy w` into `out` `[N, I]`, which may be a slice of columns.
-pub fn write_nn_(out_ni: &Tensor, dy_no: &Tensor, w_oi: &Tensor, alpha: f64) -> Result<()> {
-    addmm_(out_ni, dy_no, w_oi, 0.0, alpha)
+/// Adds `a b` to `out`. In half precision on the CPU the product is made apart: with an output that is not contiguous
+/// libtorch leaves oneDNN for a product that is many times slower.
+fn add_product_(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    if matches!(out.kind(), Kind::BFloat16 | Kind::Half) && out.device() == Device::Cpu {
+        let _ = out.shallow_clone().f_add_(&a.f_mm(b)?)?;
+        return Ok(());
+    }
+    addmm_(out, a, b, 1.0, 1.0)
 }
 
-/// Adds `alpha dyᵀ x` to a gradient in the flat buffer: `[N, O] x [N, I] -> [O, I]` in its own (wider) dtype.
+/// Adds `dyᵀ x` to a gradient in the flat buffer: `[N, O] x [N, I] -> [O, I]` in its own (wider) dtype.
 ///
 /// libtorch's CPU library has no product with an fp32 result from half-precision operands, so there the product of
 /// one micro-batch is rounded to the operands' dtype and accumulated in fp32.
-pub fn accumulate_tn_(grad_oi: &Tensor, dy_no: &Tensor, x_ni: &Tensor, alpha: f64) -> Result<()> {
+pub fn accumulate_tn_(grad_oi: &Tensor, dy_no: &Tensor, x_ni: &Tensor) -> Result<()> {
     let dy_on = dy_no.f_tr()?;
     if grad_oi.kind() == dy_no.kind() {
-        return addmm_(grad_oi, &dy_on, x_ni, 1.0, alpha);
+        return addmm_(grad_oi, &dy_on, x_ni, 1.0, 1.0);
     }
-    let product = dy_on.f_mm(x_ni)?.f_to_kind(Kind::Float)?;
-    let _ = grad_oi.shallow_clone().f_add_(&product.f_mul_scalar(alpha)?)?;
+    let _ = grad_oi.shallow_clone().f_add_(&dy_on.f_mm(x_ni)?)?;
     Ok(())
 }

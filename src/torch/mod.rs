@@ -12,7 +12,9 @@ use crate::error::{Error, Result};
 
 unsafe extern "C" {
     fn bellora_last_error() -> *const c_char;
+    fn bellora_keep_freed_memory();
     fn bellora_addmm(out: *mut C_tensor, a: *mut C_tensor, b: *mut C_tensor, beta: f64, alpha: f64) -> c_int;
+    fn bellora_onednn_linear(x: *mut C_tensor, w: *mut C_tensor, out: *mut *mut C_tensor) -> c_int;
     fn bellora_fused_adamw(
         param: *mut C_tensor,
         grad: *mut C_tensor,
@@ -95,6 +97,12 @@ fn check(code: c_int) -> Result<()> {
     Err(Error::Torch(first_line(&message.to_string_lossy())))
 }
 
+/// Has the allocator keep what it is given back, for a process that allocates the same large tensors over and over.
+pub fn keep_freed_memory() {
+    // SAFETY: it sets two numbers of the C library's allocator.
+    unsafe { bellora_keep_freed_memory() }
+}
+
 /// Takes over a tensor that the shim made.
 fn taken(code: c_int, tensor: *mut C_tensor) -> Result<Tensor> {
     check(code)?;
@@ -115,6 +123,17 @@ fn taken_two(code: c_int, first: *mut C_tensor, second: *mut C_tensor) -> Result
 pub fn addmm_(out: &Tensor, a: &Tensor, b: &Tensor, beta: f64, alpha: f64) -> Result<()> {
     // SAFETY: all three are live tensors for the length of the call.
     check(unsafe { bellora_addmm(raw(out), raw(a), raw(b), beta, alpha) })
+}
+
+/// Computes `x wᵀ` of fp32 CPU tensors by oneDNN: `[N, I] x [O, I] -> [N, O]`; `w` may be a transposed view.
+///
+/// # Errors
+/// Shapes or dtypes that do not fit; a libtorch built without oneDNN.
+pub fn onednn_linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: both are live tensors for the length of the call; `out` is written on success.
+    let code = unsafe { bellora_onednn_linear(raw(x), raw(w), &mut out) };
+    taken(code, out)
 }
 
 /// The numbers of one AdamW update.

@@ -2,7 +2,9 @@
 // libtorch's own ops would spread over many passes of memory. Every function returns 0, or -1 with a message.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -12,7 +14,10 @@
 
 #include "cpu_rows.h"
 
+#include <malloc.h>
+
 #include <algorithm>
+#include <climits>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -117,9 +122,30 @@ extern "C" {
 
 const char* bellora_last_error() { return last_error.c_str(); }
 
+// Large tensors come and go every layer. By default their memory goes back to the system each time, and coming again it is
+// zeroed page by page; this keeps it.
+void bellora_keep_freed_memory() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest value there is
+  mallopt(M_TRIM_THRESHOLD, INT_MAX);
+#endif
+}
+
 // out = beta * out + alpha * a b
 int bellora_addmm(T out, T a, T b, double beta, double alpha) {
   return guarded([&] { at::addmm_out(*out, *out, *a, *b, beta, alpha); });
+}
+
+// y = x wᵀ in fp32 by oneDNN, whose kernels use the widest vectors of any CPU (ATen's own fp32 product is MKL's, which keeps
+// to AVX2 on processors not made by Intel). `w` [O, I] may have any strides.
+int bellora_onednn_linear(T x, T w, T* out) {
+  return guarded([&] {
+    using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                              c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+    static auto linear =
+        c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
+    *out = new at::Tensor(linear.call(*x, *w, std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), ""));
+  });
 }
 
 // `step` is a 0-d float tensor that already counts this update.
