@@ -9,9 +9,8 @@ fn main() {
     for file in [SHIM, "src/torch/cpu_rows.h"] {
         println!("cargo:rerun-if-changed={file}");
     }
-    let link_dir = PathBuf::from(
-        std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency and sets it"),
-    );
+    let link_dir =
+        PathBuf::from(std::env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys is a direct dependency and sets it"));
     // The link folder holds symbolic links to the CPU half of libtorch; the run-time path is where they lead.
     let cpu_lib = std::fs::canonicalize(link_dir.join("libtorch_cpu.so"))
         .expect("libtorch is missing: run scripts/setup.sh first");

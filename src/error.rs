@@ -96,6 +96,19 @@ impl Error {
         self
     }
 
+    /// Adds what the user can do about them to the faults that say nothing of it yet.
+    pub fn hint_where_none(mut self, hint: &str) -> Self {
+        let faults = match &mut self {
+            Self::Invalid(faults) => faults.as_mut_slice(),
+            Self::Failed(fault) => std::slice::from_mut(fault),
+            _ => &mut [],
+        };
+        for fault in faults.iter_mut().filter(|fault| fault.hint.is_empty()) {
+            fault.hint = hint.into();
+        }
+        self
+    }
+
     /// Gives `map_err` a closure that remembers the operation and the path.
     pub fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();
@@ -108,6 +121,25 @@ impl Error {
             Self::Invalid(_) => 2,
             Self::Failed(_) | Self::Io { .. } | Self::Torch(_) => 1,
             Self::Interrupted { signal, .. } => 128u8.saturating_add(*signal as u8),
+        }
+    }
+
+    /// What the user can do about an error that is no [`Fault`]; empty where nothing is known.
+    pub fn advice(&self) -> &'static str {
+        use std::io::ErrorKind;
+        match self {
+            Self::Invalid(_) | Self::Failed(_) | Self::Interrupted { .. } => "",
+            Self::Io { source, .. } => match source.kind() {
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room there, or name another place",
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+                    "name a place that you may read and write, or change its permissions"
+                }
+                _ => "look at that path and the folders above it, or name another place",
+            },
+            Self::Torch(what) if what.contains("can't allocate memory") || what.contains("out of memory") => {
+                "the memory ran out: lower train.micro_batch_tokens or data.max_length, or use a machine with more"
+            }
+            Self::Torch(_) => "this is a defect of bellora: report it with the command, the config and this message",
         }
     }
 

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::data::Tokenizer;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::llama::Llama;
 
 /// How the next token is chosen.
@@ -21,7 +21,7 @@ pub struct Sampling {
 
 /// Generates at most `max_new_tokens` tokens after a prompt and passes each piece of whole characters to `emit`.
 ///
-/// Ends before a stop id, or after a stop string, which are not emitted.
+/// Ends before a stop id, or after a stop string, which are not emitted. The prompt has at least one token.
 pub fn generate(
     model: &Llama,
     tokenizer: &Tokenizer,
@@ -32,9 +32,6 @@ pub fn generate(
     sampling: Sampling,
     mut emit: impl FnMut(&str) -> Result<()>,
 ) -> Result<()> {
-    if prompt.is_empty() {
-        return Err(Error::invalid("--prompt", "the prompt has no tokens").hint("write some text"));
-    }
     tch::manual_seed(sampling.seed as i64);
     let mut cache = model.new_cache((prompt.len() + max_new_tokens) as i64)?;
     let mut stream = tokenizer.decode_stream();
@@ -92,7 +89,9 @@ fn choose(logits: &Tensor, sampling: Sampling) -> Result<i64> {
     if sampling.temperature == 0.0 {
         return Ok(logits.f_argmax(None, false)?.f_int64_value(&[])?);
     }
-    let logits = logits.f_to_kind(Kind::Double)?.f_div_scalar(sampling.temperature)?;
+    // From the largest downwards, so that no temperature is too low to divide by.
+    let logits = logits.f_to_kind(Kind::Double)?;
+    let logits = logits.f_sub(&logits.f_max()?)?.f_div_scalar(sampling.temperature)?;
     let (sorted, ids) = logits.f_sort(-1, true)?;
     let mut p = sorted.f_softmax(-1, Kind::Double)?;
     let n = p.size()[0];

@@ -10,8 +10,9 @@ pub mod ops;
 pub mod data;
 pub mod model;
 
-pub mod checkpoint;
 pub mod optim;
+
+pub mod checkpoint;
 
 pub mod config;
 pub mod log;
@@ -20,8 +21,9 @@ pub mod plan;
 pub mod eval;
 pub mod train;
 
-pub mod export;
 pub mod generate;
 pub mod trained;
+
+pub mod export;
 
 pub mod cli;

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
-use crate::checkpoint::manifest::{newest_good, verify, MANIFEST_FILE};
-use crate::config::{Auto, Config, Dtype};
+use crate::checkpoint::manifest::{MANIFEST_FILE, newest_good};
+use crate::config::{Dtype, ModelOfRun};
 use crate::data::{SpecialTokens, Template, TemplateFile, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
@@ -14,7 +14,7 @@ use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{Layout, ParamBuffer, table_key};
 use crate::model::weights::TensorFiles;
-use crate::train::run::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run};
+use crate::train::run::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run, verify_adapter};
 
 /// An adapter on disk, opened.
 pub struct OpenedAdapter {
@@ -24,6 +24,8 @@ pub struct OpenedAdapter {
     pub config: AdapterConfig,
     /// Its tensors.
     pub files: TensorFiles,
+    /// Rows of the tables with it.
+    vocab_size: i64,
 }
 
 /// A base model, perhaps with an adapter, opened and checked but not loaded.
@@ -51,26 +53,31 @@ impl Trained {
         let place = path.display().to_string();
         if !path.is_dir() {
             let what = if path.exists() { "is a file, not a folder" } else { "does not exist" };
-            return Err(Error::invalid(place, what)
-                .hint("name a run directory, an adapter's folder or a base model's folder; models are not downloaded"));
+            return Err(Error::invalid(place, what).hint(
+                "name a run directory, an adapter's folder or a base model's folder; models are not downloaded",
+            ));
         }
         if holds_run(path) {
-            let config = Config::load(&path.join(CONFIG_FILE), &[])?;
-            let run_base = base.unwrap_or(&config.model.base).to_path_buf();
-            let mut opened = Self::with_adapter(&newest_adapter(path)?, Some(&run_base))?;
-            if let Auto::Is(dtype) = config.model.dtype {
-                opened.run_dtype = Some(dtype);
-            }
+            // Only what the model needs: the run's data may be elsewhere by now.
+            let run = ModelOfRun::load(&path.join(CONFIG_FILE))?;
+            let mut opened = Self::with_adapter(&newest_adapter(path)?, base.or(run.base.as_deref()))?;
+            opened.run_dtype = run.dtype;
             return Ok(opened);
         }
         if path.join(adapter_file::CONFIG_FILE).is_file() {
             return Self::with_adapter(path, base);
         }
         if path.join("config.json").is_file() {
+            if base.is_some() {
+                return Err(Error::invalid("--base", format!("{place} is a base itself")).hint("leave --base out"));
+            }
             return Self::on_base(path);
         }
-        Err(Error::invalid(place, "is no run directory (config.toml), adapter (adapter_config.json) or base (config.json)")
-            .hint("name a folder that holds one of these files"))
+        Err(Error::invalid(
+            place,
+            "is no run directory (config.toml), adapter (adapter_config.json) or base (config.json)",
+        )
+        .hint("name a folder that holds one of these files"))
     }
 
     fn on_base(dir: &Path) -> Result<Self> {
@@ -85,31 +92,32 @@ impl Trained {
 
     fn with_adapter(dir: &Path, base: Option<&Path>) -> Result<Self> {
         if dir.join(MANIFEST_FILE).is_file() {
-            verify(dir)?;
+            verify_adapter(dir)?;
         }
         let config = AdapterConfig::load(dir)?;
-        let base_dir = match (base, &config.base) {
-            (Some(base), _) => base.to_path_buf(),
-            // PEFT resolves a relative path by the working folder; beside the adapter is what people mean.
-            (None, Some(named)) if Path::new(named).is_dir() => PathBuf::from(named),
-            (None, Some(named)) if dir.join(named).is_dir() => dir.join(named),
-            (None, named) => {
-                let named = named.as_deref().unwrap_or("none");
-                let place = dir.join(adapter_file::CONFIG_FILE).display().to_string();
-                return Err(Error::invalid(place, format!("the base it names ({named}) is not a folder here"))
-                    .hint("give the base's folder by --base DIR"));
-            }
-        };
-        let mut opened = Self::on_base(&base_dir)?;
-        let path = dir.join(adapter_file::WEIGHTS_FILE);
-        let files = TensorFiles::open(&[path])?;
-        let adapter = OpenedAdapter { dir: dir.to_path_buf(), config, files };
-        let faults = adapter_file::check(&adapter.files, &opened.layout_with(&adapter));
-        if !faults.is_empty() {
-            return Err(Error::Invalid(faults).hint("does this adapter belong to this base? --base DIR names another"));
-        }
-        opened.adapter = Some(adapter);
+        let mut opened = Self::on_base(&base_of(dir, &config, base)?)?;
+        let vocab_size = opened.grown_vocab_size(dir, &config.lora)?;
+        let files = adapter_file::open_weights(dir, &Layout::new(&opened.base, &config.lora, vocab_size))?;
+        opened.adapter = Some(OpenedAdapter { dir: dir.to_path_buf(), config, files, vocab_size });
         Ok(opened)
+    }
+
+    /// How far the vocabulary of an adapter goes: its trained tables say.
+    fn grown_vocab_size(&self, dir: &Path, lora: &LoraSpec) -> Result<i64> {
+        let path = dir.join(adapter_file::WEIGHTS_FILE);
+        if lora.modules_to_save.is_empty() || !path.is_file() {
+            return Ok(self.base.vocab_size);
+        }
+        let files = TensorFiles::open(&[path])?;
+        let rows = |table: &Table| files.tensors().get(&table_key(*table))?.shape.first().copied();
+        let Some(rows) = Table::ALL.iter().find_map(rows) else { return Ok(self.base.vocab_size) };
+        let rows = i64::try_from(rows).unwrap_or(i64::MAX);
+        if rows != self.base.vocab_size && lora.modules_to_save.len() < Table::ALL.len() {
+            let what = format!("has a table of {rows} rows, the base has {}", self.base.vocab_size);
+            return Err(Error::invalid(dir.join(adapter_file::WEIGHTS_FILE).display().to_string(), what)
+                .hint("an adapter that changes the vocabulary must hold both tables, embed_tokens and lm_head"));
+        }
+        Ok(rows)
     }
 
     /// The adapters, none for a bare base.
@@ -117,18 +125,9 @@ impl Trained {
         self.adapter.as_ref().map_or_else(LoraSpec::none, |a| a.config.lora.clone())
     }
 
-    /// Rows of the tables: a trained table says how far the vocabulary grew.
+    /// Rows of the tables, grown ones included.
     pub fn vocab_size(&self) -> i64 {
-        self.adapter.as_ref().map_or(self.base.vocab_size, |a| self.vocab_size_with(a))
-    }
-
-    fn vocab_size_with(&self, adapter: &OpenedAdapter) -> i64 {
-        let rows = |table: &Table| adapter.files.tensors().get(&table_key(*table)).map(|t| t.shape[0] as i64);
-        Table::ALL.iter().find_map(rows).unwrap_or(self.base.vocab_size)
-    }
-
-    fn layout_with(&self, adapter: &OpenedAdapter) -> Layout {
-        Layout::new(&self.base, &adapter.config.lora, self.vocab_size_with(adapter))
+        self.adapter.as_ref().map_or(self.base.vocab_size, |a| a.vocab_size)
     }
 
     /// The parameters with the adapter's values.
@@ -157,28 +156,52 @@ impl Trained {
         Llama::load(&self.base, &self.base_files, &self.lora(), params, compute)
     }
 
-    /// The tokenizer beside the adapter, else the base's.
-    pub fn tokenizer(&self) -> Result<Tokenizer> {
-        if let Some(adapter) = &self.adapter {
-            let has = |name: &str| adapter.dir.join(name).is_file();
-            if has("tokenizer.model") || has("tokenizer.json") {
-                return Tokenizer::open(&adapter.dir);
-            }
-        }
-        Tokenizer::open(&self.base_dir)
+    /// The folders that files may lie in beside the model: the adapter's before the base's.
+    pub fn folders(&self) -> impl Iterator<Item = &Path> {
+        self.adapter.iter().map(|a| a.dir.as_path()).chain([self.base_dir.as_path()])
     }
 
-    /// The template and stop ids that travel with the adapter; else those of `fallback` with the tokenizer's own.
+    /// The tokenizer beside the adapter, else the base's.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let has_one = |dir: &&Path| ["tokenizer.model", "tokenizer.json"].iter().any(|name| dir.join(name).is_file());
+        let dir = self.folders().find(has_one).unwrap_or(&self.base_dir);
+        Tokenizer::open(dir).map_err(|error| {
+            let hint = format!("put the tokenizer's files (tokenizer.json or tokenizer.model) into {}", dir.display());
+            if has_one(&dir) { error.hint_where_none(&hint) } else { error.hint(hint) }
+        })
+    }
+
+    /// The template and stop ids that travel with the model; else those of `fallback` with the tokenizer's own.
     pub fn template(&self, tokenizer: &Tokenizer, fallback: &Template) -> Result<TemplateFile> {
-        if let Some(adapter) = &self.adapter
-            && let Some(template) = TemplateFile::load(&adapter.dir)?
-        {
-            return Ok(template);
+        for dir in self.folders() {
+            if let Some(template) = TemplateFile::load(dir)? {
+                return Ok(template);
+            }
         }
         let mut template = TemplateFile::new(fallback, tokenizer, SpecialTokens::Special);
         template.stop_token_ids.extend(&self.base.eos_token_ids);
         Ok(template)
     }
+}
+
+/// The folder of the base that an adapter is for: the one given, else the one that the adapter names.
+fn base_of(dir: &Path, config: &AdapterConfig, given: Option<&Path>) -> Result<PathBuf> {
+    if let Some(base) = given {
+        if base.is_dir() {
+            return Ok(base.to_path_buf());
+        }
+        return Err(Error::invalid(base.display().to_string(), "the base is not there")
+            .hint("give the base's folder by --base DIR; models are not downloaded"));
+    }
+    let place = dir.join(adapter_file::CONFIG_FILE).display().to_string();
+    let Some(named) = &config.base else {
+        return Err(Error::invalid(place, "names no base").hint("give the base's folder by --base DIR"));
+    };
+    // PEFT resolves a relative path by the working folder; beside the adapter is what people mean.
+    [PathBuf::from(named), dir.join(named)].into_iter().find(|path| path.is_dir()).ok_or_else(|| {
+        Error::invalid(place, format!("the base it names ({named}) is not a folder here"))
+            .hint("give the base's folder by --base DIR; models are not downloaded")
+    })
 }
 
 /// A run's final adapter, else its newest good checkpoint.

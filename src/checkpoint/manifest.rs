@@ -138,17 +138,10 @@ pub fn verify(dir: &Path) -> Result<Manifest> {
     for name in names(dir)? {
         if name != MANIFEST_FILE && !manifest.files.contains_key(&name) {
             let place = dir.join(name).display().to_string();
-            faults.push(Fault::new(
-                place,
-                format!("unexpected: {MANIFEST_FILE} does not list it"),
-            ));
+            faults.push(Fault::new(place, format!("unexpected: {MANIFEST_FILE} does not list it")));
         }
     }
-    if faults.is_empty() {
-        Ok(manifest)
-    } else {
-        Err(Error::Invalid(faults))
-    }
+    if faults.is_empty() { Ok(manifest) } else { Err(Error::Invalid(faults)) }
 }
 
 /// Gives the folder of a step's checkpoint.
@@ -174,10 +167,7 @@ pub fn newest_good(checkpoints_dir: &Path) -> Result<Newest> {
     for (step, dir) in checkpoints(checkpoints_dir)?.into_iter().rev() {
         match verify(&dir) {
             Ok(_) => {
-                return Ok(Newest {
-                    good: Some((step, dir)),
-                    damaged,
-                });
+                return Ok(Newest { good: Some((step, dir)), damaged });
             }
             Err(error) => damaged.push((dir, error)),
         }
@@ -189,9 +179,7 @@ pub fn newest_good(checkpoints_dir: &Path) -> Result<Newest> {
 pub(super) fn checkpoints(checkpoints_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     for name in names(checkpoints_dir)? {
-        let step = name
-            .strip_prefix(STEP)
-            .filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+        let step = name.strip_prefix(STEP).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
         let dir = checkpoints_dir.join(&name);
         if let Some(Ok(step)) = step.map(str::parse::<u64>)
             && dir.is_dir()
@@ -239,15 +227,10 @@ fn seal(dir: &Path) -> Result<Manifest> {
     let mut files = BTreeMap::new();
     for name in names(dir)? {
         let path = dir.join(&name);
-        File::open(&path)
-            .and_then(|file| file.sync_all())
-            .map_err(Error::io("sync", &path))?;
+        File::open(&path).and_then(|file| file.sync_all()).map_err(Error::io("sync", &path))?;
         files.insert(name, checksum(&path)?);
     }
-    let manifest = Manifest {
-        format_version: FORMAT_VERSION,
-        files,
-    };
+    let manifest = Manifest { format_version: FORMAT_VERSION, files };
     let path = dir.join(MANIFEST_FILE);
     let mut text = serde_json::to_string_pretty(&manifest).map_err(|error| Error::io("write", &path)(error.into()))?;
     text.push('\n');
@@ -267,20 +250,14 @@ fn read_manifest(dir: &Path) -> Result<Manifest> {
     let text = match fs::read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::invalid(
-                place,
-                "missing: the folder was never completed, or has lost its manifest",
-            ));
+            return Err(Error::invalid(place, "missing: the folder was never completed, or has lost its manifest"));
         }
         Err(error) => return Err(Error::io("read", &path)(error)),
     };
     let manifest: Manifest =
         serde_json::from_slice(&text).map_err(|error| Error::invalid(&place, format!("damaged: {error}")))?;
     if manifest.format_version != FORMAT_VERSION {
-        let what = format!(
-            "expected format version {FORMAT_VERSION}, found {}",
-            manifest.format_version
-        );
+        let what = format!("expected format version {FORMAT_VERSION}, found {}", manifest.format_version);
         return Err(Error::invalid(place, what).hint("use the version of Bellora that wrote it"));
     }
     Ok(manifest)
@@ -295,10 +272,7 @@ fn checksum(path: &Path) -> Result<FileEntry> {
     loop {
         match file.read(&mut piece).map_err(Error::io("read", path))? {
             0 => {
-                return Ok(FileEntry {
-                    size_bytes,
-                    xxh3_64: format!("{:016x}", hash.digest()),
-                });
+                return Ok(FileEntry { size_bytes, xxh3_64: format!("{:016x}", hash.digest()) });
             }
             read => {
                 hash.update(&piece[..read]);
@@ -328,10 +302,7 @@ fn names(dir: &Path) -> Result<Vec<String>> {
 fn sibling(final_dir: &Path, kind: &str) -> Result<PathBuf> {
     match final_dir.file_name() {
         Some(name) => Ok(final_dir.with_file_name(format!("{INCOMPLETE}{kind}{}", name.to_string_lossy()))),
-        None => Err(Error::failed(
-            final_dir.display().to_string(),
-            "this path does not end in a name",
-        )),
+        None => Err(Error::failed(final_dir.display().to_string(), "this path does not end in a name")),
     }
 }
 
@@ -350,7 +321,5 @@ fn sync_parent(path: &Path) -> Result<()> {
 }
 
 fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir)
-        .and_then(|file| file.sync_all())
-        .map_err(Error::io("sync", dir))
+    File::open(dir).and_then(|file| file.sync_all()).map_err(Error::io("sync", dir))
 }

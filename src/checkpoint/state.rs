@@ -54,8 +54,8 @@ impl RunState {
         let path = dir.join(STATE_FILE);
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let place = path.display().to_string();
-        let state: Self = serde_json::from_str(&text)
-            .map_err(|e| Error::invalid(&place, format!("is not a run's state: {e}")))?;
+        let state: Self =
+            serde_json::from_str(&text).map_err(|e| Error::invalid(&place, format!("is not a run's state: {e}")))?;
         if state.format_version != FORMAT_VERSION {
             let what = format!("has format version {}, this program reads {FORMAT_VERSION}", state.format_version);
             return Err(Error::invalid(&place, what).hint("resume with the version of bellora that wrote it"));

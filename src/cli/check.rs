@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use crate::cli::{ConfigArgs, print};
+use crate::cli::{ConfigArgs, print, signals};
 use crate::error::Result;
 use crate::train::setup::Job;
 use crate::train::{banner, run};
@@ -17,6 +17,7 @@ pub(super) struct CheckArgs {
 }
 
 pub(super) fn run(args: &CheckArgs) -> Result<()> {
+    signals::end_at_once()?;
     let config = args.config.load()?;
     if args.print_config {
         return print(&config.print_with_defaults_marked());

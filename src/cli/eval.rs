@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::cli::{print, say};
+use crate::cli::{print, say, signals};
 use crate::config::Config;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
@@ -23,7 +23,15 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
+    signals::end_at_once()?;
     let is_run = holds_run(&args.target);
+    if args.target.is_dir() && !is_run {
+        let what = format!("is a folder that holds no run: there is no {CONFIG_FILE}");
+        return Err(Error::invalid(args.target.display().to_string(), what).hint(
+            "name a config file or a run directory; an adapter is evaluated by a config with \
+             --set model.init_adapter=DIR",
+        ));
+    }
     let config = if is_run { args.target.join(CONFIG_FILE) } else { args.target.clone() };
     let (model, samples) = validation(Config::load(&config, &args.sets)?)?;
     say(&format!("evaluating on {} samples\n", samples.len()));

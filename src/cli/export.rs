@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use crate::cli::say;
+use crate::cli::{say, signals};
 use crate::error::Result;
 use crate::export::{export_merged, export_peft};
 use crate::trained::Trained;
@@ -33,10 +33,11 @@ pub(super) struct ExportArgs {
 }
 
 pub(super) fn run(args: &ExportArgs) -> Result<()> {
+    let stop = signals::listen()?;
     let trained = Trained::open(&args.source, args.base.as_deref())?;
     match args.format {
-        Format::Peft => export_peft(&trained, &args.out)?,
-        Format::Merged => export_merged(&trained, &args.out)?,
+        Format::Peft => export_peft(&trained, &args.out, &stop)?,
+        Format::Merged => export_merged(&trained, &args.out, &stop)?,
     }
     say(&format!("written to {}\n", args.out.display()));
     Ok(())

@@ -4,24 +4,27 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::cli::print;
+use crate::cli::{print, say, signals};
 use crate::data::{Record, Template, prompt_ids};
-use crate::error::{Error, Result};
+use crate::error::{Error, Fault, Result};
 use crate::generate::{Sampling, generate};
 use crate::trained::Trained;
+
+/// Keys and values of more tokens would not fit in memory.
+const MOST_NEW_TOKENS: usize = 1 << 20;
 
 #[derive(Debug, Args)]
 pub(super) struct GenerateArgs {
     /// A run directory, an adapter's folder or a base model's folder
     source: PathBuf,
     /// The question, put into the template that the adapter was trained with
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     prompt: String,
     /// Stop after this many tokens
     #[arg(long, default_value_t = 256)]
     max_new_tokens: usize,
     /// Draw from the distribution sharpened by this; 0 takes the likeliest token
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f64,
     /// Draw among the likeliest tokens that make up this share of probability
     #[arg(long, default_value_t = 1.0)]
@@ -44,19 +47,28 @@ pub(super) struct GenerateArgs {
 }
 
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
-    let bad = |name: &str, what: &str| Err(Error::invalid(name, what.to_string()));
+    signals::end_at_once()?;
+    let bad = |name: &str, what: &str, hint: &str| Err(Error::invalid(name, what).hint(hint));
     if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
-        return bad("--temperature", "expected a number from 0 upwards");
+        return bad("--temperature", "expected a number from 0 upwards", "leave it out to take the likeliest tokens");
     }
     if !(args.top_p > 0.0 && args.top_p <= 1.0) {
-        return bad("--top-p", "expected a share above 0, at most 1");
+        return bad("--top-p", "expected a share above 0 and at most 1", "leave it out to draw among all tokens");
     }
-    if args.max_new_tokens == 0 {
-        return bad("--max-new-tokens", "expected at least 1");
+    if !(1..=MOST_NEW_TOKENS).contains(&args.max_new_tokens) {
+        let what = format!("expected a number from 1 to {MOST_NEW_TOKENS}");
+        return bad("--max-new-tokens", &what, "leave it out for 256");
     }
+    let fallback = Template::find(&args.template).map_err(|error| match error {
+        Error::Invalid(faults) if faults.iter().any(|f| f.place == "data.template") => {
+            let faults = faults.into_iter().map(|f| Fault { place: "--template".into(), ..f });
+            Error::Invalid(faults.collect())
+        }
+        other => other.hint_where_none("name alpaca, chinese-alpaca or the path of a template file"),
+    })?;
     let trained = Trained::open(&args.source, args.base.as_deref())?;
     let tokenizer = trained.tokenizer()?;
-    let file = trained.template(&tokenizer, &Template::find(&args.template)?)?;
+    let file = trained.template(&tokenizer, &fallback)?;
     let prompt = if args.raw {
         let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
         tokenizer.encode_into(&args.prompt, file.special_tokens, &mut ids)?;
@@ -64,16 +76,27 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     } else {
         prompt_ids(&tokenizer, &file.template, file.special_tokens, &Record::question(&args.prompt))?
     };
+    if prompt.is_empty() {
+        return bad("--prompt", "the prompt has no tokens", "write some text");
+    }
     if let Some(id) = prompt.iter().find(|id| i64::from(**id) >= trained.vocab_size()) {
-        let what = format!("token {id} is beyond the model's {} rows", trained.vocab_size());
-        return Err(Error::invalid("--prompt", what).hint("the tokenizer does not belong to this model"));
+        let what = format!("token {id} of the prompt is beyond the model's {} rows", trained.vocab_size());
+        return Err(Error::invalid(tokenizer.place(), what).hint("the tokenizer does not belong to this model"));
+    }
+    let (n_positions, trained_for) = (prompt.len() + args.max_new_tokens, trained.base.max_position_embeddings);
+    if n_positions as i64 > trained_for {
+        say(&format!(
+            "warning: {} tokens of the prompt and {} new ones may go beyond the {trained_for} positions the base was \
+             trained for\n",
+            prompt.len(),
+            args.max_new_tokens,
+        ));
     }
     let kind = trained.kind();
     let params = trained.params(kind)?;
-    let model = trained.load(&params, kind, (prompt.len() + args.max_new_tokens) as i64)?;
+    let model = trained.load(&params, kind, n_positions as i64)?;
     let stop_strings: &[String] = if args.raw { &[] } else { &file.template.stop };
-    let sampling =
-        Sampling { temperature: args.temperature, top_p: args.top_p, top_k: args.top_k, seed: args.seed };
+    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, top_k: args.top_k, seed: args.seed };
     let stop_ids = &file.stop_token_ids;
     generate(&model, &tokenizer, &prompt, stop_ids, stop_strings, args.max_new_tokens, sampling, print)?;
     print("\n")

@@ -1,6 +1,7 @@
 //! The command line: a file a subcommand. Standard output is data; everything else goes to standard error.
 
 mod check;
+mod defects;
 mod eval;
 mod export;
 mod generate;
@@ -106,10 +107,11 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if cli.command.computes() {
         wait_politely();
+        crate::torch::keep_freed_memory();
     }
     // No taped autograd anywhere in the product.
     let _no_grad = tch::no_grad_guard();
-    let result = match cli.command {
+    let result = defects::caught(|| match cli.command {
         Command::Check(args) => check::run(&args),
         Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
@@ -117,7 +119,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -130,14 +132,17 @@ pub fn main() -> ExitCode {
 /// Prints an error: each fault with its place and, where there is one, its hint.
 fn report(error: &Error) {
     let mut text = String::new();
+    let mut add = |what: &dyn std::fmt::Display, hint: &str| {
+        text.push_str(&format!("error: {what}\n"));
+        if !hint.is_empty() {
+            text.push_str(&format!("  hint: {hint}\n"));
+        }
+    };
     if error.faults().is_empty() {
-        text.push_str(&format!("error: {error}\n"));
+        add(error, error.advice());
     }
     for fault in error.faults() {
-        text.push_str(&format!("error: {fault}\n"));
-        if !fault.hint.is_empty() {
-            text.push_str(&format!("  hint: {}\n", fault.hint));
-        }
+        add(fault, &fault.hint);
     }
     say(&text);
 }
@@ -151,10 +156,10 @@ fn say(text: &str) {
 fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| {
-        if e.kind() == std::io::ErrorKind::BrokenPipe {
-            Error::failed("standard output", "was closed by its reader")
-        } else {
-            Error::failed("standard output", format!("cannot be written: {e}"))
-        }
+        let what = match e.kind() {
+            std::io::ErrorKind::BrokenPipe => "was closed by its reader".to_string(),
+            _ => format!("cannot be written: {e}"),
+        };
+        Error::failed("standard output", what)
     })
 }

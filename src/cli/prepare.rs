@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::BufWriter;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use crate::cli::{ConfigArgs, say};
+use crate::cli::{ConfigArgs, say, signals};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::train::setup::ModelSetup;
 
@@ -20,12 +21,23 @@ pub(super) struct PrepareArgs {
 }
 
 pub(super) fn run(args: &PrepareArgs) -> Result<()> {
-    let model = ModelSetup::inspect(args.config.load()?)?;
+    signals::end_at_once()?;
+    let config = args.config.load()?;
+    if let Some(path) = &args.dump {
+        check_dump(path, &args.config.config, &config)?;
+    }
+    let model = ModelSetup::inspect(config)?;
     let data = &model.config.data;
     let dataset = model.dataset(&data.train, Some(&data.cache_dir))?;
     if let Some(path) = &args.dump {
         let file = File::create(path).map_err(Error::io("create", path))?;
-        dataset.write_dump(&mut BufWriter::new(file)).map_err(Error::io("write", path))?;
+        if let Err(error) = dataset.write_dump(&mut BufWriter::new(&file)) {
+            // A part of a dump is worse than none. A pipe or a device stays.
+            if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+                let _ = std::fs::remove_file(path);
+            }
+            return Err(Error::io("write", path)(error));
+        }
     }
     let stats = dataset.stats();
     say(&format!(
@@ -39,5 +51,20 @@ pub(super) fn run(args: &PrepareArgs) -> Result<()> {
         stats.bad_rows,
         if stats.from_cache { "; from the token cache" } else { "" },
     ));
+    Ok(())
+}
+
+/// Refuses a dump that cannot be written, or that would take the place of what it is made from.
+fn check_dump(path: &Path, config_file: &Path, config: &Config) -> Result<()> {
+    let refused = |what: String| Err(Error::invalid("--dump", what).hint("name another file"));
+    let absolute = std::path::absolute(path).map_err(Error::io("resolve", path))?;
+    if path.is_dir() || !absolute.parent().is_some_and(Path::is_dir) {
+        return refused(format!("{} is no place for a file", path.display()));
+    }
+    let is_same = |other: &Path| path.canonicalize().is_ok_and(|path| other.canonicalize().is_ok_and(|o| o == path));
+    let inputs = config.data.train.iter().chain(&config.data.validation).map(|p| p.as_path());
+    if inputs.chain([config_file]).any(is_same) {
+        return refused(format!("{} is one of the files that are read", path.display()));
+    }
     Ok(())
 }

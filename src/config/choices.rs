@@ -113,7 +113,7 @@ choice! {
 }
 
 choice! {
-    /// The type of the final adapter's weights.
+    /// The type of the trained tables in the final adapter.
     SaveDtype {
         /// 32-bit floats.
         Fp32 = "fp32",

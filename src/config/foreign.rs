@@ -186,41 +186,24 @@ pub(super) fn unknown_key(place: String, line: usize, section: &str, name: &str,
         },
     };
     faults.proposed.extend(proposed);
-    let what = if section.is_empty() {
-        "unknown key outside of any section"
-    } else {
-        "unknown key"
-    };
+    let what = if section.is_empty() { "unknown key outside of any section" } else { "unknown key" };
     faults.add(line, Fault::new(place, what).hint(hint));
 }
 
 /// Gives the section that an unknown section's name stands for.
 pub(super) fn meant_section(name: &str) -> Option<&'static str> {
     let plain = normalise(name);
-    let foreign = SECTION_NAMES
-        .iter()
-        .find(|(names, _)| is_among(&plain, names))
-        .map(|(_, section)| *section);
-    foreign.or_else(|| {
-        SECTIONS
-            .into_iter()
-            .find(|section| strsim::damerau_levenshtein(section, &plain) <= 1)
-    })
+    let foreign = SECTION_NAMES.iter().find(|(names, _)| is_among(&plain, names)).map(|(_, section)| *section);
+    foreign.or_else(|| SECTIONS.into_iter().find(|section| strsim::damerau_levenshtein(section, &plain) <= 1))
 }
 
 /// Says what to write instead of a value that is none of `words`.
 pub(super) fn value_hint(key: &str, found: &str, words: &[&str]) -> Option<String> {
     let plain = found.trim().to_lowercase();
-    if let Some((.., write)) = VALUES
-        .iter()
-        .find(|(of, theirs, _)| *of == key && is_among(&plain, theirs))
-    {
+    if let Some((.., write)) = VALUES.iter().find(|(of, theirs, _)| *of == key && is_among(&plain, theirs)) {
         return Some(format!("write {write}"));
     }
-    let near = words
-        .iter()
-        .map(|word| (strsim::damerau_levenshtein(word, &plain), word))
-        .min()?;
+    let near = words.iter().map(|word| (strsim::damerau_levenshtein(word, &plain), word)).min()?;
     (near.0 <= allowed_distance(&plain)).then(|| format!("did you mean \"{}\"?", near.1))
 }
 
@@ -231,9 +214,7 @@ fn normalise(name: &str) -> String {
 /// Finds a key of that very name: in another section, or spelt with other dashes and capitals.
 fn own_elsewhere(section: &str, plain: &str) -> Option<&'static str> {
     let named = |key: &&'static str| key.split_once('.').is_some_and(|(_, name)| name == plain);
-    let in_section = known_keys()
-        .filter(named)
-        .find(|key| key.split_once('.').is_some_and(|(of, _)| of == section));
+    let in_section = known_keys().filter(named).find(|key| key.split_once('.').is_some_and(|(of, _)| of == section));
     in_section.or_else(|| known_keys().find(named))
 }
 
@@ -250,10 +231,7 @@ fn is_among(name: &str, names: &str) -> bool {
 }
 
 fn foreign(plain: &str) -> Option<&'static Here> {
-    NAMES
-        .iter()
-        .find(|(names, _)| is_among(plain, names))
-        .map(|(_, here)| here)
+    NAMES.iter().find(|(names, _)| is_among(plain, names)).map(|(_, here)| here)
 }
 
 /// Finds the key whose name is spelt most alike; of equals one in the same section.
@@ -277,10 +255,7 @@ fn allowed_distance(word: &str) -> usize {
 }
 
 fn all_keys(section: &str) -> String {
-    let names: Vec<_> = known_keys()
-        .filter_map(|key| key.split_once('.'))
-        .filter(|(of, _)| *of == section)
-        .collect();
+    let names: Vec<_> = known_keys().filter_map(|key| key.split_once('.')).filter(|(of, _)| *of == section).collect();
     if names.is_empty() {
         return "every key stands in one of [model], [lora], [data] and [train]".to_owned();
     }
@@ -303,23 +278,14 @@ mod tests {
                 assert_eq!(normalise(name), name, "{name} can never be found");
             }
             if let Key(key, _) = here {
-                assert!(
-                    known_keys().any(|known| known == *key),
-                    "{names:?} lead to {key}, which does not exist"
-                );
+                assert!(known_keys().any(|known| known == *key), "{names:?} lead to {key}, which does not exist");
             }
         }
         for (names, section) in SECTION_NAMES {
-            assert!(
-                SECTIONS.contains(section),
-                "{names:?} lead to [{section}], which does not exist"
-            );
+            assert!(SECTIONS.contains(section), "{names:?} lead to [{section}], which does not exist");
         }
         for (key, words, _) in VALUES {
-            assert!(
-                known_keys().any(|known| known == *key),
-                "{words:?} are said of {key}, which does not exist"
-            );
+            assert!(known_keys().any(|known| known == *key), "{words:?} are said of {key}, which does not exist");
         }
     }
 }

@@ -145,7 +145,7 @@ pub struct TrainConfig {
     pub eval_every: u64,
     /// Updates between lines on the console and points in TensorBoard; 0 is never.
     pub log_every: u64,
-    /// The type of the tables and LoRA weights in the final `adapter/`.
+    /// The type of the trained tables in the final `adapter/`; LoRA weights and checkpoints are always fp32.
     pub save_dtype: SaveDtype,
 }
 
@@ -188,15 +188,7 @@ pub enum TemplateChoice {
 }
 
 /// The projections LoRA can adapt, in the model's order.
-pub const TARGET_MODULES: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
+pub const TARGET_MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// The tables that can be trained whole.
 pub const SAVED_MODULES: [&str; 2] = ["embed_tokens", "lm_head"];
@@ -275,7 +267,10 @@ impl Config {
         let text = std::fs::read(path).map_err(|source| {
             let fault = Error::invalid(&place, format!("the config file cannot be read: {source}"));
             match path.is_dir() {
-                true => fault.hint(format!("this is a folder: name the file, such as {place}/config.toml")),
+                true if path.join("config.toml").is_file() => {
+                    fault.hint(format!("this is a folder: name the file in it, {}", path.join("config.toml").display()))
+                }
+                true => fault.hint("this is a folder: name a TOML file"),
                 false => fault.hint("the first argument is the path of a TOML file, relative to the working folder"),
             }
         })?;
@@ -294,6 +289,33 @@ impl Config {
         raw.apply_sets(sets, &mut faults);
         let config = resolve::resolve(raw, &mut faults);
         faults.into_result(config)
+    }
+}
+
+/// What a run's own config says of its model, read without looking for the files that it names: they may have moved.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelOfRun {
+    /// The base the run was trained on.
+    pub base: Option<PathBuf>,
+    /// The dtype it computed in.
+    pub dtype: Option<Dtype>,
+}
+
+impl ModelOfRun {
+    /// Reads a run's `config.toml`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a file that cannot be read or is no TOML.
+    pub fn load(path: &Path) -> Result<Self> {
+        let place = path.display().to_string();
+        let hint = "the run wrote this file: put back what it was";
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Error::invalid(&place, format!("cannot be read: {error}")).hint(hint))?;
+        let table: toml::Table = toml::from_str(&text)
+            .map_err(|error| Error::invalid(&place, format!("not valid TOML: {}", error.message())).hint(hint))?;
+        let value = |key: &str| table.get("model")?.get(key)?.as_str();
+        let dtype = value("dtype").and_then(|word| choices::Choice::WORDS.iter().find(|(known, _)| *known == word));
+        Ok(Self { base: value("base").map(PathBuf::from), dtype: dtype.map(|(_, dtype)| *dtype) })
     }
 }
 

@@ -12,10 +12,7 @@ pub(super) struct Problem {
 }
 
 fn problem<T>(what: String, hint: impl Into<String>) -> Checked<T> {
-    Err(Problem {
-        what,
-        hint: hint.into(),
-    })
+    Err(Problem { what, hint: hint.into() })
 }
 
 /// Checks the folder of a base model.
@@ -45,10 +42,7 @@ pub(super) fn tokenizer(text: &str) -> Checked<PathBuf> {
     }
     match path.exists() {
         true => Ok(path),
-        false => problem(
-            format!("there is no file or folder {text:?}"),
-            where_to_get(text, &path),
-        ),
+        false => problem(format!("there is no file or folder {text:?}"), where_to_get(text, &path)),
     }
 }
 
@@ -70,7 +64,7 @@ pub(super) fn template(text: &str) -> Checked<PathBuf> {
     let path = absolute(text)?;
     match path.is_file() {
         true => Ok(path),
-        false => problem(format!("there is no file {text:?}"), meant_from(&path)),
+        false => problem(format!("there is no file {text:?}"), meant_from(text, &path)),
     }
 }
 
@@ -79,10 +73,9 @@ pub(super) fn writable(text: &str) -> Checked<PathBuf> {
     let path = absolute(text)?;
     // A file on the way down would make every write below it fail.
     match path.ancestors().find(|above| above.exists()) {
-        Some(above) if !above.is_dir() => problem(
-            format!("expected a folder, and {} is a file", above.display()),
-            "name another place",
-        ),
+        Some(above) if !above.is_dir() => {
+            problem(format!("expected a folder, and {} is a file", above.display()), "name another place")
+        }
         _ => Ok(path),
     }
 }
@@ -102,7 +95,7 @@ pub(super) fn data_files(text: &str) -> Checked<Vec<PathBuf>> {
     if !text.contains(['*', '?', '[']) {
         let hint = match is_hub_name(text) {
             true => "data sets are not downloaded: fetch the file and name its path".to_owned(),
-            false => meant_from(&path),
+            false => meant_from(text, &path),
         };
         return problem(format!("there is no file {text:?}"), hint);
     }
@@ -110,10 +103,7 @@ pub(super) fn data_files(text: &str) -> Checked<Vec<PathBuf>> {
     let matches = match glob::glob(&expand_home(text).to_string_lossy()) {
         Ok(matches) => matches,
         Err(error) => {
-            return problem(
-                format!("{text:?} is not a glob: {error}"),
-                "* stands for any part of a name",
-            );
+            return problem(format!("{text:?} is not a glob: {error}"), "* stands for any part of a name");
         }
     };
     // They come in alphabetical order.
@@ -123,33 +113,21 @@ pub(super) fn data_files(text: &str) -> Checked<Vec<PathBuf>> {
             Ok(found) if found.is_file() => files.push(absolute(&utf8(&found)?)?),
             Ok(_) => {}
             Err(error) => {
-                return problem(
-                    format!("{} cannot be read", error.path().display()),
-                    error.error().to_string(),
-                );
+                return problem(format!("{} cannot be read", error.path().display()), error.error().to_string());
             }
         }
     }
     match files.is_empty() {
-        true => problem(format!("no file matches {text:?}"), meant_from(&path)),
+        true => problem(format!("no file matches {text:?}"), meant_from(text, &path)),
         false => Ok(files),
     }
 }
 
 /// Gives the folder for tokenised data when the user names none: in the cache folder of the desktop convention (XDG).
 pub(super) fn user_cache_dir() -> PathBuf {
-    let configured = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .filter(|dir| dir.is_absolute());
-    let in_home = || {
-        std::env::home_dir()
-            .filter(|home| home.is_absolute())
-            .map(|home| home.join(".cache"))
-    };
-    configured
-        .or_else(in_home)
-        .unwrap_or_else(std::env::temp_dir)
-        .join("bellora")
+    let configured = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute());
+    let in_home = || std::env::home_dir().filter(|home| home.is_absolute()).map(|home| home.join(".cache"));
+    configured.or_else(in_home).unwrap_or_else(std::env::temp_dir).join("bellora")
 }
 
 /// Reads `~/` as the user's folder, as a shell does.
@@ -163,7 +141,7 @@ fn expand_home(text: &str) -> PathBuf {
 /// Makes a path absolute.
 fn absolute(text: &str) -> Checked<PathBuf> {
     if text.trim().is_empty() {
-        return problem("expected a path, found an empty text".to_owned(), "");
+        return problem("expected a path, found an empty text".to_owned(), "write a path, or leave the key out");
     }
     match std::path::absolute(expand_home(text)) {
         Ok(path) => utf8(&path).map(PathBuf::from),
@@ -180,9 +158,7 @@ fn utf8(path: &Path) -> Checked<String> {
 }
 
 fn extension(path: &Path) -> &str {
-    path.extension()
-        .and_then(|extension| extension.to_str())
-        .unwrap_or_default()
+    path.extension().and_then(|extension| extension.to_str()).unwrap_or_default()
 }
 
 /// Whether a text looks like `owner/name` on the Hugging Face hub rather than a path.
@@ -192,8 +168,7 @@ fn is_hub_name(text: &str) -> bool {
             && !word.starts_with('.')
             && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
-    text.split_once('/')
-        .is_some_and(|(owner, name)| is_word(owner) && is_word(name) && !Path::new(owner).exists())
+    text.split_once('/').is_some_and(|(owner, name)| is_word(owner) && is_word(name) && !Path::new(owner).exists())
 }
 
 fn where_to_get(text: &str, path: &Path) -> String {
@@ -205,17 +180,18 @@ fn where_to_get(text: &str, path: &Path) -> String {
                  (hf download {text} --local-dir models/{name}) and write \"models/{name}\""
             )
         }
-        false => meant_from(path),
+        false => meant_from(text, path),
     }
 }
 
-fn meant_from(path: &Path) -> String {
+fn meant_from(text: &str, path: &Path) -> String {
+    let relative = "relative paths mean the working folder";
     let mut above = path.ancestors().skip(1);
     match above.find(|folder| folder.is_dir()) {
-        Some(folder) => format!(
-            "relative paths mean the working folder; it was looked for in {}",
-            folder.display()
-        ),
-        None => "relative paths mean the working folder".to_owned(),
+        Some(folder) if Path::new(text).is_absolute() => {
+            format!("there is nothing of that name in {}: was it moved?", folder.display())
+        }
+        Some(folder) => format!("{relative}; it was looked for in {}", folder.display()),
+        None => relative.to_owned(),
     }
 }

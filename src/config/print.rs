@@ -42,11 +42,7 @@ impl Config {
             let is_auto = [&ours, &theirs].into_iter().flatten().any(|value| value == "\"auto\"");
             if ours != theirs && !is_auto {
                 let shown = |value: Option<String>| value.unwrap_or_else(|| "not set".to_owned());
-                differences.push(Difference {
-                    key,
-                    ours: shown(ours),
-                    theirs: shown(theirs),
-                });
+                differences.push(Difference { key, ours: shown(ours), theirs: shown(theirs) });
             }
         }
         differences
@@ -68,14 +64,8 @@ impl Config {
     }
 
     /// Gives every key that holds with its value in TOML, section by section.
-    fn entries(&self) -> Vec<(&'static str, String)> {
-        let Self {
-            model,
-            lora,
-            data,
-            train,
-            given: _,
-        } = self;
+    pub(super) fn entries(&self) -> Vec<(&'static str, String)> {
+        let Self { model, lora, data, train, given: _ } = self;
         let init_adapter = model.init_adapter.iter().map(|dir| ("model.init_adapter", path(dir)));
         let mut entries = vec![
             ("model.base", path(&model.base)),
@@ -90,14 +80,8 @@ impl Config {
             ("lora.r", lora.r.to_string()),
             ("lora.alpha", float(lora.alpha)),
             ("lora.dropout", float(lora.dropout)),
-            (
-                "lora.target_modules",
-                list(lora.target_modules.iter().map(|name| quoted(name))),
-            ),
-            (
-                "lora.modules_to_save",
-                list(lora.modules_to_save.iter().map(|name| quoted(name))),
-            ),
+            ("lora.target_modules", list(lora.target_modules.iter().map(|name| quoted(name)))),
+            ("lora.modules_to_save", list(lora.modules_to_save.iter().map(|name| quoted(name)))),
             ("lora.use_rslora", lora.use_rslora.to_string()),
             ("data.train", paths(&data.train)),
             ("data.validation", paths(&data.validation)),
@@ -115,10 +99,7 @@ impl Config {
                 Duration::Steps(steps) => ("train.max_steps", steps.to_string()),
             },
             ("train.global_batch", train.global_batch.to_string()),
-            (
-                "train.micro_batch_tokens",
-                auto(train.micro_batch_tokens, |tokens| tokens.to_string()),
-            ),
+            ("train.micro_batch_tokens", auto(train.micro_batch_tokens, |tokens| tokens.to_string())),
             ("train.learning_rate", float(train.learning_rate)),
             ("train.schedule", quoted(train.schedule.as_str())),
             match train.warmup {

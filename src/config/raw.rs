@@ -11,10 +11,7 @@ use super::{Faults, SECTIONS, foreign, known_keys};
 use crate::error::{Error, Fault, Result};
 
 /// Keys that say the same thing in two ways: at most one of them holds.
-const EITHER: [(&str, &str); 2] = [
-    ("train.epochs", "train.max_steps"),
-    ("train.warmup_ratio", "train.warmup_steps"),
-];
+const EITHER: [(&str, &str); 2] = [("train.epochs", "train.max_steps"), ("train.warmup_ratio", "train.warmup_steps")];
 
 /// The known keys that were given.
 pub(super) struct Raw {
@@ -131,10 +128,7 @@ impl Raw {
                 Ok(value) => to_value(value.get_ref()),
                 Err(_) => Value::Text(typed.to_owned()),
             };
-            let origin = Origin::Set {
-                argument: argument.clone(),
-                typed: typed.to_owned(),
-            };
+            let origin = Origin::Set { argument: argument.clone(), typed: typed.to_owned() };
             self.given.insert(key, Given { value, origin });
             if let Some(twin) = twin_of(key) {
                 self.remove(twin);
@@ -158,10 +152,7 @@ pub(super) fn read(text: &str, file: &str, faults: &mut Faults) -> Result<Raw> {
     if !errors.is_empty() {
         return Err(syntax_error(text, file, &errors));
     }
-    let mut raw = Raw {
-        file: file.to_owned(),
-        given: BTreeMap::new(),
-    };
+    let mut raw = Raw { file: file.to_owned(), given: BTreeMap::new() };
     for (name, value) in table.get_ref() {
         let line = line_of(text, &name.span());
         let name: &str = name.get_ref();
@@ -179,10 +170,7 @@ pub(super) fn read(text: &str, file: &str, faults: &mut Faults) -> Result<Raw> {
             let line = first.line().max(second.line());
             let (_, other) = b.split_once('.').unwrap_or(("", b));
             let what = format!("{other} says the same in another way, and both are given");
-            faults.add(
-                line,
-                Fault::new(raw.place(a), what).hint(format!("keep one of {a} and {b}")),
-            );
+            faults.add(line, Fault::new(raw.place(a), what).hint(format!("keep one of {a} and {b}")));
         }
     }
     Ok(raw)
@@ -207,10 +195,7 @@ fn read_section(raw: &mut Raw, text: &str, name: &str, line: usize, entries: &De
         let key: &str = key.get_ref();
         match known_keys().find(|known| known.split_once('.') == Some((section, key))) {
             Some(known) => {
-                let given = Given {
-                    value: to_value(value.get_ref()),
-                    origin: Origin::File(line),
-                };
+                let given = Given { value: to_value(value.get_ref()), origin: Origin::File(line) };
                 raw.given.entry(known).or_insert(given);
             }
             None => foreign::unknown_key(format!("{}:{line}: {name}.{key}", raw.file), line, section, key, faults),
@@ -258,23 +243,14 @@ fn syntax_error(text: &str, file: &str, errors: &[toml::de::Error]) -> Error {
 
 /// Names the format of a text that is not TOML, if it is one that other trainers use.
 fn other_format(text: &str, file: &str) -> Option<&'static str> {
-    let extension = Path::new(file)
-        .extension()
-        .and_then(|extension| extension.to_str())
-        .unwrap_or_default();
-    let first = text
-        .lines()
-        .map(str::trim)
-        .find(|line| !line.is_empty() && !line.starts_with('#'))?;
-    let yaml_key = |line: &str| {
-        line.split_once(':')
-            .is_some_and(|(key, _)| !key.contains(['=', '[', '"']))
-    };
+    let extension = Path::new(file).extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    let first = text.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#'))?;
+    let yaml_key = |line: &str| line.split_once(':').is_some_and(|(key, _)| !key.contains(['=', '[', '"']));
     match () {
         () if first.starts_with('{') || extension == "json" => Some("JSON"),
         () if matches!(extension, "yaml" | "yml") || first.starts_with("---") || yaml_key(first) => Some("YAML"),
         () if extension == "py" || first.starts_with("import ") || first.starts_with("from ") => Some("Python"),
-        () if first.starts_with("#!") || first.starts_with("--") => Some("a shell command"),
+        () if text.starts_with("#!") || first.starts_with("--") => Some("a shell command"),
         () => None,
     }
 }

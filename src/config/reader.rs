@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::choices::Choice;
 use super::raw::{Given, Raw, Value};
-use super::{Auto, Faults, TemplateChoice, foreign, paths};
+use super::{Auto, Config, Faults, TemplateChoice, foreign, paths};
 use crate::error::Fault;
 
 /// Reads single keys. Each method gives `None` for a key that was not given, and for one at fault after noting it.
@@ -14,13 +14,30 @@ pub(super) struct Reader<'a> {
     pub(super) faults: &'a mut Faults,
     /// The keys at fault so far.
     pub(super) faulty: BTreeSet<String>,
+    /// Faults that say nothing of what to do yet: their keys, and their places among the faults.
+    pub(super) without_hint: Vec<(String, usize)>,
 }
 
 impl Reader<'_> {
     pub(super) fn fault(&mut self, key: &str, fault: Fault) {
         let line = self.raw.get(key).map_or(usize::MAX, Given::line);
+        if fault.hint.is_empty() {
+            self.without_hint.push((key.to_owned(), self.faults.found.len()));
+        }
         self.faults.add(line, fault);
         self.faulty.insert(key.to_owned());
+    }
+
+    /// Names the default of each key whose fault says nothing of what to do; `config` has it, for want of a good value.
+    pub(super) fn name_defaults(&mut self, config: &Config) {
+        let entries = config.entries();
+        for (key, index) in std::mem::take(&mut self.without_hint) {
+            let default = entries.iter().find(|(of, value)| *of == key && !["\"\"", "[]"].contains(&value.as_str()));
+            self.faults.found[index].1.hint = match default {
+                Some((_, value)) => format!("leave it out for the default, {value}"),
+                None => "leave it out, or write another value".to_owned(),
+            };
+        }
     }
 
     /// Whether the value of a key is what the user meant: neither a default in place of a faulty one, nor of one given
@@ -37,6 +54,9 @@ impl Reader<'_> {
                 if text.parse::<f64>().is_ok_and(f64::is_finite) || matches!(&**text, "true" | "false") =>
             {
                 format!("write {text} without quotes")
+            }
+            _ if ["model.base", "data.train", "train.output"].contains(&key) => {
+                "write a path in quotes: this key has no default".to_owned()
             }
             _ => String::new(),
         };
@@ -80,11 +100,7 @@ impl Reader<'_> {
         match number {
             Some(number) if (i128::from(least)..=i128::from(most)).contains(&number) => Some(number as u64),
             _ => {
-                let at_most = if most < i64::MAX as u64 {
-                    format!(" and at most {most}")
-                } else {
-                    String::new()
-                };
+                let at_most = if most < i64::MAX as u64 { format!(" and at most {most}") } else { String::new() };
                 self.unexpected(key, &format!("a whole number of at least {least}{at_most}"), &found)
             }
         }
@@ -93,12 +109,10 @@ impl Reader<'_> {
     pub(super) fn auto_integer(&mut self, key: &str) -> Auto<usize> {
         match self.value(key) {
             Some(Value::Text(text)) if text == "auto" => Auto::Auto,
-            Some(found @ Value::Text(_)) => self
-                .unexpected(key, "\"auto\" or a whole number of at least 1", &found)
-                .unwrap_or(Auto::Auto),
-            _ => self
-                .integer(key, 1)
-                .map_or(Auto::Auto, |number| Auto::Is(number as usize)),
+            Some(found @ Value::Text(_)) => {
+                self.unexpected(key, "\"auto\" or a whole number of at least 1", &found).unwrap_or(Auto::Auto)
+            }
+            _ => self.integer(key, 1).map_or(Auto::Auto, |number| Auto::Is(number as usize)),
         }
     }
 
@@ -111,9 +125,7 @@ impl Reader<'_> {
     }
 
     pub(super) fn share(&mut self, key: &str) -> Option<f64> {
-        self.float(key, "a share of at least 0 and less than 1", |share| {
-            (0.0..1.0).contains(&share)
-        })
+        self.float(key, "a share of at least 0 and less than 1", |share| (0.0..1.0).contains(&share))
     }
 
     pub(super) fn betas(&mut self) -> Option<[f64; 2]> {
@@ -137,9 +149,7 @@ impl Reader<'_> {
 
     pub(super) fn auto_choice<T: Choice>(&mut self, key: &str) -> Auto<T> {
         let auto = [("auto", Auto::Auto)].into_iter();
-        let words: Vec<_> = auto
-            .chain(T::WORDS.iter().map(|(word, value)| (*word, Auto::Is(*value))))
-            .collect();
+        let words: Vec<_> = auto.chain(T::WORDS.iter().map(|(word, value)| (*word, Auto::Is(*value)))).collect();
         self.word(key, &words).unwrap_or(Auto::Auto)
     }
 
@@ -152,19 +162,13 @@ impl Reader<'_> {
         }
         let names: Vec<_> = words.iter().map(|(word, _)| *word).collect();
         let quoted: Vec<_> = names.iter().map(|word| format!("\"{word}\"")).collect();
-        let fault = Fault::new(
-            self.raw.place(key),
-            format!("expected one of {}, found {found}", quoted.join(", ")),
-        );
+        let fault = Fault::new(self.raw.place(key), format!("expected one of {}, found {found}", quoted.join(", ")));
         let text = match &found {
             Value::Bool(truth) => truth.to_string(),
             Value::Text(text) => text.clone(),
             _ => String::new(),
         };
-        self.fault(
-            key,
-            fault.hint(foreign::value_hint(key, &text, &names).unwrap_or_default()),
-        );
+        self.fault(key, fault.hint(foreign::value_hint(key, &text, &names).unwrap_or_default()));
         None
     }
 
@@ -184,19 +188,13 @@ impl Reader<'_> {
                 Value::Text(name) if !known.contains(&&**name) => {
                     let what = format!("expected names out of {}, found {item}", known.join(", "));
                     let hint = foreign::value_hint(key, name, known);
-                    (
-                        what,
-                        hint.unwrap_or_else(|| format!("write a list such as [\"{}\"]", known[..2].join("\", \""))),
-                    )
+                    (what, hint.unwrap_or_else(|| format!("write a list such as [\"{}\"]", known[..2].join("\", \""))))
                 }
                 Value::Text(name) if !named.insert(name.as_str()) => {
                     (format!("\"{name}\" is named twice"), String::new())
                 }
                 Value::Text(_) => continue,
-                other => (
-                    format!("expected names out of {}, found {other}", known.join(", ")),
-                    String::new(),
-                ),
+                other => (format!("expected names out of {}, found {other}", known.join(", ")), String::new()),
             };
             let fault = Fault::new(self.raw.place(key), what).hint(hint);
             self.fault(key, fault);

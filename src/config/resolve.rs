@@ -10,37 +10,30 @@ use super::{
 };
 use crate::error::Fault;
 
+/// A rank beyond the width of any projection adds nothing.
+const LARGEST_RANK: u64 = 1 << 16;
+
+/// Eight times the longest context of any Llama; tables of rotations for it still fit in memory.
+const LONGEST_SAMPLE: u64 = 1 << 20;
+
 /// Makes the config; what is at fault is replaced by its default, so that the rest can be judged too.
 pub(super) fn resolve(raw: Raw, faults: &mut Faults) -> Config {
-    let mut reader = Reader {
-        raw,
-        faults,
-        faulty: BTreeSet::new(),
-    };
+    let mut reader = Reader { raw, faults, faulty: BTreeSet::new(), without_hint: Vec::new() };
     let model = model(&mut reader);
     let lora = lora(&mut reader);
     let data = data(&mut reader);
     let train = train(&mut reader);
     let given: BTreeSet<_> = reader.raw.keys().collect();
-    let config = Config {
-        model,
-        lora,
-        data,
-        train,
-        given,
-    };
+    let config = Config { model, lora, data, train, given };
     rules(&config, &mut reader);
+    reader.name_defaults(&config);
     config
 }
 
 fn model(reader: &mut Reader<'_>) -> ModelConfig {
-    let base = reader
-        .required("model.base", "base = \"models/Llama-2-7b-hf\"", paths::base)
-        .unwrap_or_default();
+    let base = reader.required("model.base", "base = \"models/Llama-2-7b-hf\"", paths::base).unwrap_or_default();
     ModelConfig {
-        tokenizer: reader
-            .path("model.tokenizer", paths::tokenizer)
-            .unwrap_or_else(|| base.clone()),
+        tokenizer: reader.path("model.tokenizer", paths::tokenizer).unwrap_or_else(|| base.clone()),
         base,
         dtype: reader.auto_choice("model.dtype"),
         device: reader.auto_choice("model.device"),
@@ -54,20 +47,13 @@ fn lora(reader: &mut Reader<'_>) -> LoraConfig {
     let all = || TARGET_MODULES.map(str::to_owned).to_vec();
     let target_modules = reader.names("lora.target_modules", &TARGET_MODULES);
     if target_modules.as_ref().is_some_and(Vec::is_empty) {
-        let fault = Fault::new(
-            reader.raw.place("lora.target_modules"),
-            "expected at least one name, found an empty list",
-        );
-        reader.fault(
-            "lora.target_modules",
-            fault.hint("leave it out for all seven projections"),
-        );
+        let fault =
+            Fault::new(reader.raw.place("lora.target_modules"), "expected at least one name, found an empty list");
+        reader.fault("lora.target_modules", fault.hint("leave it out for all seven projections"));
     }
     LoraConfig {
-        r: reader.integer("lora.r", 1).map_or(64, |r| r as usize),
-        alpha: reader
-            .float("lora.alpha", "a number greater than 0", |alpha| alpha > 0.0)
-            .unwrap_or(128.0),
+        r: reader.integer_up_to("lora.r", 1, LARGEST_RANK).map_or(64, |r| r as usize),
+        alpha: reader.float("lora.alpha", "a number greater than 0", |alpha| alpha > 0.0).unwrap_or(128.0),
         dropout: reader.share("lora.dropout").unwrap_or(0.05),
         target_modules: target_modules.unwrap_or_else(all),
         modules_to_save: reader.names("lora.modules_to_save", &SAVED_MODULES).unwrap_or_default(),
@@ -89,10 +75,7 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
             (false, true) => validation.clear(),
             _ => {
                 let place = reader.raw.place("data.validation_fraction");
-                let fault = Fault::new(
-                    place,
-                    "data.validation names files, and samples are to be held out as well",
-                );
+                let fault = Fault::new(place, "data.validation names files, and samples are to be held out as well");
                 reader.fault("data.validation_fraction", fault.hint("keep one of the two"));
             }
         }
@@ -103,16 +86,12 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
         validation_fraction,
         template: reader.template().unwrap_or(TemplateChoice::Alpaca),
         // The first token of a sample is never learned, so that a sample of one token has no use.
-        max_length: reader
-            .integer("data.max_length", 2)
-            .map_or(512, |length| length as usize),
+        max_length: reader.integer_up_to("data.max_length", 2, LONGEST_SAMPLE).map_or(512, |length| length as usize),
         truncation: reader.choice("data.truncation").unwrap_or(Truncation::Drop),
         special_tokens: reader.choice("data.special_tokens").unwrap_or(SpecialTokens::Special),
         shuffle: reader.bool("data.shuffle").unwrap_or(true),
         max_bad_rows: reader.integer("data.max_bad_rows", 0).unwrap_or(0),
-        cache_dir: reader
-            .path("data.cache_dir", paths::writable)
-            .unwrap_or_else(paths::user_cache_dir),
+        cache_dir: reader.path("data.cache_dir", paths::writable).unwrap_or_else(paths::user_cache_dir),
     }
 }
 
@@ -121,51 +100,33 @@ fn train(reader: &mut Reader<'_>) -> TrainConfig {
     let from_zero = |number: f64| number >= 0.0;
     let epochs = reader.integer_up_to("train.epochs", 1, u32::MAX.into());
     let max_steps = reader.integer("train.max_steps", 1);
-    let warmup_ratio = reader.float("train.warmup_ratio", "a share from 0 to 1", |share| {
-        (0.0..=1.0).contains(&share)
-    });
+    let warmup_ratio = reader.float("train.warmup_ratio", "a share from 0 to 1", |share| (0.0..=1.0).contains(&share));
     let warmup_steps = reader.integer("train.warmup_steps", 0);
     let checkpoint_every = reader.integer("train.checkpoint_every", 0).unwrap_or(200);
     TrainConfig {
-        output: reader
-            .required("train.output", "output = \"runs/first\"", paths::writable)
-            .unwrap_or_default(),
+        output: reader.required("train.output", "output = \"runs/first\"", paths::writable).unwrap_or_default(),
         duration: match max_steps {
             Some(steps) => Duration::Steps(steps),
             None => Duration::Epochs(epochs.map_or(1, |epochs| epochs as u32)),
         },
-        global_batch: reader
-            .integer("train.global_batch", 1)
-            .map_or(64, |samples| samples as usize),
+        global_batch: reader.integer("train.global_batch", 1).map_or(64, |samples| samples as usize),
         micro_batch_tokens: reader.auto_integer("train.micro_batch_tokens"),
-        learning_rate: reader
-            .float("train.learning_rate", "a number greater than 0", above_zero)
-            .unwrap_or(4e-4),
+        learning_rate: reader.float("train.learning_rate", "a number greater than 0", above_zero).unwrap_or(4e-4),
         schedule: reader.choice("train.schedule").unwrap_or(Schedule::Cosine),
         warmup: match warmup_steps {
             Some(steps) => Warmup::Steps(steps),
             None => Warmup::Ratio(warmup_ratio.unwrap_or(0.001)),
         },
-        weight_decay: reader
-            .float("train.weight_decay", "a number of at least 0", from_zero)
-            .unwrap_or(0.0),
+        weight_decay: reader.float("train.weight_decay", "a number of at least 0", from_zero).unwrap_or(0.0),
         betas: reader.betas().unwrap_or([0.9, 0.999]),
-        eps: reader
-            .float("train.eps", "a number greater than 0", above_zero)
-            .unwrap_or(1e-8),
-        max_grad_norm: reader
-            .float("train.max_grad_norm", "a number of at least 0", from_zero)
-            .unwrap_or(1.0),
+        eps: reader.float("train.eps", "a number greater than 0", above_zero).unwrap_or(1e-8),
+        max_grad_norm: reader.float("train.max_grad_norm", "a number of at least 0", from_zero).unwrap_or(1.0),
         loss_average: reader.choice("train.loss_average").unwrap_or(LossAverage::Tokens),
-        loss_group_samples: reader
-            .integer("train.loss_group_samples", 1)
-            .map_or(1, |samples| samples as usize),
+        loss_group_samples: reader.integer("train.loss_group_samples", 1).map_or(1, |samples| samples as usize),
         seed: reader.integer("train.seed", 0).unwrap_or(42),
         recompute: reader.auto_choice("train.recompute"),
         checkpoint_every,
-        keep_checkpoints: reader
-            .integer("train.keep_checkpoints", 1)
-            .map_or(3, |count| count as usize),
+        keep_checkpoints: reader.integer("train.keep_checkpoints", 1).map_or(3, |count| count as usize),
         eval_every: reader.integer("train.eval_every", 0).unwrap_or(checkpoint_every),
         log_every: reader.integer("train.log_every", 0).unwrap_or(1),
         save_dtype: reader.choice("train.save_dtype").unwrap_or(SaveDtype::Fp32),
@@ -181,10 +142,7 @@ fn rules(config: &Config, reader: &mut Reader<'_>) {
     {
         let what = format!("expected at least data.max_length = {max_length}, found {tokens}: one sample must fit");
         let fault = Fault::new(reader.raw.place("train.micro_batch_tokens"), what);
-        reader.fault(
-            "train.micro_batch_tokens",
-            fault.hint("raise it, lower data.max_length, or write \"auto\""),
-        );
+        reader.fault("train.micro_batch_tokens", fault.hint("raise it, lower data.max_length, or write \"auto\""));
     }
     let missing: Vec<_> = SAVED_MODULES
         .into_iter()

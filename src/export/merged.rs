@@ -1,6 +1,7 @@
 //! The adapter merged into the base: an ordinary model directory.
 
 use std::path::Path;
+use std::sync::atomic::AtomicUsize;
 
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
@@ -20,11 +21,11 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 /// Writes `W + s B A` for every adapted projection, trained tables in place of the base's, and the rest as it is.
 ///
 /// Sums are computed in fp32 and stored in the base's dtype. A tied base whose embed or head was trained comes out
-/// untied. One tensor is in memory at a time.
+/// untied. One tensor is in memory at a time. `stop` holds the number of a signal that asked to stop, or 0.
 ///
 /// # Errors
-/// An output folder that is taken; a write that fails (nothing is left then).
-pub fn export_merged(trained: &Trained, out: &Path) -> Result<()> {
+/// An output folder that is taken; a write that fails, a signal (nothing is left then).
+pub fn export_merged(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Result<()> {
     let adapter = super::checked(trained, out)?;
     let lora = &adapter.config.lora;
     let is_tied = trained.base.tie_word_embeddings && lora.modules_to_save.is_empty();
@@ -36,6 +37,7 @@ pub fn export_merged(trained: &Trained, out: &Path) -> Result<()> {
         for (planned, name) in shards.iter().zip(&names) {
             let mut file = TensorFileWriter::create(&dir.join(name), planned.clone())?;
             for tensor in planned {
+                super::not_stopped(stop)?;
                 merge.write(&mut file, &tensor.name)?;
             }
             file.finish()?;
@@ -49,9 +51,8 @@ pub fn export_merged(trained: &Trained, out: &Path) -> Result<()> {
             std::fs::write(&path, &file.bytes).map_err(Error::io("write", &path))?;
         }
         for name in ["generation_config.json", TemplateFile::NAME] {
-            let from = [&adapter.dir, &trained.base_dir].map(|dir| dir.join(name));
-            if let Some(from) = from.iter().find(|path| path.is_file()) {
-                std::fs::copy(from, dir.join(name)).map_err(Error::io("copy", from))?;
+            if let Some(from) = trained.folders().map(|dir| dir.join(name)).find(|path| path.is_file()) {
+                std::fs::copy(&from, dir.join(name)).map_err(Error::io("copy", &from))?;
             }
         }
         Ok(())
@@ -71,7 +72,9 @@ impl Merge<'_> {
         let mut planned = Vec::new();
         for (name, located) in self.trained.base_files.tensors() {
             let table = Table::ALL.into_iter().find(|t| t.base_key() == name);
-            if name.ends_with("rotary_emb.inv_freq") || (table == Some(Table::Head) && self.trained.base.tie_word_embeddings) {
+            if name.ends_with("rotary_emb.inv_freq")
+                || (table == Some(Table::Head) && self.trained.base.tie_word_embeddings)
+            {
                 continue;
             }
             let mut shape: Vec<i64> = located.shape.iter().map(|&n| n as i64).collect();

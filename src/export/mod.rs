@@ -4,6 +4,7 @@ mod merged;
 mod peft;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use merged::export_merged;
 pub use peft::export_peft;
@@ -13,12 +14,29 @@ use crate::trained::{OpenedAdapter, Trained};
 
 /// The adapter to export, and an output folder that is free.
 fn checked<'a>(trained: &'a Trained, out: &Path) -> Result<&'a OpenedAdapter> {
+    let taken = |what: String, hint: &str| Err(Error::invalid("--out", what).hint(hint));
     if std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file() {
-        return Err(Error::invalid("--out", format!("{} is there already and not empty", out.display()))
-            .hint("name a new folder, or remove it first"));
+        return taken(
+            format!("{} is there already and not empty", out.display()),
+            "name a new folder, or remove it first",
+        );
+    }
+    if out.file_name().is_none() {
+        return taken(format!("{} does not end in a name", out.display()), "name a new folder");
+    }
+    if let Some(above) = out.ancestors().skip(1).find(|above| above.exists()).filter(|above| !above.is_dir()) {
+        return taken(format!("{} is a file, not a folder", above.display()), "name a new folder elsewhere");
     }
     trained.adapter.as_ref().ok_or_else(|| {
         Error::invalid(trained.base_dir.display().to_string(), "is a base model without an adapter: nothing to export")
             .hint("name a run directory or an adapter's folder")
     })
+}
+
+/// Ends an export when a signal has asked for it; what was written so far is removed.
+fn not_stopped(stop: &AtomicUsize) -> Result<()> {
+    match stop.load(Ordering::SeqCst) {
+        0 => Ok(()),
+        signal => Err(Error::Interrupted { signal: signal as i32, note: "nothing was exported".into() }),
+    }
 }

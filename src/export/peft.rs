@@ -1,6 +1,7 @@
 //! The adapter as PEFT reads it.
 
 use std::path::Path;
+use std::sync::atomic::AtomicUsize;
 
 use crate::checkpoint::manifest::{MANIFEST_FILE, write_whole};
 use crate::checkpoint::save::OPTIMIZER_FILE;
@@ -11,14 +12,17 @@ use crate::trained::Trained;
 
 /// Copies the adapter with its tokenizer and template; its configuration names the base that was opened.
 ///
+/// `stop` holds the number of a signal that asked to stop, or 0.
+///
 /// # Errors
-/// An output folder that is taken; a write that fails (nothing is left then).
-pub fn export_peft(trained: &Trained, out: &Path) -> Result<()> {
+/// An output folder that is taken; a write that fails, a signal (nothing is left then).
+pub fn export_peft(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Result<()> {
     let adapter = super::checked(trained, out)?;
     let base = std::path::absolute(&trained.base_dir).map_err(Error::io("resolve", &trained.base_dir))?;
     write_whole(out, |dir| {
         let of_the_run = [MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE, CONFIG_FILE];
         for entry in std::fs::read_dir(&adapter.dir).map_err(Error::io("read", &adapter.dir))? {
+            super::not_stopped(stop)?;
             let entry = entry.map_err(Error::io("read", &adapter.dir))?;
             let path = entry.path();
             if path.is_file() && of_the_run.iter().all(|name| entry.file_name() != *name) {

@@ -34,9 +34,7 @@ impl Console {
     pub(super) fn start(total_steps: u64) -> Self {
         let (messages, inbox) = sync_channel(N_WAITING);
         // Without a thread the run goes on in silence: the inbox is gone, and sending to it does nothing.
-        let _ = std::thread::Builder::new()
-            .name("console".to_owned())
-            .spawn(move || write_all(&inbox, total_steps));
+        let _ = std::thread::Builder::new().name("console".to_owned()).spawn(move || write_all(&inbox, total_steps));
         Self { messages }
     }
 

@@ -68,10 +68,7 @@ impl MetricsFile {
     /// [`Error::Io`].
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).map_err(Error::io("create", path))?;
-        Ok(Self {
-            file,
-            path: path.to_owned(),
-        })
+        Ok(Self { file, path: path.to_owned() })
     }
 
     /// Goes on with the file of a run that resumes after `last_step`: keeps its lines up to that step, and drops later
@@ -85,18 +82,10 @@ impl MetricsFile {
         let kept = path.with_extension("jsonl.new");
         copy_lines(path, &kept, last_step)?;
         fs::rename(&kept, path).map_err(Error::io("replace", path))?;
-        let file = OpenOptions::new()
-            .append(true)
-            .open(path)
-            .map_err(Error::io("open", path))?;
-        let metrics = Self {
-            file,
-            path: path.to_owned(),
-        };
+        let file = OpenOptions::new().append(true).open(path).map_err(Error::io("open", path))?;
+        let metrics = Self { file, path: path.to_owned() };
         if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            File::open(folder)
-                .and_then(|folder| folder.sync_all())
-                .map_err(Error::io("sync", folder))?;
+            File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io("sync", folder))?;
         }
         Ok(metrics)
     }
@@ -151,8 +140,6 @@ fn copy_lines(from: &Path, to: &Path, last_step: u64) -> Result<()> {
             kept.write_all(&line).map_err(Error::io("write", to))?;
         }
     }
-    let file = kept
-        .into_inner()
-        .map_err(|error| Error::io("write", to)(error.into_error()))?;
+    let file = kept.into_inner().map_err(|error| Error::io("write", to)(error.into_error()))?;
     file.sync_all().map_err(Error::io("sync", to))
 }

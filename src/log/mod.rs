@@ -102,14 +102,7 @@ impl RunLog {
     pub fn eval(&mut self, eval: &EvalMetrics) -> Result<()> {
         self.metrics.eval(eval)?;
         self.events.eval(eval)?;
-        let EvalMetrics {
-            step,
-            eval_loss,
-            perplexity,
-            samples,
-            eval_secs,
-            ..
-        } = eval;
+        let EvalMetrics { step, eval_loss, perplexity, samples, eval_secs, .. } = eval;
         let time = duration(*eval_secs);
         self.line(&format!(
             "step {step}  eval loss {eval_loss:.4}  perplexity {perplexity:.3}  {samples} samples  {time}"
@@ -148,9 +141,7 @@ impl RunLog {
     }
 
     fn append(&mut self, text: &str) -> Result<()> {
-        self.text
-            .write_all(format!("{text}\n").as_bytes())
-            .map_err(Error::io("write", &self.text_path))
+        self.text.write_all(format!("{text}\n").as_bytes()).map_err(Error::io("write", &self.text_path))
     }
 }
 

@@ -39,11 +39,7 @@ impl EventFile {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         // TensorBoard reads a folder's files in the order of their names, whatever the clock said when they were made.
         let path = dir.join(format!("{PREFIX}{:010}.bellora", next_stamp(dir)?));
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .map_err(Error::io("create", &path))?;
+        let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(Error::io("create", &path))?;
         let mut events = Self { file, path };
         events.record(0, What::FileVersion("brain.Event:2".to_owned()))?;
         events.record(first_step, What::SessionLog(SessionLog { status: START }))?;
@@ -83,29 +79,14 @@ impl EventFile {
     fn scalars(&mut self, step: u64, values: &[(&str, Option<f64>)]) -> Result<()> {
         let values = values.iter().filter_map(|(tag, value)| {
             let scalar = Scalar::SimpleValue((*value)? as f32);
-            Some(Value {
-                tag: (*tag).to_owned(),
-                scalar: Some(scalar),
-            })
+            Some(Value { tag: (*tag).to_owned(), scalar: Some(scalar) })
         });
-        self.record(
-            step,
-            What::Summary(Summary {
-                value: values.collect(),
-            }),
-        )
+        self.record(step, What::Summary(Summary { value: values.collect() }))
     }
 
     fn record(&mut self, step: u64, what: What) -> Result<()> {
-        let wall_time = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0.0, |time| time.as_secs_f64());
-        let event = Event {
-            wall_time,
-            step: step as i64,
-            what: Some(what),
-        }
-        .encode_to_vec();
+        let wall_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
+        let event = Event { wall_time, step: step as i64, what: Some(what) }.encode_to_vec();
         let length = (event.len() as u64).to_le_bytes();
         let record = [&length[..], &masked_crc(&length), &event, &masked_crc(&event)].concat();
         self.file.write_all(&record).map_err(Error::io("write", &self.path))
@@ -114,15 +95,11 @@ impl EventFile {
 
 /// Gives the time of day in seconds, or more where a file of the folder bears that time or a later one.
 fn next_stamp(dir: &Path) -> Result<u64> {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_secs());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let mut stamp = now;
     for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
         let name = entry.map_err(Error::io("read", dir))?.file_name();
-        let older = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(PREFIX)?.split('.').next()?.parse::<u64>().ok());
+        let older = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('.').next()?.parse::<u64>().ok());
         stamp = stamp.max(older.map_or(0, |older| older + 1));
     }
     Ok(stamp)
@@ -130,10 +107,7 @@ fn next_stamp(dir: &Path) -> Result<u64> {
 
 /// Gives the checksum in the form of TFRecord files: rotated and offset, so that checksums of checksums stay sound.
 fn masked_crc(bytes: &[u8]) -> [u8; 4] {
-    crc32c::crc32c(bytes)
-        .rotate_right(15)
-        .wrapping_add(0xa282_ead8)
-        .to_le_bytes()
+    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
 }
 
 #[derive(Clone, PartialEq, Message)]

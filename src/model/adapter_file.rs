@@ -8,14 +8,61 @@ use tch::Tensor;
 
 use crate::error::{Error, Fault, Result};
 use crate::model::lora::{LoraSpec, Projection, Table};
-use crate::model::params::ParamBuffer;
+use crate::model::params::{Layout, ParamBuffer};
 use crate::model::tensor_file_out::{Planned, TensorFileWriter};
-use crate::model::weights::{TensorFiles, kind_of};
+use crate::model::weights::TensorFiles;
 
 /// The weights of an adapter folder.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// The configuration of an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// The keys that are read; each is judged by itself.
+const READ_KEYS: [&str; 11] = [
+    "peft_type",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "r",
+    "target_modules",
+    "use_rslora",
+];
+
+/// The keys that say nothing about what a trained adapter computes: how it was made, and settings of what is off.
+///
+/// Any other key that is set belongs to a variant of LoRA, known or yet to come, that is not computed here.
+const NEUTRAL_KEYS: [&str; 15] = [
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+];
+
+/// Beginnings of `init_lora_weights` by which PEFT takes a part out of the base's own weights.
+const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
+
+/// A rank beyond the width of any projection is a slip.
+const LARGEST_RANK: i64 = 1 << 16;
+
+const PLAIN_LORA: &str =
+    "only plain LoRA and rsLoRA are read: in PEFT, merge this adapter into its base, or train it anew";
+const NOT_ITS_OWN: &str = "is this the adapter's own file? Download or export the adapter again";
+const ONLY_TABLES: &str = "beside LoRA only embed_tokens and lm_head can be trained";
 
 /// An adapter's configuration, as far as this program reads it.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,41 +84,48 @@ impl AdapterConfig {
             Error::invalid(path.display().to_string(), format!("cannot be read: {e}"))
                 .hint("an adapter is a folder with adapter_config.json and adapter_model.safetensors")
         })?;
-        let map: Map<String, Value> = serde_json::from_str(&text)
-            .map_err(|e| Error::invalid(path.display().to_string(), format!("is not a JSON object: {e}")))?;
         let place = path.display().to_string();
+        let map: Map<String, Value> = serde_json::from_str(&text).map_err(|e| {
+            Error::invalid(&place, format!("is not a JSON object: {e}")).hint("download or export the adapter again")
+        })?;
         let mut faults = Vec::new();
-        let mut fault = |key: &str, what: String| faults.push(Fault::new(format!("{place}: {key}"), what));
+        let mut fault = |key: &str, what: String, hint: &str| {
+            faults.push(Fault::new(format!("{place}: {key}"), what).hint(hint));
+        };
         let get = |key: &str| map.get(key).filter(|v| !v.is_null());
 
         if get("peft_type").and_then(Value::as_str) != Some("LORA") {
-            fault("peft_type", format!("expected \"LORA\", found {}", map.get("peft_type").unwrap_or(&Value::Null)));
+            let what = format!("expected \"LORA\", found {}", map.get("peft_type").unwrap_or(&Value::Null));
+            fault("peft_type", what, "only LoRA adapters are read");
         }
-        for key in ["use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"] {
-            if get(key).and_then(Value::as_bool) == Some(true) {
-                fault(key, "is true, which is not supported".into());
+        for (key, value) in &map {
+            if !READ_KEYS.contains(&key.as_str()) && !NEUTRAL_KEYS.contains(&key.as_str()) && is_set(value) {
+                fault(key, format!("is {value}, a kind of adapter that is not supported"), PLAIN_LORA);
             }
         }
         if let Some(bias) = get("bias").filter(|b| b.as_str() != Some("none")) {
-            fault("bias", format!("expected \"none\", found {bias}"));
+            fault("bias", format!("expected \"none\", found {bias}"), PLAIN_LORA);
         }
-        for key in ["rank_pattern", "alpha_pattern"] {
-            if get(key).and_then(Value::as_object).is_some_and(|m| !m.is_empty()) {
-                fault(key, "different ranks for different modules are not supported".into());
-            }
+        let how = get("init_lora_weights").and_then(Value::as_str).unwrap_or_default();
+        if CHANGES_BASE.iter().any(|prefix| how.starts_with(prefix)) {
+            fault(
+                "init_lora_weights",
+                format!("{how:?} changes the base's weights, which is not supported"),
+                PLAIN_LORA,
+            );
         }
-        for key in ["layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters"] {
-            if get(key).is_some_and(|v| v.as_array().is_none_or(|a| !a.is_empty())) {
-                fault(key, "is set, which is not supported".into());
-            }
-        }
-        let r = get("r").and_then(Value::as_i64).filter(|r| *r >= 1);
+        let r = get("r").and_then(Value::as_i64).filter(|r| (1..=LARGEST_RANK).contains(r));
         if r.is_none() {
-            fault("r", "expected a positive integer".into());
+            let what = format!("expected an integer from 1 to {LARGEST_RANK}, found {}", shown(get("r")));
+            fault("r", what, NOT_ITS_OWN);
         }
         let alpha = get("lora_alpha").and_then(Value::as_f64);
         if alpha.is_none() {
-            fault("lora_alpha", "expected a number".into());
+            fault("lora_alpha", format!("expected a number, found {}", shown(get("lora_alpha"))), NOT_ITS_OWN);
+        }
+        let use_rslora = get("use_rslora").map_or(Some(false), Value::as_bool);
+        if use_rslora.is_none() {
+            fault("use_rslora", format!("expected true or false, found {}", shown(get("use_rslora"))), NOT_ITS_OWN);
         }
         let (mut target_modules, mut modules_to_save) = (Vec::new(), Vec::new());
         match get("target_modules") {
@@ -79,18 +133,34 @@ impl AdapterConfig {
                 for name in names {
                     match name.as_str().and_then(|n| Projection::from_name(n.rsplit('.').next().unwrap_or(n))) {
                         Some(p) => target_modules.push(p),
-                        None => fault("target_modules", format!("{name} is not a projection of a Llama block")),
+                        None => {
+                            let what = format!("{name} is not a projection of a Llama block");
+                            fault("target_modules", what, "only adapters of the seven projections are read");
+                        }
                     }
                 }
             }
             Some(Value::String(s)) if s == "all-linear" => target_modules = Projection::ALL.to_vec(),
-            other => fault("target_modules", format!("expected a list of names, found {other:?}")),
-        }
-        for name in get("modules_to_save").and_then(Value::as_array).into_iter().flatten() {
-            match name.as_str().and_then(Table::from_name) {
-                Some(table) => modules_to_save.push(table),
-                None => fault("modules_to_save", format!("{name} is not supported, only embed_tokens and lm_head are")),
+            other => {
+                let what = format!("expected a list of names, found {}", shown(other));
+                fault("target_modules", what, "write the names that it stands for, such as [\"q_proj\", \"v_proj\"]");
             }
+        }
+        match get("modules_to_save") {
+            None => {}
+            Some(Value::Array(names)) => {
+                for name in names {
+                    match name.as_str().and_then(Table::from_name) {
+                        Some(table) => modules_to_save.push(table),
+                        None => fault("modules_to_save", format!("{name} is not supported"), ONLY_TABLES),
+                    }
+                }
+            }
+            other => fault("modules_to_save", format!("expected a list, found {}", shown(other)), ONLY_TABLES),
+        }
+        if !modules_to_save.is_empty() && get("ensure_weight_tying").is_some_and(is_set) {
+            let what = "is set, but each trained table is a copy of its own here".to_string();
+            fault("ensure_weight_tying", what, PLAIN_LORA);
         }
         if !faults.is_empty() {
             return Err(Error::Invalid(faults));
@@ -98,12 +168,13 @@ impl AdapterConfig {
         target_modules.sort();
         target_modules.dedup();
         modules_to_save.sort();
+        modules_to_save.dedup();
         Ok(Self {
             lora: LoraSpec {
                 r: r.unwrap_or(1),
                 alpha: alpha.unwrap_or(1.0),
                 dropout: get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0),
-                use_rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+                use_rslora: use_rslora.unwrap_or(false),
                 target_modules,
                 modules_to_save,
             },
@@ -140,33 +211,53 @@ impl AdapterConfig {
     }
 }
 
+/// Whether a value switches something on.
+fn is_set(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        Value::String(text) => !text.is_empty(),
+        Value::Bool(true) | Value::Number(_) => true,
+    }
+}
+
+fn shown(value: Option<&Value>) -> String {
+    value.map_or("nothing".to_string(), ToString::to_string)
+}
+
 /// A whole number as PEFT writes it, without a fraction.
 fn whole(x: f64) -> Value {
     if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
 }
 
+/// Opens the weights of an adapter folder and checks that they are exactly the parameters of a layout, without reading
+/// them.
+///
+/// # Errors
+/// Weights that are missing (those of other forms are named with the way to convert them), damaged, or of another
+/// adapter.
+pub fn open_weights(dir: &Path, layout: &Layout) -> Result<TensorFiles> {
+    let path = dir.join(WEIGHTS_FILE);
+    if !path.is_file() {
+        let hint = match dir.join("adapter_model.bin").is_file() {
+            true => {
+                "save it again in Python, by save_pretrained(DIR, safe_serialization=True): adapter_model.bin, a pickle, \
+                     is not read"
+            }
+            false => "an adapter is a folder with adapter_config.json and adapter_model.safetensors",
+        };
+        return Err(Error::invalid(path.display().to_string(), "is missing").hint(hint));
+    }
+    let files = TensorFiles::open(&[path])?;
+    let faults = check(&files, layout);
+    if faults.is_empty() { Ok(files) } else { Err(Error::Invalid(faults)) }
+}
+
 /// Checks that an adapter file holds exactly the parameters of a layout, without reading them.
-pub fn check(files: &TensorFiles, params: &crate::model::params::Layout) -> Vec<Fault> {
-    let mut faults = Vec::new();
-    for entry in params.entries() {
-        match files.tensors().get(&entry.name) {
-            None => faults.push(Fault::new(files.place(&entry.name), "the tensor is missing")),
-            Some(t) if t.shape.iter().map(|&n| n as i64).ne(entry.shape) => {
-                let what = format!("has shape {:?}, expected {:?}", t.shape, entry.shape);
-                faults.push(Fault::new(files.place(&entry.name), what));
-            }
-            Some(t) if kind_of(t.dtype).is_none() => {
-                faults.push(Fault::new(files.place(&entry.name), format!("dtype {:?} is not supported", t.dtype)));
-            }
-            Some(_) => {}
-        }
-    }
-    for name in files.tensors().keys() {
-        if params.index_of(name).is_none() {
-            faults.push(Fault::new(files.place(name), "is not a parameter of this configuration"));
-        }
-    }
-    faults
+fn check(files: &TensorFiles, params: &Layout) -> Vec<Fault> {
+    let expected = params.entries().iter().map(|entry| (entry.name.as_str(), entry.shape.as_slice()));
+    files.check(expected, |_| false, "do adapter, adapter_config.json and base belong together?")
 }
 
 /// Copies the tensors of an adapter file over the masters.

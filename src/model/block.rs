@@ -148,8 +148,7 @@ impl Block {
         let mut do_ = self.o.backward_input(&dx2_nd)?;
         self.add_adapters(&self.o, &mut do_, ds.as_ref(), Site::OutputIn, batch)?;
         self.accumulate_a(&self.o, ds, saved.o.shallow_clone(), Site::OutputIn, batch, grads)?;
-        let dqkv =
-            attention::backward(&do_, &saved.qkv, &saved.o, self.heads, &batch.cu_seqlens, &saved.attention)?;
+        let dqkv = attention::backward(&do_, &saved.qkv, &saved.o, self.heads, &batch.cu_seqlens, &saved.attention)?;
         rope::backward_(&self.heads.rotated(&dqkv)?, &batch.rotation)?;
 
         let ds = self.qkv.backward_b(&dqkv, saved.qkv_xa.as_ref(), grads)?;
@@ -160,8 +159,7 @@ impl Block {
         }
         let mut dh_nd = self.qkv.backward_input(&dqkv)?;
         self.add_adapters(&self.qkv, &mut dh_nd, ds.as_ref(), Site::AttentionIn, batch)?;
-        let (dx_nd, h_nd) =
-            rms_norm::backward(&dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm, &dx2_nd)?;
+        let (dx_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm, &dx2_nd)?;
         self.accumulate_a(&self.qkv, ds, h_nd, Site::AttentionIn, batch, grads)?;
         Ok(Some(dx_nd))
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Fault, Result};
+use crate::model::weights::other_kind;
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeScaling;
 
@@ -37,7 +38,7 @@ pub struct LlamaConfig {
     pub tie_word_embeddings: bool,
     /// Standard deviation of freshly made rows.
     pub initializer_range: f64,
-    /// Token ids that end a text, from `config.json` (one or several).
+    /// Token ids that end a text, from `config.json` and `generation_config.json` (one or several each).
     pub eos_token_ids: Vec<u32>,
     /// The id that begins a text.
     pub bos_token_id: Option<u32>,
@@ -50,30 +51,33 @@ impl LlamaConfig {
     /// Every fault at once: a missing or malformed key, or a feature that this program does not compute.
     pub fn load(base: &Path) -> Result<Self> {
         let path = base.join("config.json");
+        let place = path.display().to_string();
         let text = std::fs::read_to_string(&path).map_err(|e| {
-            Error::invalid(path.display().to_string(), format!("cannot be read: {e}")).hint(
-                "model.base must be a Hugging Face model directory with config.json and model.safetensors",
-            )
+            if let Some(other) = other_kind(base).filter(|_| e.kind() == std::io::ErrorKind::NotFound) {
+                return other;
+            }
+            Error::invalid(&place, format!("cannot be read: {e}"))
+                .hint("a base is a folder of Hugging Face's kind, with config.json and model.safetensors")
         })?;
-        let value: Value = serde_json::from_str(&text)
-            .map_err(|e| Error::invalid(path.display().to_string(), format!("is not valid JSON: {e}")))?;
-        let Value::Object(map) = value else {
-            return Err(Error::invalid(path.display().to_string(), "is not a JSON object"));
-        };
-        let mut reader = Reader { map: &map, place: path.display().to_string(), faults: Vec::new() };
-        let config = reader.config();
+        let map: Map<String, Value> = serde_json::from_str(&text).map_err(|e| {
+            Error::invalid(&place, format!("is not a JSON object: {e}")).hint("download this file of the model again")
+        })?;
+        let mut reader = Reader { map: &map, place, faults: Vec::new() };
+        let mut config = reader.config();
+        config.eos_token_ids.extend(generation_eos(base));
         if reader.faults.is_empty() { Ok(config) } else { Err(Error::Invalid(reader.faults)) }
     }
 
     /// The head layout of the attention.
     pub fn heads(&self) -> Heads {
-        Heads {
-            n_heads: self.num_attention_heads,
-            n_kv_heads: self.num_key_value_heads,
-            head_dim: self.head_dim,
-        }
+        Heads { n_heads: self.num_attention_heads, n_kv_heads: self.num_key_value_heads, head_dim: self.head_dim }
     }
 }
+
+/// More than any model has; a number beyond it is a slip, and costs memory before anything else can be checked.
+const MOST_LAYERS: i64 = 10_000;
+/// What to do about a value that no model of this kind has.
+const NOT_THE_MODELS_OWN: &str = "is this the model's own config.json? Download it again";
 
 struct Reader<'a> {
     map: &'a Map<String, Value>,
@@ -94,11 +98,11 @@ impl Reader<'_> {
         match self.get(key).map(|v| (v.as_i64(), v.clone())) {
             Some((Some(n), _)) if (1..=1 << 31).contains(&n) => n,
             Some((_, v)) => {
-                self.fault(key, format!("expected a positive integer, found {v}"), "");
+                self.fault(key, format!("expected a positive integer, found {v}"), NOT_THE_MODELS_OWN);
                 1
             }
             None => {
-                self.fault(key, "missing", "");
+                self.fault(key, "missing", NOT_THE_MODELS_OWN);
                 1
             }
         }
@@ -114,20 +118,27 @@ impl Reader<'_> {
                 Some(x) if x > 0.0 && x.is_finite() => x,
                 _ => {
                     let what = format!("expected a positive number, found {v}");
-                    self.fault(key, what, "");
+                    self.fault(key, what, NOT_THE_MODELS_OWN);
                     1.0
                 }
             },
             (None, Some(default)) => default,
             (None, None) => {
-                self.fault(key, "missing", "");
+                self.fault(key, "missing", NOT_THE_MODELS_OWN);
                 1.0
             }
         }
     }
 
-    fn truthy(&self, key: &str) -> bool {
-        self.get(key).and_then(Value::as_bool).unwrap_or(false)
+    fn bool_or_false(&mut self, key: &str) -> bool {
+        match self.get(key).cloned() {
+            None => false,
+            Some(Value::Bool(truth)) => truth,
+            Some(other) => {
+                self.fault(key, format!("expected true or false, found {other}"), NOT_THE_MODELS_OWN);
+                false
+            }
+        }
     }
 
     fn config(&mut self) -> LlamaConfig {
@@ -138,17 +149,22 @@ impl Reader<'_> {
         let head_dim = self.int_or("head_dim", hidden_size / num_attention_heads.max(1));
         if num_attention_heads % num_key_value_heads.max(1) != 0 {
             let what = format!("{num_key_value_heads} does not divide num_attention_heads = {num_attention_heads}");
-            self.fault("num_key_value_heads", what, "");
+            self.fault("num_key_value_heads", what, NOT_THE_MODELS_OWN);
         }
         if head_dim < 2 || head_dim % 2 != 0 {
-            self.fault("head_dim", format!("expected an even width, found {head_dim}"), "");
+            self.fault("head_dim", format!("expected an even width, found {head_dim}"), NOT_THE_MODELS_OWN);
+        }
+        let num_hidden_layers = self.int("num_hidden_layers");
+        if num_hidden_layers > MOST_LAYERS {
+            let what = format!("expected at most {MOST_LAYERS}, found {num_hidden_layers}");
+            self.fault("num_hidden_layers", what, NOT_THE_MODELS_OWN);
         }
         let max_position_embeddings = self.int_or("max_position_embeddings", 2048);
         let (rope_theta, rope_scaling) = self.rope(max_position_embeddings);
         LlamaConfig {
             hidden_size,
             intermediate_size: self.int("intermediate_size"),
-            num_hidden_layers: self.int("num_hidden_layers") as usize,
+            num_hidden_layers: num_hidden_layers as usize,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
@@ -157,7 +173,7 @@ impl Reader<'_> {
             max_position_embeddings,
             rope_theta,
             rope_scaling,
-            tie_word_embeddings: self.truthy("tie_word_embeddings"),
+            tie_word_embeddings: self.bool_or_false("tie_word_embeddings"),
             initializer_range: self.float_in(self.map, "initializer_range", Some(0.02)),
             eos_token_ids: token_ids(self.get("eos_token_id")),
             bos_token_id: token_ids(self.get("bos_token_id")).first().copied(),
@@ -172,7 +188,7 @@ impl Reader<'_> {
             return;
         }
         for key in ["attention_bias", "mlp_bias"] {
-            if self.truthy(key) {
+            if self.bool_or_false(key) {
                 self.fault(key, "projections with a bias are not supported", "choose a base without biases");
             }
         }
@@ -181,52 +197,70 @@ impl Reader<'_> {
             self.fault("sliding_window", what, "choose a base with full attention");
         }
         if let Some(quantised) = self.get("quantization_config") {
-            let method = quantised.get("quant_method").and_then(Value::as_str).unwrap_or("unknown").to_string();
+            let method = quantised.get("quant_method").unwrap_or(quantised).to_string();
             let what = format!("quantised weights ({method}) are not supported");
             self.fault("quantization_config", what, "use the original fp32, fp16 or bf16 files of this model");
         }
         if let Some(act) = self.get("hidden_act").and_then(Value::as_str).filter(|a| *a != "silu") {
             let what = format!("the activation \"{act}\" is not supported, only \"silu\" is");
-            self.fault("hidden_act", what, "");
+            self.fault("hidden_act", what, "choose a base with the activation \"silu\"");
         }
     }
 
     /// Rotary settings: `rope_parameters` (newer) or `rope_theta` with `rope_scaling` (older).
     fn rope(&mut self, max_positions: i64) -> (f64, RopeScaling) {
-        let newer = self.get("rope_parameters").and_then(Value::as_object);
-        let older = self.get("rope_scaling").and_then(Value::as_object);
-        let empty = Map::new();
-        let key = if newer.is_some() { "rope_parameters" } else { "rope_scaling" };
-        let settings = newer.or(older).unwrap_or(&empty).clone();
+        let key = ["rope_parameters", "rope_scaling"].into_iter().find(|key| self.get(key).is_some());
+        let key = key.unwrap_or("rope_scaling");
+        let settings = match self.get(key).cloned() {
+            None => Map::new(),
+            Some(Value::Object(settings)) => settings,
+            Some(other) => {
+                self.fault(key, format!("expected an object, found {other}"), NOT_THE_MODELS_OWN);
+                Map::new()
+            }
+        };
         let top = self.float_in(self.map, "rope_theta", Some(10_000.0));
         let theta = self.float_in(&settings, "rope_theta", Some(top));
-        let partial = self.float_in(&settings, "partial_rotary_factor", Some(1.0));
-        if partial != 1.0 {
-            self.fault(key, format!("partial_rotary_factor = {partial} is not supported"), "");
-        }
-        let rope_type = settings.get("rope_type").or_else(|| settings.get("type")).and_then(Value::as_str);
-        match rope_type.unwrap_or("default") {
-            "default" => (theta, RopeScaling::None),
-            "llama3" => {
-                let scaling = RopeScaling::Llama3 {
-                    factor: self.float_in(&settings, "factor", None),
-                    low_freq_factor: self.float_in(&settings, "low_freq_factor", None),
-                    high_freq_factor: self.float_in(&settings, "high_freq_factor", None),
-                    original_max_position_embeddings: self.float_in(
-                        &settings,
-                        "original_max_position_embeddings",
-                        Some(max_positions as f64),
-                    ),
-                };
-                (theta, scaling)
+        for map in [&settings, self.map] {
+            let partial = self.float_in(map, "partial_rotary_factor", Some(1.0));
+            if partial != 1.0 {
+                let what = format!("heads that rotate in part ({partial}) are not supported");
+                self.fault("partial_rotary_factor", what, "choose a base whose heads rotate wholly");
             }
-            other => {
-                let what = format!("the rotary scaling \"{other}\" is not supported, only \"default\" and \"llama3\" are");
+        }
+        let rope_type = settings.get("rope_type").or_else(|| settings.get("type")).filter(|t| !t.is_null());
+        match rope_type.map_or(Some("default"), Value::as_str) {
+            Some("default") => (theta, RopeScaling::None),
+            Some("llama3") => (theta, self.llama3(key, &settings, max_positions)),
+            _ => {
+                let found = rope_type.unwrap_or(&Value::Null);
+                let what = format!("the rotary scaling {found} is not supported, only \"default\" and \"llama3\" are");
                 self.fault(key, what, "remove the entry if training stays within the original context length");
                 (theta, RopeScaling::None)
             }
         }
     }
+
+    fn llama3(&mut self, key: &str, settings: &Map<String, Value>, max_positions: i64) -> RopeScaling {
+        let factor = self.float_in(settings, "factor", None);
+        let low_freq_factor = self.float_in(settings, "low_freq_factor", None);
+        let high_freq_factor = self.float_in(settings, "high_freq_factor", None);
+        let original = self.float_in(settings, "original_max_position_embeddings", Some(max_positions as f64));
+        let both_given = settings.contains_key("low_freq_factor") && settings.contains_key("high_freq_factor");
+        if both_given && low_freq_factor >= high_freq_factor {
+            let what =
+                format!("low_freq_factor = {low_freq_factor} is not below high_freq_factor = {high_freq_factor}");
+            self.fault(key, what, NOT_THE_MODELS_OWN);
+        }
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: original }
+    }
+}
+
+/// The ids that end a text by `generation_config.json`, which a base need not have.
+fn generation_eos(base: &Path) -> Vec<u32> {
+    let text = std::fs::read_to_string(base.join("generation_config.json")).unwrap_or_default();
+    let value: Value = serde_json::from_str(&text).unwrap_or_default();
+    token_ids(value.get("eos_token_id"))
 }
 
 fn token_ids(value: Option<&Value>) -> Vec<u32> {

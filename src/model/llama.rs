@@ -288,9 +288,10 @@ fn load_tables(
 ) -> Result<(TableWeight, TableWeight)> {
     let load = |table: Table| -> Result<TableWeight> {
         if lora.trains(table) {
-            let param = params.layout().index_of(&table_key(table)).ok_or_else(|| {
-                Error::failed(table.name(), "is trained but has no place among the parameters")
-            })?;
+            let param = params
+                .layout()
+                .index_of(&table_key(table))
+                .ok_or_else(|| Error::failed(table.name(), "is trained but has no place among the parameters"))?;
             return Ok(TableWeight { weight_vd: params.compute_stacked(param, 1)?, param: Some(param) });
         }
         let source = if config.tie_word_embeddings { Table::Embed } else { table };

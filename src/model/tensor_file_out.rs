@@ -45,12 +45,13 @@ impl TensorFileWriter {
         for tensor in &planned {
             let start = end;
             end += tensor.n_bytes();
-            let entry = json!({ "dtype": dtype_name(tensor.dtype), "shape": tensor.shape, "data_offsets": [start, end] });
+            let entry =
+                json!({ "dtype": dtype_name(tensor.dtype), "shape": tensor.shape, "data_offsets": [start, end] });
             header.insert(tensor.name.clone(), entry);
         }
         let mut text = Value::Object(header).to_string();
         // Tensors begin at a multiple of eight bytes.
-        while text.len() % 8 != 0 {
+        while !text.len().is_multiple_of(8) {
             text.push(' ');
         }
         let file = File::create(path).map_err(Error::io("create", path))?;

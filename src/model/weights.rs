@@ -1,7 +1,7 @@
 //! The frozen weights of a base model: safetensors files, memory-mapped and copied tensor by tensor.
 #![expect(unsafe_code, reason = "the one place that maps files")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -66,13 +66,25 @@ impl TensorFiles {
         if !index.is_file() {
             return Err(no_weights(dir));
         }
-        let text = std::fs::read_to_string(&index).map_err(Error::io("read", &index))?;
-        let value: serde_json::Value = serde_json::from_str(&text)
-            .map_err(|e| Error::invalid(index.display().to_string(), format!("is not valid JSON: {e}")))?;
-        let Some(map) = value.get("weight_map").and_then(|m| m.as_object()) else {
-            return Err(Error::invalid(index.display().to_string(), "has no object \"weight_map\""));
+        let place = index.display().to_string();
+        let damaged =
+            |what: String| Error::invalid(&place, what).hint("download this file of the model again, and its parts");
+        let text = std::fs::read_to_string(&index).map_err(|e| damaged(format!("cannot be read: {e}")))?;
+        let value: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| damaged(format!("is not valid JSON: {e}")))?;
+        let Some(map) = value.get("weight_map").and_then(|m| m.as_object()).filter(|m| !m.is_empty()) else {
+            return Err(damaged("names no tensors: it has no \"weight_map\"".into()));
         };
-        let names: std::collections::BTreeSet<&str> = map.values().filter_map(|v| v.as_str()).collect();
+        let mut wanted: BTreeMap<&str, &str> = BTreeMap::new();
+        for (tensor, file) in map {
+            match file.as_str().filter(|name| Path::new(name).components().count() == 1 && !name.starts_with('.')) {
+                Some(name) if name.ends_with(".safetensors") => wanted.insert(tensor, name),
+                _ => {
+                    return Err(damaged(format!("names {file} as the file of {tensor}, not a .safetensors beside it")));
+                }
+            };
+        }
+        let names: BTreeSet<&str> = wanted.values().copied().collect();
         let paths: Vec<PathBuf> = names.iter().map(|n| dir.join(n)).collect();
         let missing: Vec<Fault> = paths
             .iter()
@@ -85,7 +97,14 @@ impl TensorFiles {
         if !missing.is_empty() {
             return Err(Error::Invalid(missing));
         }
-        Self::open(&paths)
+        let files = Self::open(&paths)?;
+        for (tensor, name) in wanted {
+            let found = files.tensors.get(tensor).map(|t| files.files[t.file].0.as_path());
+            if found != Some(dir.join(name).as_path()) {
+                return Err(damaged(format!("says that {tensor} is in {name}, and it is not there")));
+            }
+        }
+        Ok(files)
     }
 
     /// Opens safetensors files as one set of tensors.
@@ -98,10 +117,17 @@ impl TensorFiles {
     }
 
     fn add(&mut self, path: &Path) -> Result<()> {
-        let file = File::open(path).map_err(|e| Error::invalid(path.display().to_string(), format!("cannot be read: {e}")))?;
+        let file = File::open(path).map_err(|e| {
+            Error::invalid(path.display().to_string(), format!("cannot be read: {e}"))
+                .hint("is it there, and may you read it?")
+        })?;
         // SAFETY: the map is only read. A file that another process truncates meanwhile is outside what we can guard.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
         let damaged = |why: String| {
+            if map.starts_with(b"version https://git-lfs") {
+                return Error::invalid(path.display().to_string(), "is only a pointer of git-lfs")
+                    .hint("fetch the file itself: git lfs pull");
+            }
             Error::invalid(path.display().to_string(), format!("is not a whole safetensors file: {why}"))
                 .hint("download or copy it again and compare its size with the source's")
         };
@@ -119,7 +145,11 @@ impl TensorFiles {
                 start: data_start + info.data_offsets.0,
                 end: data_start + info.data_offsets.1,
             };
-            self.tensors.insert(name, located);
+            if let Some(first) = self.tensors.insert(name.clone(), located) {
+                let what = format!("this tensor is in {} as well", self.files[first.file].0.display());
+                let place = format!("{}: {name}", path.display());
+                return Err(Error::invalid(place, what).hint("these files are not of one model: download them again"));
+            }
         }
         self.files.push((path.to_path_buf(), map));
         Ok(())
@@ -130,12 +160,14 @@ impl TensorFiles {
         &self.tensors
     }
 
-    /// `file: tensor`, for messages.
+    /// `file: tensor`, for messages; the folder of many files for a tensor that none of them has.
     pub fn place(&self, name: &str) -> String {
-        match self.tensors.get(name) {
-            Some(t) => format!("{}: {name}", self.files[t.file].0.display()),
-            None => format!("{}: {name}", self.files.first().map_or(Path::new("?"), |f| &f.0).display()),
-        }
+        let path = match (self.tensors.get(name), self.files.as_slice()) {
+            (Some(t), _) => &self.files[t.file].0,
+            (None, [(only, _)]) => only,
+            (None, files) => files.first().and_then(|(path, _)| path.parent()).unwrap_or(Path::new(".")),
+        };
+        format!("{}: {name}", path.display())
     }
 
     fn located(&self, name: &str) -> Result<&Located> {
@@ -182,33 +214,68 @@ impl TensorFiles {
 
     /// Checks names, shapes and dtypes against the model's configuration.
     pub fn check_llama(&self, config: &LlamaConfig) -> Vec<Fault> {
-        let mut faults = Vec::new();
         let expected = expected_tensors(config);
-        for (name, shape) in &expected {
+        let mut faults = self.check(
+            expected.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())),
+            |name| {
+                name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == Table::Head.base_key())
+            },
+            "does config.json belong to these files, and are they all there? Biases, adapters, quantised weights and \
+             other architectures are not supported as a base",
+        );
+        if config.tie_word_embeddings && faults.is_empty() && self.stores_another_head() {
+            let what = "differs from model.embed_tokens.weight, though config.json has tie_word_embeddings = true";
+            let fault = Fault::new(self.place(Table::Head.base_key()), what);
+            faults.push(fault.hint("set tie_word_embeddings to false in config.json, or remove this tensor"));
+        }
+        faults
+    }
+
+    /// Whether there is a head that is not the embedding table, as far as the ends of both tell.
+    fn stores_another_head(&self) -> bool {
+        let ends = |table: Table| {
+            let t = self.tensors.get(table.base_key())?;
+            let bytes = &self.files[t.file].1[t.start..t.end];
+            let sampled = bytes.len().min(SAMPLED_BYTES);
+            Some((t.dtype, &t.shape, &bytes[..sampled], &bytes[bytes.len() - sampled..]))
+        };
+        ends(Table::Head).is_some_and(|head| ends(Table::Embed) != Some(head))
+    }
+
+    /// Holds the files against the tensors they must have; one fault for each way to fall short.
+    ///
+    /// Names that `ignored` tells may be there or not.
+    pub fn check<'a>(
+        &self,
+        expected: impl Iterator<Item = (&'a str, &'a [i64])>,
+        ignored: impl Fn(&str) -> bool,
+        hint: &str,
+    ) -> Vec<Fault> {
+        let mut known = BTreeSet::new();
+        let (mut missing, mut reshaped, mut odd) = (Vec::new(), Vec::new(), Vec::new());
+        for (name, shape) in expected {
+            known.insert(name);
             match self.tensors.get(name) {
-                None => faults.push(
-                    Fault::new(self.place(name), "the tensor is missing").hint("are all parts of the model there?"),
-                ),
+                None => missing.push((name, "the tensor is missing".to_string())),
                 Some(t) if t.shape.iter().map(|&n| n as i64).ne(shape.iter().copied()) => {
-                    let what = format!("has shape {:?}, config.json makes it {shape:?}", t.shape);
-                    faults.push(Fault::new(self.place(name), what));
+                    reshaped.push((name, format!("has the shape {:?} instead of {shape:?}", t.shape)));
                 }
                 Some(t) if kind_of(t.dtype).is_none() => {
-                    let what = format!("is stored as {:?}: quantised or unusual dtypes are not supported", t.dtype);
-                    faults.push(Fault::new(self.place(name), what).hint("use the fp32, fp16 or bf16 files of this model"));
+                    odd.push((name, format!("is stored as {:?}; only fp32, fp16 and bf16 are read", t.dtype)));
                 }
                 Some(_) => {}
             }
         }
-        for name in self.tensors.keys() {
-            let ignored = name.ends_with("rotary_emb.inv_freq")
-                || (config.tie_word_embeddings && name == Table::Head.base_key());
-            if !ignored && !expected.iter().any(|(n, _)| n == name) {
-                let fault = Fault::new(self.place(name), "is not a tensor of a plain Llama model");
-                faults.push(fault.hint("biases, adapters, quantised and other architectures are not supported as a base"));
+        let extra = self.tensors.keys().filter(|name| !known.contains(name.as_str()) && !ignored(name));
+        let extra = extra.map(|name| (name.as_str(), "the tensor has no place in this model".to_string())).collect();
+        let mut faults = Vec::new();
+        for kind in [missing, reshaped, odd, extra] {
+            if let Some((name, what)) = kind.first() {
+                let more =
+                    if kind.len() > 1 { format!(" (and {} more like it)", kind.len() - 1) } else { String::new() };
+                faults.push(Fault::new(self.place(name), format!("{what}{more}")).hint(hint));
             }
         }
-        faults.truncate(20);
         faults
     }
 
@@ -266,30 +333,57 @@ fn expected_tensors(config: &LlamaConfig) -> Vec<(String, Vec<i64>)> {
 
 /// Says what lies in a directory that holds no safetensors model, and what to do about it.
 fn no_weights(dir: &Path) -> Error {
-    let has = |test: &dyn Fn(&str) -> bool| {
-        std::fs::read_dir(dir).is_ok_and(|entries| {
-            entries.flatten().any(|e| e.file_name().to_str().is_some_and(test))
-        })
-    };
-    let place = dir.display().to_string();
-    if has(&|n| n.starts_with("pytorch_model") && n.contains(".bin")) {
-        return Error::invalid(place, "holds pytorch_model.bin (a Python pickle), which is not read").hint(
+    other_kind(dir).unwrap_or_else(|| {
+        let hint = match names(dir).iter().any(|name| name.ends_with(".safetensors")) {
+            true => "its parts need their index: download it too, or name a single file model.safetensors",
+            false => "a base is a folder of Hugging Face's kind; are all its files downloaded?",
+        };
+        Error::invalid(dir.display().to_string(), "has neither model.safetensors nor model.safetensors.index.json")
+            .hint(hint)
+    })
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Names the kind of a directory that holds a model of another form, with the way to a form that is read.
+pub(super) fn other_kind(dir: &Path) -> Option<Error> {
+    let names = names(dir);
+    let has = |test: &dyn Fn(&str) -> bool| names.iter().any(|name| test(name));
+    let (what, hint) = if has(&|n| n.starts_with("pytorch_model") && n.contains(".bin")) {
+        (
+            "holds pytorch_model.bin (a Python pickle), which is not read",
             "convert it once: python3 -c \"from transformers import AutoModelForCausalLM as M; \
              M.from_pretrained('DIR', dtype='auto').save_pretrained('OUT', safe_serialization=True)\"",
-        );
-    }
-    if has(&|n| n.ends_with(".gguf")) {
-        return Error::invalid(place, "holds a GGUF file (quantised for llama.cpp), which is not read")
-            .hint("use the original safetensors files of this model");
-    }
-    if has(&|n| n == "adapter_config.json") {
-        return Error::invalid(place, "is an adapter, not a base model")
-            .hint("set model.base to the model it was trained on, and model.init_adapter to this folder");
-    }
-    if has(&|n| n.starts_with("consolidated") && n.ends_with(".pth")) {
-        return Error::invalid(place, "holds Meta's original .pth files, which are not read")
-            .hint("use the Hugging Face form of the model (config.json, model-00001-of-....safetensors)");
-    }
-    Error::invalid(place, "has neither model.safetensors nor model.safetensors.index.json")
-        .hint("model.base must be a Hugging Face model directory; are its files downloaded?")
+        )
+    } else if has(&|n| n.ends_with(".gguf")) {
+        (
+            "holds a GGUF file (quantised for llama.cpp), which is not read",
+            "use the original safetensors files of this model",
+        )
+    } else if has(&|n| n == "adapter_config.json") {
+        (
+            "is an adapter, not a base model",
+            "model.base is the model it was trained on; to start from the adapter, set model.init_adapter to this folder",
+        )
+    } else if has(&|n| n.starts_with("consolidated") || n == "params.json") {
+        (
+            "holds Meta's original files, which are not read",
+            "use the Hugging Face form of the model (config.json, model-00001-of-....safetensors)",
+        )
+    } else if has(&|n| n == "snapshots") {
+        (
+            "is a folder of the Hugging Face cache, not a model",
+            "name the folder below snapshots/ that holds config.json",
+        )
+    } else if has(&|n| n == "config.toml") {
+        ("is a run directory, not a base model", "export it first: bellora export RUN_DIR --format merged --out DIR")
+    } else if has(&|n| n == "tf_model.h5" || n == "flax_model.msgpack" || n.ends_with(".onnx")) {
+        ("holds weights of TensorFlow, Flax or ONNX, which are not read", "use the safetensors files of this model")
+    } else {
+        return None;
+    };
+    Some(Error::invalid(dir.display().to_string(), what).hint(hint))
 }

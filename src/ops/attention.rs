@@ -103,7 +103,13 @@ pub fn forward(qkv: &Tensor, heads: Heads, cu_seqlens: &[usize]) -> Result<(Tens
     for run in runs(cu_seqlens) {
         let RunView { q, k, v } = view(qkv, heads, run)?;
         let (o_bhte, lse_bht) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu(
-            &q, &k, &v, 0.0, true, None::<&Tensor>, None,
+            &q,
+            &k,
+            &v,
+            0.0,
+            true,
+            None::<&Tensor>,
+            None,
         )?;
         o.f_narrow(0, run.start, run.n_docs * run.len)?.f_copy_(&rows(&o_bhte)?)?;
         lse.push(lse_bht);
@@ -142,7 +148,16 @@ pub fn backward(
             Ok(rows.f_view([run.n_docs, run.len, heads.n_heads, heads.head_dim])?.f_transpose(1, 2)?)
         };
         let (dq, dk, dv) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
-            &as_bhte(do_)?, &q, &k, &v, &as_bhte(o)?, lse_bht, 0.0, true, None::<&Tensor>, None,
+            &as_bhte(do_)?,
+            &q,
+            &k,
+            &v,
+            &as_bhte(o)?,
+            lse_bht,
+            0.0,
+            true,
+            None::<&Tensor>,
+            None,
         )?;
         let out = dqkv.f_narrow(0, run.start, n_rows)?;
         out.f_narrow(1, 0, heads.q_width())?.f_copy_(&rows(&dq)?)?;

@@ -59,10 +59,7 @@ impl RopeTable {
         let freq = Tensor::f_from_slice(inv_freq)?.f_to_kind(angle_kind)?;
         let positions = Tensor::f_arange(n_positions, (angle_kind, Device::Cpu))?;
         let angles_pe = positions.f_outer(&freq)?;
-        Ok(Self {
-            cos_pe: angles_pe.f_cos()?.f_to_device(device)?,
-            sin_pe: angles_pe.f_sin()?.f_to_device(device)?,
-        })
+        Ok(Self { cos_pe: angles_pe.f_cos()?.f_to_device(device)?, sin_pe: angles_pe.f_sin()?.f_to_device(device)? })
     }
 
     /// How many positions the table holds.

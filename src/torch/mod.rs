@@ -225,9 +225,8 @@ pub fn rms_norm_backward(
     assert_rows(&[(dy, &[n, d]), (x, &[n, d]), (weight, &[d]), (rstd, &[n, 1]), (dresidual, &[n, d])]);
     let (mut dx, mut y) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: as in `rms_norm`.
-    let code = unsafe {
-        bellora_rms_norm_backward(raw(dy), raw(x), raw(weight), raw(rstd), raw(dresidual), &mut dx, &mut y)
-    };
+    let code =
+        unsafe { bellora_rms_norm_backward(raw(dy), raw(x), raw(weight), raw(rstd), raw(dresidual), &mut dx, &mut y) };
     taken_two(code, dx, y)
 }
 

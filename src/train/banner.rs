@@ -15,7 +15,12 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
     let all = trainable + plan::frozen_params(&model.base, &model.lora);
     let stats = job.train.stats();
     let mut lines = vec![
-        format!("base        {} ({} layers, hidden {})", model.config.model.base.display(), model.base.num_hidden_layers, model.base.hidden_size),
+        format!(
+            "base        {} ({} layers, hidden {})",
+            model.config.model.base.display(),
+            model.base.num_hidden_layers,
+            model.base.hidden_size
+        ),
         format!(
             "trainable   {} of {} parameters ({:.2} %), {} on {}",
             grouped(trainable),
@@ -44,7 +49,11 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
     }
     if let Some(validation) = &job.validation {
         let stats = validation.stats();
-        lines.push(format!("validation  {} samples, {} learned tokens", stats.samples, grouped(stats.label_tokens as i64)));
+        lines.push(format!(
+            "validation  {} samples, {} learned tokens",
+            stats.samples,
+            grouped(stats.label_tokens as i64)
+        ));
     }
     lines.push(format!(
         "updates     {} of {} samples ({} an epoch), warmup {}, peak learning rate {}",
@@ -100,7 +109,7 @@ fn grouped(n: i64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, c) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             out.push(',');
         }
         out.push(c);

@@ -6,14 +6,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use safetensors::Dtype;
 use tch::Kind;
 
-use crate::checkpoint::manifest::{Newest, newest_good, replace_whole, sweep_incomplete, verify};
+use crate::checkpoint::manifest::{MANIFEST_FILE, Newest, newest_good, replace_whole, sweep_incomplete, verify};
 use crate::checkpoint::save::{self, Adapter};
 use crate::checkpoint::state::RunState;
 use crate::checkpoint::{load, retention};
 use crate::config::{self, Auto, Config};
+use crate::data::TemplateFile;
 use crate::error::{Error, Fault, Result};
 use crate::eval::evaluate;
 use crate::log::{EvalMetrics, LogSettings, RunLog};
+use crate::model::adapter_file;
 use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
 use crate::train::banner;
@@ -26,6 +28,8 @@ pub const CONFIG_FILE: &str = "config.toml";
 pub const ADAPTER_DIR: &str = "adapter";
 /// The folder of the checkpoints.
 pub const CHECKPOINTS_DIR: &str = "checkpoints";
+/// The numbers of every step.
+const METRICS_FILE: &str = "metrics.jsonl";
 
 /// How a call that should train ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +49,8 @@ pub enum Outcome {
 pub fn train(config: Config, resume: bool, stop: &AtomicUsize) -> Result<Outcome> {
     let run_dir = config.train.output.clone();
     if !holds_run(&run_dir) {
-        return Run::open(config, &run_dir, Start::Fresh)?.to_the_end(stop);
+        refuse_taken_output(&config)?;
+        return Run::open(config, &run_dir, Start::Fresh, stop)?.run_to_end(stop);
     }
     if !resume {
         refuse_taken_output(&config)?;
@@ -79,15 +84,25 @@ pub fn resume(run_dir: &Path, stop: &AtomicUsize) -> Result<Outcome> {
     go_on(config, run_dir, stop)
 }
 
-/// Refuses an output folder that holds a run already.
+/// Refuses an output folder that holds a run already, or what a run would write over.
 pub fn refuse_taken_output(config: &Config) -> Result<()> {
     let dir = &config.train.output;
-    if !holds_run(dir) {
-        return Ok(());
+    if holds_run(dir) {
+        let what = format!("{} holds a run already", dir.display());
+        return Err(Error::invalid("train.output", what).hint(format!(
+            "go on with it by `bellora resume {}` or `--resume`, or choose another folder: --set train.output=OTHER",
+            dir.display()
+        )));
     }
-    Err(Error::invalid("train.output", format!("{} holds a run already", dir.display())).hint(
-        "go on with it by `bellora resume RUN_DIR` or `--resume`, or choose another folder: --set train.output=OTHER",
-    ))
+    for name in [ADAPTER_DIR, CHECKPOINTS_DIR, METRICS_FILE] {
+        // A run that was killed before it wrote its config leaves empty metrics.
+        if std::fs::symlink_metadata(dir.join(name)).is_ok_and(|found| !found.is_file() || found.len() > 0) {
+            let what = format!("{} holds {name}, but no {CONFIG_FILE} of a run", dir.display());
+            return Err(Error::invalid("train.output", what)
+                .hint(format!("choose another folder: --set train.output=OTHER; or move {name} away")));
+        }
+    }
+    Ok(())
 }
 
 /// Whether a folder holds a run.
@@ -116,11 +131,57 @@ fn keep_settled(mut config: Config, theirs: &Config) -> Config {
 
 fn go_on(config: Config, run_dir: &Path, stop: &AtomicUsize) -> Result<Outcome> {
     if let Some(adapter) = finished_adapter(run_dir) {
-        verify(&adapter)?;
+        verify_adapter(&adapter)?;
         return Ok(Outcome::AlreadyFinished);
     }
     let found = newest_good(&run_dir.join(CHECKPOINTS_DIR))?;
-    Run::open(config, run_dir, Start::From(found))?.to_the_end(stop)
+    if found.good.is_none() && !found.damaged.is_empty() {
+        return Err(none_is_whole(&found, run_dir));
+    }
+    Run::open(config, run_dir, Start::From(found), stop)?.run_to_end(stop)
+}
+
+/// Holds an adapter that a run wrote against its manifest. Files beside it that nobody reads (a README) do not count.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_adapter(dir: &Path) -> Result<()> {
+    let is_read = |fault: &Fault| {
+        let name = Path::new(&fault.place).file_name().unwrap_or_default().to_string_lossy();
+        let known = [adapter_file::WEIGHTS_FILE, adapter_file::CONFIG_FILE, TemplateFile::NAME, MANIFEST_FILE];
+        known.contains(&&*name) || name.contains("token")
+    };
+    match verify(dir) {
+        Err(Error::Invalid(mut faults)) => {
+            faults.retain(is_read);
+            if faults.is_empty() {
+                return Ok(());
+            }
+            let manifest = dir.join(MANIFEST_FILE);
+            Err(Error::Invalid(faults).hint_where_none(&format!(
+                "copy the folder again from where it was whole; if it was changed on purpose, remove {}",
+                manifest.display()
+            )))
+        }
+        other => other.map(drop),
+    }
+}
+
+/// Checkpoints that are all damaged: to start over would throw the run's metrics away, so that is left to the user.
+fn none_is_whole(found: &Newest, run_dir: &Path) -> Error {
+    let mut faults = Vec::new();
+    for (path, error) in &found.damaged {
+        match error.faults() {
+            [] => faults.push(Fault::new(path.display().to_string(), error.to_string())),
+            known => faults.extend_from_slice(known),
+        }
+    }
+    let dir = run_dir.join(CHECKPOINTS_DIR).display().to_string();
+    faults.push(
+        Fault::new(&dir, "holds no checkpoint that is whole")
+            .hint(format!("mend one from a copy, or start over: move {dir} away, or name another train.output")),
+    );
+    Error::Invalid(faults)
 }
 
 /// Where a run begins.
@@ -137,15 +198,14 @@ struct Run {
     log: RunLog,
     /// The step of the newest checkpoint.
     saved_step: u64,
-    /// The step of the newest evaluation.
-    evaluated_step: u64,
 }
 
 impl Run {
     /// Checks the job, loads the model and opens the folder's logs.
-    fn open(config: Config, dir: &Path, start: Start) -> Result<Self> {
+    fn open(config: Config, dir: &Path, start: Start, stop: &AtomicUsize) -> Result<Self> {
         let cache = config.data.cache_dir.clone();
         let job = Job::inspect(config, Some(&cache))?;
+        not_stopped(stop)?;
         let settings = &job.model.config.train;
         let mut params = job.model.initial_params()?;
         let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };
@@ -166,6 +226,7 @@ impl Run {
             }
         }
         let model = job.model.load(&params)?;
+        not_stopped(stop)?;
 
         std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         sweep_incomplete(dir)?;
@@ -184,12 +245,12 @@ impl Run {
         if state.step > 0 {
             log.note(&format!("goes on from step {} of {}", state.step, job.total_steps))?;
         }
-        let (saved_step, evaluated_step) = (state.step, state.step);
+        let saved_step = state.step;
         let trainer = Trainer::new(job, model, params, optimizer, state)?;
-        Ok(Self { dir: dir.to_path_buf(), trainer, log, saved_step, evaluated_step })
+        Ok(Self { dir: dir.to_path_buf(), trainer, log, saved_step })
     }
 
-    fn to_the_end(mut self, stop: &AtomicUsize) -> Result<Outcome> {
+    fn run_to_end(mut self, stop: &AtomicUsize) -> Result<Outcome> {
         let total = self.trainer.job.total_steps;
         let settings = self.trainer.job.model.config.train.clone();
         while self.trainer.state.step < total {
@@ -202,19 +263,16 @@ impl Run {
             if metrics.skipped {
                 self.log.note(&format!("step {} was skipped", metrics.step))?;
             }
-            let due = |every: u64| every > 0 && metrics.step.is_multiple_of(every);
+            let is_last = metrics.step == total;
+            let due = |every: u64| every > 0 && (is_last || metrics.step.is_multiple_of(every));
+            // In this order: what comes after the last checkpoint is lost to a run that is killed there, but for the
+            // adapter.
             if due(settings.eval_every) {
                 self.evaluate()?;
             }
             if due(settings.checkpoint_every) {
                 self.save()?;
             }
-        }
-        if settings.eval_every > 0 && self.evaluated_step < total {
-            self.evaluate()?;
-        }
-        if settings.checkpoint_every > 0 && self.saved_step < total {
-            self.save()?;
         }
         self.write_adapter()?;
         self.log.flush()?;
@@ -226,9 +284,8 @@ impl Run {
         let Some(validation) = &job.validation else { return Ok(()) };
         let started = std::time::Instant::now();
         let result = evaluate(&self.trainer.model, validation, job.model.micro_batch_tokens())?;
-        self.evaluated_step = self.trainer.state.step;
         self.log.eval(&EvalMetrics {
-            step: self.evaluated_step,
+            step: self.trainer.state.step,
             eval_loss: result.eval_loss,
             perplexity: result.perplexity,
             samples: result.samples,
@@ -245,8 +302,11 @@ impl Run {
         std::fs::create_dir_all(&checkpoints).map_err(Error::io("create", &checkpoints))?;
         let moments = trainer.optimizer.named_moments(trainer.params.layout())?;
         let model = &trainer.job.model;
-        let adapter =
-            Adapter { config: &model.adapter_config(), tensors: &trainer.params.named()?, beside: &model.files_beside() };
+        let adapter = Adapter {
+            config: &model.adapter_config(),
+            tensors: &trainer.params.named()?,
+            beside: &model.files_beside(),
+        };
         save::save(&checkpoints, &adapter, &moments, &trainer.state)?;
         self.saved_step = trainer.state.step;
         retention::prune(&checkpoints, self.saved_step, model.config.train.keep_checkpoints)?;
@@ -275,14 +335,22 @@ impl Run {
         if self.saved_step < self.trainer.state.step {
             self.save()?;
         }
-        let note = format!(
-            "step {} is saved; go on with: bellora resume {}",
-            self.trainer.state.step,
-            self.dir.display()
-        );
+        let done = match self.trainer.state.step {
+            0 => "no step was done".to_string(),
+            step => format!("step {step} is saved"),
+        };
+        let note = format!("{done}; go on with: bellora resume {}", self.dir.display());
         self.log.note(&note)?;
         self.log.flush()?;
         Ok(Error::Interrupted { signal: signal as i32, note })
+    }
+}
+
+/// Ends the start of a run when a signal has asked for it; the run's folder is as it was.
+fn not_stopped(stop: &AtomicUsize) -> Result<()> {
+    match stop.load(Ordering::SeqCst) {
+        0 => Ok(()),
+        signal => Err(Error::Interrupted { signal: signal as i32, note: "the training had not begun".into() }),
     }
 }
 
@@ -291,7 +359,8 @@ pub fn warnings(job: &Job) -> Vec<String> {
     let mut warnings = Vec::new();
     let kind = job.model.kind();
     if kind == Kind::Half {
-        warnings.push("fp16 on a CPU is several times slower than fp32: dtype = \"bf16\" or \"fp32\" is quicker".into());
+        warnings
+            .push("fp16 on a CPU is several times slower than fp32: dtype = \"bf16\" or \"fp32\" is quicker".into());
     }
     #[cfg(target_arch = "x86_64")]
     if kind == Kind::BFloat16 && !std::arch::is_x86_feature_detected!("avx512bf16") {

@@ -96,7 +96,7 @@ impl ModelSetup {
         if let (Some(base), Some(files)) = (&base, &files) {
             faults.0.extend(files.check_llama(base));
         }
-        let tokenizer = faults.take(Tokenizer::open(&config.model.tokenizer))?;
+        let tokenizer = faults.take(open_tokenizer(&config.model.tokenizer))?;
         let template = faults.take(template(&config))?;
         let vocab_size = match (&base, &tokenizer) {
             (Some(base), Some(tokenizer)) => faults.take(vocab_size(&config, base, tokenizer, &lora))?,
@@ -168,7 +168,14 @@ impl ModelSetup {
             special_tokens: special_tokens(&self.config),
             max_bad_rows: usize::try_from(data.max_bad_rows).unwrap_or(usize::MAX),
         };
-        Dataset::load(&spec, &self.tokenizer, &self.template, cache)
+        Dataset::load(&spec, &self.tokenizer, &self.template, cache).map_err(|error| match error.faults() {
+            // One hint is enough where many rows are bad.
+            faults if faults.iter().any(|fault| !fault.hint.is_empty()) => error,
+            _ => error.hint_where_none(
+                "a data file has rows such as {\"instruction\": \"...\", \"input\": \"\", \"output\": \"...\"}, one a line or in \
+                 one array",
+            ),
+        })
     }
 
     /// The adapter's configuration as it is written.
@@ -215,10 +222,14 @@ impl Job {
             let (learned, held_out) = train.split(data.validation_fraction, model.config.train.seed);
             if learned.is_empty() || held_out.is_empty() {
                 let what = format!("{} of {} samples leaves one side empty", data.validation_fraction, train.len());
-                return Err(Error::invalid("data.validation_fraction", what));
+                return Err(Error::invalid("data.validation_fraction", what).hint("leave it out, or give more samples"));
             }
             validation = Some(train.select(&held_out));
             train = train.select(&learned);
+        }
+        if train.n_label_tokens() == 0 {
+            let what = format!("{} leaves nothing to learn: every sample is cut within its prompt", data.max_length);
+            return Err(Error::invalid("data.max_length", what).hint("raise it, or set data.truncation = \"drop\""));
         }
         let settings = &model.config.train;
         let steps_per_epoch = (train.len() as u64).div_ceil(settings.global_batch as u64);
@@ -290,6 +301,12 @@ fn lora_spec(config: &Config) -> LoraSpec {
     }
 }
 
+fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
+    Tokenizer::open(path).map_err(|error| {
+        error.hint_where_none("download the tokenizer's files again, or set model.tokenizer to others")
+    })
+}
+
 fn special_tokens(config: &Config) -> SpecialTokens {
     match config.data.special_tokens {
         config::SpecialTokens::Special => SpecialTokens::Special,
@@ -337,7 +354,8 @@ fn open_init_adapter(dir: &Path, lora: &LoraSpec, layout: &Layout) -> Result<Ten
     let mut compare = |key: &str, ours: String, theirs: String| {
         if ours != theirs {
             let what = format!("the config has {ours}, {} has {theirs}", dir.join(adapter_file::CONFIG_FILE).display());
-            faults.push(Fault::new(format!("lora.{key}"), what).hint("make the two equal"));
+            let hint = "make the two equal, or leave model.init_adapter out";
+            faults.push(Fault::new(format!("lora.{key}"), what).hint(hint));
         }
     };
     compare("r", lora.r.to_string(), theirs.r.to_string());
@@ -350,12 +368,5 @@ fn open_init_adapter(dir: &Path, lora: &LoraSpec, layout: &Layout) -> Result<Ten
     if !faults.is_empty() {
         return Err(Error::Invalid(faults));
     }
-    let path = dir.join(adapter_file::WEIGHTS_FILE);
-    if !path.is_file() {
-        return Err(Error::invalid(path.display().to_string(), "is missing")
-            .hint("an adapter stored as adapter_model.bin must be saved again with safe_serialization=True"));
-    }
-    let files = TensorFiles::open(&[path])?;
-    let faults = adapter_file::check(&files, layout);
-    if faults.is_empty() { Ok(files) } else { Err(Error::Invalid(faults)) }
+    adapter_file::open_weights(dir, layout)
 }

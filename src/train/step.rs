@@ -1,5 +1,6 @@
 //! One optimizer step over the global batch.
 
+use crate::checkpoint::state::RunState;
 use crate::config::{Auto, Recompute};
 use crate::data::{EpochOrder, build_batches};
 use crate::error::{Error, Result};
@@ -11,7 +12,6 @@ use crate::ops::dropout::DropoutKey;
 use crate::optim::adamw::AdamW;
 use crate::optim::clip;
 use crate::train::setup::Job;
-use crate::checkpoint::state::RunState;
 
 /// Everything an update reads and changes.
 pub struct Trainer {
@@ -33,12 +33,8 @@ impl Trainer {
     /// Gets ready for the step after `state`.
     pub fn new(job: Job, model: Llama, params: ParamBuffer, optimizer: AdamW, state: RunState) -> Result<Self> {
         let settings = &job.model.config;
-        let order = EpochOrder::new(
-            job.train.len(),
-            settings.train.global_batch,
-            settings.data.shuffle,
-            settings.train.seed,
-        );
+        let order =
+            EpochOrder::new(job.train.len(), settings.train.global_batch, settings.data.shuffle, settings.train.seed);
         let grads = Gradients::new(params.layout(), params.master().device())?;
         Ok(Self { job, model, params, optimizer, state, order, grads })
     }
@@ -52,8 +48,12 @@ impl Trainer {
         let started = std::time::Instant::now();
         let settings = &self.job.model.config.train;
         let samples = self.order.step_samples(self.state.step);
-        let batches =
-            build_batches(&self.job.train, &samples, self.job.model.loss_average(), self.job.model.micro_batch_tokens());
+        let batches = build_batches(
+            &self.job.train,
+            &samples,
+            self.job.model.loss_average(),
+            self.job.model.micro_batch_tokens(),
+        );
         let lr = self.job.schedule.lr(self.state.updates);
         let loss_scale = self.state.loss_scale.factor();
         let recompute = settings.recompute == Auto::Is(Recompute::All);

@@ -130,17 +130,10 @@ save_dtype = "fp32"
         cache.display()
     );
     assert_eq!(config.to_toml(), expected);
-    assert_eq!(
-        parse(&expected, &[]).unwrap(),
-        config,
-        "the run's own config must load back"
-    );
+    assert_eq!(parse(&expected, &[]).unwrap(), config, "the run's own config must load back");
 
     let printed = config.print_with_defaults_marked();
-    let unmarked: Vec<_> = printed
-        .lines()
-        .filter(|line| line.contains('=') && !line.ends_with("# default"))
-        .collect();
+    let unmarked: Vec<_> = printed.lines().filter(|line| line.contains('=') && !line.ends_with("# default")).collect();
     let given = [
         format!("base = \"{dir}/base\""),
         format!("train = [\"{dir}/rows.jsonl\"]"),
@@ -152,14 +145,9 @@ save_dtype = "fp32"
 #[test]
 fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
     let place = Place::new();
-    for file in [
-        "tok/tokenizer.model",
-        "adapter/adapter_config.json",
-        "my.toml",
-        "v[1].jsonl",
-        "more/b.json",
-        "more/a.json",
-    ] {
+    for file in
+        ["tok/tokenizer.model", "adapter/adapter_config.json", "my.toml", "v[1].jsonl", "more/b.json", "more/a.json"]
+    {
         place.touch(file);
     }
     let text = place.text(
@@ -180,15 +168,8 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
     assert_eq!(config.lora.modules_to_save, ["embed_tokens", "lm_head"]);
     assert_eq!(config.lora.alpha, 3.0);
     let names = ["v[1].jsonl", "more/a.json", "more/b.json"];
-    assert_eq!(
-        config.data.validation,
-        names.map(|name| place.path(name)),
-        "a glob's files are sorted"
-    );
-    assert_eq!(
-        (config.train.duration, config.train.warmup),
-        (Duration::Steps(9), Warmup::Steps(2))
-    );
+    assert_eq!(config.data.validation, names.map(|name| place.path(name)), "a glob's files are sorted");
+    assert_eq!((config.train.duration, config.train.warmup), (Duration::Steps(9), Warmup::Steps(2)));
     assert_eq!(config.train.micro_batch_tokens, Auto::Is(100));
 
     let again = parse(&config.to_toml(), &[]).unwrap();
@@ -214,62 +195,33 @@ fn all_faults_come_at_once_each_with_its_place_and_in_the_files_order() {
     let all = faults(text, &["train.seed=-1", "train.weight_decay"]);
     let shown: Vec<_> = all.iter().map(|fault| format!("{fault} | {}", fault.hint)).collect();
     let expected = [
-        (
-            "c.toml:2: model.base",
-            "no folder",
-            "hf download meta-llama/Llama-2-7b-hf",
-        ),
-        (
-            "c.toml:3: model.dtype",
-            "\"fp32\", \"bf16\", \"fp16\", found the text \"bfloat16\"",
-            "write \"bf16\"",
-        ),
-        ("c.toml:5: lora.r", "a whole number of at least 1, found 0", ""),
-        (
-            "c.toml:6: lora.alpha",
-            "a number greater than 0, found the text \"16\"",
-            "write 16 without quotes",
-        ),
+        ("c.toml:2: model.base", "no folder", "hf download meta-llama/Llama-2-7b-hf"),
+        ("c.toml:3: model.dtype", "\"fp32\", \"bf16\", \"fp16\", found the text \"bfloat16\"", "write \"bf16\""),
+        ("c.toml:5: lora.r", "a whole number of at least 1 and at most 65536, found 0", ""),
+        ("c.toml:6: lora.alpha", "a number greater than 0, found the text \"16\"", "write 16 without quotes"),
         ("c.toml:7: lora.dropout", "less than 1, found 1", ""),
         ("c.toml:8: lora.target_modules", "\"q_proj\" is named twice", ""),
-        (
-            "c.toml:8: lora.target_modules",
-            "found the text \"qkv_proj\"",
-            "\"q_proj\", \"k_proj\", \"v_proj\"",
-        ),
+        ("c.toml:8: lora.target_modules", "found the text \"qkv_proj\"", "\"q_proj\", \"k_proj\", \"v_proj\""),
         ("c.toml:10: data.cutoff_len", "unknown key", "use data.max_length"),
-        (
-            "c.toml:11: data.max_length",
-            "a whole number of at least 2, found 512.5",
-            "",
-        ),
+        ("c.toml:11: data.max_length", "a whole number of at least 2 and at most 1048576, found 512.5", ""),
         ("c.toml:12: data.validation", "paths or globs in quotes, found 3", ""),
         ("c.toml:14: train.epochs", "max_steps says the same", "keep one of"),
         ("c.toml:16: train.learning_rate", "greater than 0, found NaN", ""),
         ("c.toml:17: train.betas", "a list of two numbers", ""),
         ("c.toml:18: train.keep_checkpoints", "at least 1, found 0", ""),
         ("c.toml:19: train.shuffle", "unknown key", "write shuffle under [data]"),
-        (
-            "--set train.weight_decay",
-            "expected section.key=value",
-            "--set train.learning_rate=1e-4",
-        ),
+        ("--set train.weight_decay", "expected section.key=value", "--set train.learning_rate=1e-4"),
         ("c.toml: data.train", "required", "write train = "),
         ("c.toml: train.output", "required", "write output = "),
         ("--set train.seed=-1", "at least 0, found -1", ""),
     ];
     assert_eq!(all.len(), expected.len(), "{shown:#?}");
     for (place, what, hint) in expected {
-        let found = all
-            .iter()
-            .find(|fault| fault.place == place && fault.what.contains(what));
+        let found = all.iter().find(|fault| fault.place == place && fault.what.contains(what));
         let found = found.unwrap_or_else(|| panic!("nothing says {what:?} of {place}: {shown:#?}"));
         holds(found, place, what, hint);
     }
-    let lines: Vec<_> = all
-        .iter()
-        .filter_map(|fault| fault.place.split(':').nth(1)?.parse::<usize>().ok())
-        .collect();
+    let lines: Vec<_> = all.iter().filter_map(|fault| fault.place.split(':').nth(1)?.parse::<usize>().ok()).collect();
     assert!(lines.is_sorted() && lines.len() == 15, "{shown:#?}");
 }
 
@@ -282,10 +234,7 @@ fn names_of_other_trainers_lead_to_ours_wherever_they_stand() {
         ("sequence_len = 1", "data.max_length"),
         ("model_name_or_path = 1", "model.base"),
         ("base_model = 1", "model.base"),
-        (
-            "per_device_train_batch_size = 4",
-            "train.global_batch: it counts the samples of one update over all devices",
-        ),
+        ("per_device_train_batch_size = 4", "train.global_batch: it counts the samples of one update over all devices"),
         ("gradient_accumulation_steps = 4", "train.global_batch"),
         ("lora_r = 8", "lora.r"),
         ("lora_rank = 8", "lora.r"),
@@ -316,60 +265,30 @@ fn names_of_other_trainers_lead_to_ours_wherever_they_stand() {
     ];
     for (line, answer) in cases {
         let name = line.split_once(" =").unwrap().0;
-        holds(
-            &fault(&format!("{line}\n{}", place.minimal()), &[]),
-            name,
-            "unknown key outside of any section",
-            answer,
-        );
+        holds(&fault(&format!("{line}\n{}", place.minimal()), &[]), name, "unknown key outside of any section", answer);
         if name != "max_length" && name != "zzzzzz" {
-            holds(
-                &fault(&place.text("", "", line, ""), &[]),
-                &format!("data.{name}"),
-                "unknown key",
-                answer,
-            );
+            holds(&fault(&place.text("", "", line, ""), &[]), &format!("data.{name}"), "unknown key", answer);
         }
         let set = format!("train.{name}=1");
         holds(
             &fault(&place.minimal(), &[&set]),
             &format!("--set {set}"),
             "unknown key",
-            if name == "zzzzzz" {
-                "the keys of [train] are"
-            } else {
-                answer
-            },
+            if name == "zzzzzz" { "the keys of [train] are" } else { answer },
         );
     }
     // A required key under another name is one fault, not two.
-    let renamed = place
-        .minimal()
-        .replace("base = ", "model_name_or_path = ")
-        .replace("output = ", "output_dir = ");
+    let renamed = place.minimal().replace("base = ", "model_name_or_path = ").replace("output = ", "output_dir = ");
     let places: Vec<_> = faults(&renamed, &[]).into_iter().map(|fault| fault.place).collect();
-    assert_eq!(
-        places,
-        ["c.toml:2: model.model_name_or_path", "c.toml:10: train.output_dir"]
-    );
+    assert_eq!(places, ["c.toml:2: model.model_name_or_path", "c.toml:10: train.output_dir"]);
     // A section under another name is read as the one it stands for.
     let renamed = place.text("", "", "", "seed = -5").replace("[train]", "[training]");
     let all = faults(&renamed, &[]);
     holds(&all[0], "c.toml:9: [training]", "unknown section", "call it [train]");
     holds(&all[1], "train.seed", "found -5", "");
     assert_eq!(all.len(), 2, "{all:#?}");
-    holds(
-        &fault(&format!("{}[nproc]\n", place.minimal()), &[]),
-        "[nproc]",
-        "unknown section",
-        "[model], [lora]",
-    );
-    holds(
-        &faults("model = \"x\"", &[])[0],
-        "c.toml:1: model",
-        "this is a section",
-        "[model]",
-    );
+    holds(&fault(&format!("{}[nproc]\n", place.minimal()), &[]), "[nproc]", "unknown section", "[model], [lora]");
+    holds(&faults("model = \"x\"", &[])[0], "c.toml:1: model", "this is a section", "[model]");
 }
 
 #[test]
@@ -378,67 +297,28 @@ fn other_formats_and_broken_toml_are_named() {
     let load = |name: &str, text: &str| {
         let path = dir.path().join(name);
         std::fs::write(&path, text).unwrap();
-        let Err(Error::Invalid(faults)) = Config::load(&path, &[]) else {
-            panic!("{name} was taken")
-        };
+        let Err(Error::Invalid(faults)) = Config::load(&path, &[]) else { panic!("{name} was taken") };
         faults
     };
-    holds(
-        &load("a.yaml", "### model\nmodel_name_or_path: x\n")[0],
-        "a.yaml",
-        "this is YAML",
-        "max_length = 512",
-    );
-    holds(
-        &load("b.toml", "base_model: x\nlora_r: 8\n")[0],
-        "b.toml",
-        "this is YAML",
-        "[data]",
-    );
-    holds(
-        &load("c.json", "{\"train\": {\"epochs\": 1}}")[0],
-        "c.json",
-        "this is JSON",
-        "[data]",
-    );
-    let broken = load(
-        "d.toml",
-        "[model]\nbase = \"x\"\ndevice = cuda\n[train]\nepochs = \nseed = 1\nseed = 2\n",
-    );
+    holds(&load("a.yaml", "### model\nmodel_name_or_path: x\n")[0], "a.yaml", "this is YAML", "max_length = 512");
+    holds(&load("b.toml", "base_model: x\nlora_r: 8\n")[0], "b.toml", "this is YAML", "[data]");
+    holds(&load("c.json", "{\"train\": {\"epochs\": 1}}")[0], "c.json", "this is JSON", "[data]");
+    let broken = load("d.toml", "[model]\nbase = \"x\"\ndevice = cuda\n[train]\nepochs = \nseed = 1\nseed = 2\n");
     holds(&broken[0], "d.toml:3", "not valid TOML", "in \"quotes\"");
     holds(&broken[1], "d.toml:5", "not valid TOML", "");
     holds(&broken[2], "d.toml:7", "duplicate key", "each section and key once");
     assert_eq!(broken.len(), 3, "{broken:#?}");
     let missing = Config::load(&dir.path().join("none.toml"), &[]).unwrap_err();
-    assert_eq!(
-        missing.exit_code(),
-        2,
-        "a config that is not there is known before any work"
-    );
-    holds(
-        &missing.faults()[0],
-        "none.toml",
-        "cannot be read",
-        "relative to the working folder",
-    );
-    holds(
-        &Config::load(dir.path(), &[]).unwrap_err().faults()[0],
-        "",
-        "cannot be read",
-        "config.toml",
-    );
+    assert_eq!(missing.exit_code(), 2, "a config that is not there is known before any work");
+    holds(&missing.faults()[0], "none.toml", "cannot be read", "relative to the working folder");
+    holds(&Config::load(dir.path(), &[]).unwrap_err().faults()[0], "", "cannot be read", "this is a folder");
 }
 
 #[test]
 fn set_overrides_the_file_is_parsed_as_toml_and_replaces_the_other_of_a_pair() {
     let place = Place::new();
     place.touch("7");
-    let text = place.text(
-        "",
-        "",
-        "validation = \"DIR/rows.jsonl\"",
-        "epochs = 3\nwarmup_ratio = 0.5",
-    );
+    let text = place.text("", "", "validation = \"DIR/rows.jsonl\"", "epochs = 3\nwarmup_ratio = 0.5");
     let out = format!("train.output={}", place.path("2024-01-01").display());
     let seven = format!("data.train=[\"{}\"]", place.path("7").display());
     let sets = [
@@ -459,45 +339,20 @@ fn set_overrides_the_file_is_parsed_as_toml_and_replaces_the_other_of_a_pair() {
     assert_eq!(config.lora.target_modules, ["q_proj"]);
     assert_eq!(config.lora.modules_to_save, ["lm_head"]);
     assert_eq!(config.train.learning_rate, 2.0, "the later --set holds");
-    assert_eq!(
-        (config.data.validation.len(), config.data.validation_fraction),
-        (0, 0.25)
-    );
+    assert_eq!((config.data.validation.len(), config.data.validation_fraction), (0, 0.25));
     assert_eq!(config.train.output, place.path("2024-01-01"));
     assert_eq!(config.data.train, [place.path("7")]);
     let back = parse(&config.to_toml(), &["train.epochs=2"]).unwrap();
     assert_eq!(back.train.duration, Duration::Epochs(2));
     // Text that looks like a number or a date is text where a path is meant.
     let odd = parse(&text, &["train.output=2024-01-01"]).unwrap();
-    assert!(
-        odd.train.output.is_absolute() && odd.train.output.ends_with("2024-01-01"),
-        "{odd:?}"
-    );
-    holds(
-        &fault(&text, &["lora.r=many"]),
-        "--set lora.r=many",
-        "found the text \"many\"",
-        "",
-    );
-    holds(
-        &fault(&text, &["learning_rate=1"]),
-        "--set learning_rate=1",
-        "unknown key",
-        "train.learning_rate",
-    );
+    assert!(odd.train.output.is_absolute() && odd.train.output.ends_with("2024-01-01"), "{odd:?}");
+    holds(&fault(&text, &["lora.r=many"]), "--set lora.r=many", "found the text \"many\"", "");
+    holds(&fault(&text, &["learning_rate=1"]), "--set learning_rate=1", "unknown key", "train.learning_rate");
     let both = place.text("", "", "validation = \"DIR/rows.jsonl\"\nvalidation_fraction = 0.1", "");
-    holds(
-        &fault(&both, &[]),
-        "data.validation_fraction",
-        "held out as well",
-        "keep one",
-    );
+    holds(&fault(&both, &[]), "data.validation_fraction", "held out as well", "keep one");
     let off = place.text("", "", "validation = \"DIR/rows.jsonl\"\nvalidation_fraction = 0", "");
-    assert_eq!(
-        parse(&off, &[]).unwrap().data.validation.len(),
-        1,
-        "a fraction of 0 holds nothing out"
-    );
+    assert_eq!(parse(&off, &[]).unwrap().data.validation.len(), 1, "a fraction of 0 holds nothing out");
 }
 
 #[test]
@@ -513,189 +368,39 @@ fn paths_and_values_that_cannot_be_are_refused() {
     };
     let (model, lora, data, train) = (0, 1, 2, 3);
     let cases = [
-        (
-            model,
-            "tokenizer = \"DIR/tok.bin\"",
-            "model.tokenizer",
-            "SentencePiece",
-            "folder",
-        ),
-        (
-            model,
-            "tokenizer = \"DIR/none\"",
-            "model.tokenizer",
-            "no file or folder",
-            "working folder",
-        ),
-        (
-            model,
-            "init_adapter = \"DIR/adapter.safetensors\"",
-            "model.init_adapter",
-            "is a file",
-            "adapter_config.json",
-        ),
-        (
-            model,
-            "init_adapter = \"ziqing/chinese-alpaca\"",
-            "model.init_adapter",
-            "no folder",
-            "hf download",
-        ),
-        (
-            model,
-            "resize_vocab = true",
-            "model.resize_vocab",
-            "lacks embed_tokens and lm_head",
-            "modules_to_save",
-        ),
-        (
-            model,
-            "resize_vocab = \"true\"",
-            "model.resize_vocab",
-            "expected true or false",
-            "without quotes",
-        ),
-        (
-            model,
-            "device = \"cuda:0\"",
-            "model.device",
-            "\"auto\", \"cpu\", \"cuda\"",
-            "write \"cuda\"",
-        ),
-        (
-            lora,
-            "target_modules = []",
-            "lora.target_modules",
-            "empty list",
-            "leave it out",
-        ),
-        (
-            lora,
-            "target_modules = \"all-linear\"",
-            "lora.target_modules",
-            "all-linear",
-            "leave it out",
-        ),
-        (
-            lora,
-            "target_modules = [\"lm_head\"]",
-            "lora.target_modules",
-            "lm_head",
-            "modules_to_save",
-        ),
-        (
-            lora,
-            "target_modules = [\"qproj\"]",
-            "lora.target_modules",
-            "qproj",
-            "did you mean \"q_proj\"?",
-        ),
-        (
-            lora,
-            "modules_to_save = [\"norm\"]",
-            "lora.modules_to_save",
-            "norm",
-            "norms are not trained",
-        ),
+        (model, "tokenizer = \"DIR/tok.bin\"", "model.tokenizer", "SentencePiece", "folder"),
+        (model, "tokenizer = \"DIR/none\"", "model.tokenizer", "no file or folder", "nothing of that name"),
+        (model, "init_adapter = \"DIR/adapter.safetensors\"", "model.init_adapter", "is a file", "adapter_config.json"),
+        (model, "init_adapter = \"ziqing/chinese-alpaca\"", "model.init_adapter", "no folder", "hf download"),
+        (model, "resize_vocab = true", "model.resize_vocab", "lacks embed_tokens and lm_head", "modules_to_save"),
+        (model, "resize_vocab = \"true\"", "model.resize_vocab", "expected true or false", "without quotes"),
+        (model, "device = \"cuda:0\"", "model.device", "\"auto\", \"cpu\", \"cuda\"", "write \"cuda\""),
+        (lora, "target_modules = []", "lora.target_modules", "empty list", "leave it out"),
+        (lora, "target_modules = \"all-linear\"", "lora.target_modules", "all-linear", "leave it out"),
+        (lora, "target_modules = [\"lm_head\"]", "lora.target_modules", "lm_head", "modules_to_save"),
+        (lora, "target_modules = [\"qproj\"]", "lora.target_modules", "qproj", "did you mean \"q_proj\"?"),
+        (lora, "modules_to_save = [\"norm\"]", "lora.modules_to_save", "norm", "norms are not trained"),
         (lora, "alpha = inf", "lora.alpha", "found inf", ""),
         (lora, "r = true", "lora.r", "found true", ""),
-        (
-            data,
-            "validation = \"DIR/none.jsonl\"",
-            "data.validation",
-            "no file",
-            "working folder",
-        ),
-        (
-            data,
-            "validation = \"DIR/*.csv\"",
-            "data.validation",
-            "no file matches",
-            "",
-        ),
-        (
-            data,
-            "validation = \"DIR/dir\"",
-            "data.validation",
-            "is a folder",
-            "dir/*.jsonl",
-        ),
-        (
-            data,
-            "validation = \"BelleGroup/train_0.5M_CN\"",
-            "data.validation",
-            "no file",
-            "not downloaded",
-        ),
-        (
-            data,
-            "template = \"alpacca\"",
-            "data.template",
-            "alpacca",
-            "did you mean \"alpaca\"?",
-        ),
+        (data, "validation = \"DIR/none.jsonl\"", "data.validation", "no file", "nothing of that name"),
+        (data, "validation = \"DIR/*.csv\"", "data.validation", "no file matches", ""),
+        (data, "validation = \"DIR/dir\"", "data.validation", "is a folder", "dir/*.jsonl"),
+        (data, "validation = \"BelleGroup/train_0.5M_CN\"", "data.validation", "no file", "not downloaded"),
+        (data, "template = \"alpacca\"", "data.template", "alpacca", "did you mean \"alpaca\"?"),
         (data, "template = \"DIR/none.toml\"", "data.template", "no file", ""),
-        (
-            data,
-            "template = \"chatml\"",
-            "data.template",
-            "chatml",
-            "template file",
-        ),
+        (data, "template = \"chatml\"", "data.template", "chatml", "template file"),
         (data, "template = 3", "data.template", "found 3", ""),
-        (
-            data,
-            "validation_fraction = 1.0",
-            "data.validation_fraction",
-            "less than 1",
-            "",
-        ),
-        (
-            data,
-            "max_length = 99999999999999999999",
-            "data.max_length",
-            "a whole number",
-            "",
-        ),
-        (
-            train,
-            "micro_batch_tokens = 511",
-            "train.micro_batch_tokens",
-            "data.max_length = 512, found 511",
-            "raise it",
-        ),
-        (
-            train,
-            "micro_batch_tokens = \"big\"",
-            "train.micro_batch_tokens",
-            "\"auto\" or a whole number",
-            "",
-        ),
+        (data, "validation_fraction = 1.0", "data.validation_fraction", "less than 1", ""),
+        (data, "max_length = 99999999999999999999", "data.max_length", "a whole number", ""),
+        (train, "micro_batch_tokens = 511", "train.micro_batch_tokens", "data.max_length = 512, found 511", "raise it"),
+        (train, "micro_batch_tokens = \"big\"", "train.micro_batch_tokens", "\"auto\" or a whole number", ""),
         (train, "max_steps = -1", "train.max_steps", "at least 1, found -1", ""),
         (train, "epochs = 0.5", "train.epochs", "whole number", ""),
-        (
-            train,
-            "epochs = 2\nmax_steps = 1",
-            "train.epochs",
-            "max_steps",
-            "keep one",
-        ),
+        (train, "epochs = 2\nmax_steps = 1", "train.epochs", "max_steps", "keep one"),
         (train, "warmup_ratio = 1.5", "train.warmup_ratio", "from 0 to 1", ""),
-        (
-            train,
-            "warmup_ratio = 0.1\nwarmup_steps = 1",
-            "train.warmup_ratio",
-            "warmup_steps",
-            "keep one",
-        ),
+        (train, "warmup_ratio = 0.1\nwarmup_steps = 1", "train.warmup_ratio", "warmup_steps", "keep one"),
         (train, "betas = [0.9, 1]", "train.betas", "two numbers", ""),
-        (
-            train,
-            "schedule = \"constant_with_warmup\"",
-            "train.schedule",
-            "found",
-            "\"constant\"",
-        ),
+        (train, "schedule = \"constant_with_warmup\"", "train.schedule", "found", "\"constant\""),
         (train, "global_batch = [1]", "train.global_batch", "found a list", ""),
         (train, "seed = 2024-01-01", "train.seed", "found a date", ""),
         (train, "nproc = 2", "train.nproc", "unknown key", ""),
@@ -705,50 +410,20 @@ fn paths_and_values_that_cannot_be_are_refused() {
     }
     // What follows from a fault is not a second one.
     let misspelt = place.text("resize_vocab = true", "modules_to_save = [\"embeddings\"]", "", "");
-    holds(
-        &fault(&misspelt, &[]),
-        "lora.modules_to_save",
-        "embeddings",
-        "write \"embed_tokens\"",
-    );
+    holds(&fault(&misspelt, &[]), "lora.modules_to_save", "embeddings", "write \"embed_tokens\"");
     let renamed = place.text("", "", "cutoff_len = 256", "micro_batch_tokens = 300");
-    holds(
-        &fault(&renamed, &[]),
-        "data.cutoff_len",
-        "unknown key",
-        "data.max_length",
-    );
+    holds(&fault(&renamed, &[]), "data.cutoff_len", "unknown key", "data.max_length");
     let swap = |from: &str, to: &str| place.minimal().replace(from, to);
-    holds(
-        &fault(&swap("/base\"", "/model.gguf\""), &[]),
-        "model.base",
-        "is a file",
-        "GGUF",
-    );
-    holds(
-        &fault(&swap("/run\"", "/taken\""), &[]),
-        "train.output",
-        "taken is a file",
-        "another place",
-    );
-    holds(
-        &fault(&swap("/run\"", "/taken/run\""), &[]),
-        "train.output",
-        "taken is a file",
-        "another place",
-    );
+    holds(&fault(&swap("/base\"", "/model.gguf\""), &[]), "model.base", "is a file", "GGUF");
+    holds(&fault(&swap("/run\"", "/taken\""), &[]), "train.output", "taken is a file", "another place");
+    holds(&fault(&swap("/run\"", "/taken/run\""), &[]), "train.output", "taken is a file", "another place");
     holds(
         &fault(&place.minimal(), &["data.train=[]"]),
         "--set data.train=[]",
         "at least one file, found an empty list",
         "",
     );
-    holds(
-        &fault(&place.minimal(), &["train.output="]),
-        "--set train.output=",
-        "an empty text",
-        "",
-    );
+    holds(&fault(&place.minimal(), &["train.output="]), "--set train.output=", "an empty text", "");
     // Whole floats serve as whole numbers, and the other way round.
     let whole = with(train, "epochs = 3.0\nlearning_rate = 1");
     assert_eq!(parse(&whole, &[]).unwrap().train.duration, Duration::Epochs(3));
@@ -758,19 +433,11 @@ fn paths_and_values_that_cannot_be_are_refused() {
 fn differences_name_what_defines_the_run_and_nothing_else() {
     let place = Place::new();
     let run = parse(&place.minimal(), &["train.micro_batch_tokens=4096", "model.dtype=fp32"]).unwrap();
-    let same = [
-        "train.output=elsewhere",
-        "train.micro_batch_tokens=1024",
-        "train.log_every=7",
-        "data.cache_dir=x",
-    ];
+    let same = ["train.output=elsewhere", "train.micro_batch_tokens=1024", "train.log_every=7", "data.cache_dir=x"];
     assert_eq!(parse(&place.minimal(), &same).unwrap().differences(&run), []);
     let other = parse(&place.minimal(), &["train.max_steps=5", "lora.r=8", "model.dtype=bf16"]).unwrap();
-    let shown: Vec<_> = other
-        .differences(&run)
-        .into_iter()
-        .map(|d| format!("{}: {} / {}", d.key, d.ours, d.theirs))
-        .collect();
+    let shown: Vec<_> =
+        other.differences(&run).into_iter().map(|d| format!("{}: {} / {}", d.key, d.ours, d.theirs)).collect();
     let expected = [
         "model.dtype: \"bf16\" / \"fp32\"",
         "lora.r: 8 / 64",

@@ -248,8 +248,7 @@ fn row_kernels_equal_the_plain_ops() {
                 let logits = draw(&[n, d]) * 4;
                 let targets = Tensor::randint(d, [n], (Kind::Int64, Device::Cpu));
                 let weights = Tensor::rand([n], (Kind::Float, Device::Cpu));
-                let (loss, dlogits) =
-                    cross_entropy::forward_backward(logits.copy(), &targets, &weights, 8.0).unwrap();
+                let (loss, dlogits) = cross_entropy::forward_backward(logits.copy(), &targets, &weights, 8.0).unwrap();
                 let (loss_plain, dlogits_plain) =
                     cross_entropy::plain_forward_backward(&logits, &targets, &weights, 8.0).unwrap();
                 // The loss is computed in fp32 from the same logits on both sides, whatever their dtype.
@@ -325,7 +324,8 @@ fn dropout_masks_are_the_documented_function() {
 fn dropout_keeps_the_mean() {
     let n = 512;
     let rows: Vec<i64> = (0..n).collect();
-    let origin = RowOrigin { slot_n: Tensor::zeros([n], (Kind::Int64, Device::Cpu)), token_n: Tensor::from_slice(&rows) };
+    let origin =
+        RowOrigin { slot_n: Tensor::zeros([n], (Kind::Int64, Device::Cpu)), token_n: Tensor::from_slice(&rows) };
     let ones = Tensor::ones([n, 1024], (Kind::Float, Device::Cpu));
     let mask = dropout::apply(&ones, DropoutKey { p: 0.05, seed: 7, step: 0 }, 0, &origin).unwrap();
     // 524,288 draws: the share of zeros has a standard deviation of 3e-4, five of them are allowed.

@@ -22,38 +22,21 @@ fn step(step: u64) -> StepMetrics {
 }
 
 fn eval(step: u64) -> EvalMetrics {
-    EvalMetrics {
-        step,
-        eval_loss: 1.5,
-        perplexity: 4.48,
-        samples: 10,
-        label_tokens: 900,
-        eval_secs: 1.0,
-    }
+    EvalMetrics { step, eval_loss: 1.5, perplexity: 4.48, samples: 10, label_tokens: 900, eval_secs: 1.0 }
 }
 
 fn lines(path: &Path) -> Vec<serde_json::Value> {
-    std::fs::read_to_string(path)
-        .unwrap()
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
+    std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 /// Names each line by its kind and step.
 fn kinds(path: &Path) -> Vec<String> {
     let kind = |line: &serde_json::Value| if line.get("loss").is_some() { "update" } else { "eval" };
-    lines(path)
-        .iter()
-        .map(|line| format!("{} {}", kind(line), line["step"]))
-        .collect()
+    lines(path).iter().map(|line| format!("{} {}", kind(line), line["step"])).collect()
 }
 
 fn files(dir: &Path) -> Vec<PathBuf> {
-    let mut files: Vec<_> = std::fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
+    let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files
 }
@@ -64,20 +47,8 @@ fn metrics_have_the_contracts_keys_and_all_digits() {
     let path = dir.path().join("metrics.jsonl");
     let mut metrics = MetricsFile::create(&path).unwrap();
     metrics.step(&step(3)).unwrap();
-    metrics
-        .step(&StepMetrics {
-            loss: None,
-            grad_norm: Some(f64::INFINITY),
-            skipped: true,
-            ..step(4)
-        })
-        .unwrap();
-    metrics
-        .eval(&EvalMetrics {
-            perplexity: f64::NAN,
-            ..eval(4)
-        })
-        .unwrap();
+    metrics.step(&StepMetrics { loss: None, grad_norm: Some(f64::INFINITY), skipped: true, ..step(4) }).unwrap();
+    metrics.eval(&EvalMetrics { perplexity: f64::NAN, ..eval(4) }).unwrap();
     let text = std::fs::read_to_string(&path).unwrap();
     assert_eq!(
         text,
@@ -96,12 +67,7 @@ fn metrics_have_the_contracts_keys_and_all_digits() {
     );
     for third in [0.1 + 0.2, 1.0 / 3.0, 5e-324, 1.7976931348623157e308] {
         let mut again = MetricsFile::create(&path).unwrap();
-        again
-            .step(&StepMetrics {
-                loss: Some(third),
-                ..step(1)
-            })
-            .unwrap();
+        again.step(&StepMetrics { loss: Some(third), ..step(1) }).unwrap();
         assert_eq!(lines(&path)[0]["loss"].as_f64(), Some(third));
     }
 }
@@ -126,27 +92,15 @@ fn a_resumed_metrics_file_has_every_line_once() {
     for i in 5..=6 {
         metrics.step(&step(i)).unwrap();
     }
-    let expected = [
-        "update 1", "update 2", "eval 2", "update 3", "update 4", "eval 4", "update 5", "update 6",
-    ];
+    let expected = ["update 1", "update 2", "eval 2", "update 3", "update 4", "eval 4", "update 5", "update 6"];
     assert_eq!(kinds(&path), expected);
     let after = std::fs::read_to_string(&path).unwrap();
-    assert!(
-        after.lines().take(6).eq(before.iter()),
-        "kept lines are kept byte for byte"
-    );
-    assert_eq!(
-        files(dir.path()),
-        std::slice::from_ref(&path),
-        "nothing is left beside it"
-    );
+    assert!(after.lines().take(6).eq(before.iter()), "kept lines are kept byte for byte");
+    assert_eq!(files(dir.path()), std::slice::from_ref(&path), "nothing is left beside it");
     // A last line that lost only its line break is whole, and the next one does not run into it.
     std::fs::write(&path, after.trim_end()).unwrap();
     MetricsFile::resume(&path, 6).unwrap().step(&step(7)).unwrap();
-    assert_eq!(
-        kinds(&path)[6..],
-        ["update 5", "update 6", "update 7"].map(String::from)[..]
-    );
+    assert_eq!(kinds(&path)[6..], ["update 5", "update 6", "update 7"].map(String::from)[..]);
     // Metrics that were taken away do not keep a run from going on.
     std::fs::remove_file(&path).unwrap();
     MetricsFile::resume(&path, 6).unwrap().step(&step(7)).unwrap();
@@ -173,13 +127,8 @@ fn events(path: &Path) -> Vec<Event> {
         assert_eq!(take(&mut rest, 4), masked(event), "the checksum of an event");
         let fields = fields(event);
         assert!(matches!(fields[0], (1, Field::Fixed(_))), "wall time comes first");
-        let step = fields.iter().find_map(|field| {
-            if let (2, Field::Varint(step)) = field {
-                Some(*step)
-            } else {
-                None
-            }
-        });
+        let step =
+            fields.iter().find_map(|field| if let (2, Field::Varint(step)) = field { Some(*step) } else { None });
         let step = step.unwrap_or(0);
         events.push(match fields.last().unwrap() {
             (3, Field::Bytes(version)) => Event::Version(String::from_utf8(version.to_vec()).unwrap()),
@@ -193,14 +142,11 @@ fn events(path: &Path) -> Vec<Event> {
 
 fn scalars(summary: &[u8]) -> BTreeMap<String, f32> {
     let value = |field: &(u64, Field<'_>)| {
-        let (1, Field::Bytes(value)) = field else {
-            panic!("a summary with {field:?}")
-        };
+        let (1, Field::Bytes(value)) = field else { panic!("a summary with {field:?}") };
         match &fields(value)[..] {
-            [(1, Field::Bytes(tag)), (2, Field::Fixed(number))] => (
-                String::from_utf8(tag.to_vec()).unwrap(),
-                f32::from_le_bytes((*number).try_into().unwrap()),
-            ),
+            [(1, Field::Bytes(tag)), (2, Field::Fixed(number))] => {
+                (String::from_utf8(tag.to_vec()).unwrap(), f32::from_le_bytes((*number).try_into().unwrap()))
+            }
             other => panic!("a value with {other:?}"),
         }
     };
@@ -256,11 +202,7 @@ fn masked(bytes: &[u8]) -> [u8; 4] {
     for byte in bytes {
         crc ^= u32::from(*byte);
         for _ in 0..8 {
-            crc = if crc & 1 == 1 {
-                (crc >> 1) ^ 0x82f6_3b78
-            } else {
-                crc >> 1
-            };
+            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
         }
     }
     let crc = !crc;
@@ -274,9 +216,7 @@ fn expected_scalars(metrics: &StepMetrics) -> Event {
         ("train/lr", Some(metrics.lr)),
         ("train/tokens_per_s", Some(metrics.tokens_per_s)),
     ];
-    let known = values
-        .into_iter()
-        .filter_map(|(tag, value)| Some((tag.to_owned(), value? as f32)));
+    let known = values.into_iter().filter_map(|(tag, value)| Some((tag.to_owned(), value? as f32)));
     Event::Scalars(metrics.step, known.collect())
 }
 
@@ -284,35 +224,19 @@ fn expected_scalars(metrics: &StepMetrics) -> Event {
 fn event_files_hold_every_point_and_a_resume_voids_later_ones() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("tensorboard");
-    let far = StepMetrics {
-        loss: None,
-        lr: 0.0,
-        ..step((1 << 40) + 7)
-    };
+    let far = StepMetrics { loss: None, lr: 0.0, ..step((1 << 40) + 7) };
     let mut first = EventFile::create(&folder, 1).unwrap();
     first.step(&step(1)).unwrap();
     first.step(&far).unwrap();
     first.eval(&eval(300)).unwrap();
     // Two more within the second: each name sorts after the one before.
     for first_step in [2, 3] {
-        EventFile::create(&folder, first_step)
-            .unwrap()
-            .step(&step(first_step))
-            .unwrap();
+        EventFile::create(&folder, first_step).unwrap().step(&step(first_step)).unwrap();
     }
     let version = || Event::Version("brain.Event:2".to_owned());
     let eval = Event::Scalars(300, BTreeMap::from([("eval/loss".to_owned(), 1.5)]));
     let read: Vec<_> = files(&folder).iter().map(|path| events(path)).collect();
-    assert_eq!(
-        read[0],
-        [
-            version(),
-            Event::Start(1),
-            expected_scalars(&step(1)),
-            expected_scalars(&far),
-            eval
-        ]
-    );
+    assert_eq!(read[0], [version(), Event::Start(1), expected_scalars(&step(1)), expected_scalars(&far), eval]);
     assert_eq!(read[1], [version(), Event::Start(2), expected_scalars(&step(2))]);
     assert_eq!(read[2], [version(), Event::Start(3), expected_scalars(&step(3))]);
     assert_eq!(read.len(), 3);
@@ -321,22 +245,13 @@ fn event_files_hold_every_point_and_a_resume_voids_later_ones() {
 #[test]
 fn a_run_log_keeps_metrics_for_every_update_and_the_rest_as_often_as_asked() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = LogSettings {
-        last_step: 0,
-        total_steps: 10,
-        log_every: 2,
-    };
+    let settings = LogSettings { last_step: 0, total_steps: 10, log_every: 2 };
     let mut log = RunLog::open(dir.path(), settings).unwrap();
     log.banner(&["base: toy", "updates: 10"]).unwrap();
     for i in 1..=5 {
         log.step(&step(i)).unwrap();
     }
-    log.step(&StepMetrics {
-        loss: None,
-        skipped: true,
-        ..step(6)
-    })
-    .unwrap();
+    log.step(&StepMetrics { loss: None, skipped: true, ..step(6) }).unwrap();
     log.eval(&eval(6)).unwrap();
     log.warn("one row was cut").unwrap();
     log.flush().unwrap();
@@ -353,44 +268,26 @@ fn a_run_log_keeps_metrics_for_every_update_and_the_rest_as_often_as_asked() {
     assert_eq!(text().lines().collect::<Vec<_>>(), expected);
     drop(log);
 
-    let settings = LogSettings {
-        last_step: 4,
-        total_steps: 20_000,
-        log_every: 0,
-    };
+    let settings = LogSettings { last_step: 4, total_steps: 20_000, log_every: 0 };
     let mut log = RunLog::open(dir.path(), settings).unwrap();
     log.note("resumed").unwrap();
     log.step(&step(5)).unwrap();
     drop(log);
-    assert_eq!(
-        text().lines().skip(expected.len()).collect::<Vec<_>>(),
-        ["resumed"],
-        "0 is never"
-    );
+    assert_eq!(text().lines().skip(expected.len()).collect::<Vec<_>>(), ["resumed"], "0 is never");
     let updates = (1..=5).map(|i| format!("update {i}"));
     assert_eq!(kinds(&dir.path().join("metrics.jsonl")), updates.collect::<Vec<_>>());
     let steps = |events: Vec<Event>| {
         let step = |event| {
-            if let Event::Scalars(step, _) = event {
-                Some(step)
-            } else {
-                None
-            }
+            if let Event::Scalars(step, _) = event { Some(step) } else { None }
         };
         events.into_iter().filter_map(step).collect::<Vec<_>>()
     };
-    let [first, second] = &files(&dir.path().join("tensorboard"))[..] else {
-        panic!("two sessions, two files")
-    };
+    let [first, second] = &files(&dir.path().join("tensorboard"))[..] else { panic!("two sessions, two files") };
     assert_eq!(steps(events(first)), [2, 4, 6, 6]);
     assert_eq!(events(second)[1..], [Event::Start(5)]);
 
     // From the start again: nothing of the old metrics stays.
-    let settings = LogSettings {
-        last_step: 0,
-        total_steps: 1,
-        log_every: 1,
-    };
+    let settings = LogSettings { last_step: 0, total_steps: 1, log_every: 1 };
     RunLog::open(dir.path(), settings).unwrap();
     assert_eq!(lines(&dir.path().join("metrics.jsonl")), [] as [serde_json::Value; 0]);
 }

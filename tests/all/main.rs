@@ -1,9 +1,18 @@
 //! The tests, one binary.
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing has failed, and says where")]
 
+mod bad_input;
+mod cli;
 mod config;
 mod data;
+mod golden;
 mod gradcheck;
+mod invariance;
 mod log;
 mod manifest;
+mod model_gradcheck;
+mod place;
+mod resume;
+mod support;
+mod tidy;
 mod tokens;

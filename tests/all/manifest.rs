@@ -23,10 +23,8 @@ fn checkpoint(checkpoints: &Path, step: u64) -> PathBuf {
 }
 
 fn listing(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> = std::fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<_> =
+        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -37,11 +35,7 @@ fn a_whole_folder_verifies_and_the_manifest_says_what_is_in_it() {
     let dir = checkpoint(&root.path().join("deep/checkpoints"), 200);
     assert!(dir.ends_with("deep/checkpoints/step-00000200"));
     let manifest = verify(&dir).unwrap();
-    let sizes: Vec<_> = manifest
-        .files
-        .iter()
-        .map(|(name, entry)| (&**name, entry.size_bytes))
-        .collect();
+    let sizes: Vec<_> = manifest.files.iter().map(|(name, entry)| (&**name, entry.size_bytes)).collect();
     assert_eq!(sizes, [("large.safetensors", (3 << 20) + 5), ("state.json", 12)]);
     // The checksum of the empty text is a published constant: the algorithm is the one the manifest names.
     let empty = write_whole(&root.path().join("empty"), |tmp| put(tmp, "nothing", b"")).unwrap();
@@ -58,10 +52,7 @@ fn every_kind_of_damage_is_found_and_the_file_named() {
         std::fs::write(dir.join("large.safetensors"), bytes).unwrap();
     };
     let cut: Damage = |dir| {
-        let file = std::fs::OpenOptions::new()
-            .write(true)
-            .open(dir.join("large.safetensors"))
-            .unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(dir.join("large.safetensors")).unwrap();
         file.set_len(1000).unwrap();
     };
     let grow: Damage = |dir| std::fs::write(dir.join("state.json"), "{\"step\": 1}\n ").unwrap();
@@ -90,9 +81,7 @@ fn every_kind_of_damage_is_found_and_the_file_named() {
         let new = checkpoint(root.path(), 1_000_000_000);
         damage(&new);
         let error = verify(&new).unwrap_err();
-        let [fault] = error.faults() else {
-            panic!("{what}: expected one fault, got {error}")
-        };
+        let [fault] = error.faults() else { panic!("{what}: expected one fault, got {error}") };
         assert_eq!(fault.place, new.join(name).display().to_string());
         assert!(fault.what.contains(what), "{fault:?}");
         // The one before it is taken, and the damaged one named.
@@ -141,10 +130,7 @@ fn interrupted_writes_leave_nothing_under_the_final_name() {
     std::fs::create_dir(&dir).unwrap();
     write_whole(&dir, |tmp| put(tmp, "first", b"1")).unwrap();
     let refused = write_whole(&dir, |_| panic!("nothing is written to a place that is taken")).unwrap_err();
-    assert!(
-        refused.to_string().contains("already exists") && refused.exit_code() == 1,
-        "{refused}"
-    );
+    assert!(refused.to_string().contains("already exists") && refused.exit_code() == 1, "{refused}");
     // A replacement that fails leaves the old folder whole.
     replace_whole(&dir, |_| Err(Error::failed("here", "disk full"))).unwrap_err();
     assert_eq!(listing(&dir), [MANIFEST_FILE, "first"]);
@@ -162,10 +148,7 @@ fn retention_keeps_the_newest_and_what_is_not_a_checkpoint() {
     }
     // The latest was there before a resume from an earlier one.
     let deleted = prune(root.path(), 100_000_000, 1).unwrap();
-    assert_eq!(
-        deleted,
-        [9_999_999, 10_000_000, 99_999_999].map(|step| step_dir(root.path(), step))
-    );
+    assert_eq!(deleted, [9_999_999, 10_000_000, 99_999_999].map(|step| step_dir(root.path(), step)));
     let left = ["notes", "step-", "step-100000000", "step-100000001", "step-final"];
     assert_eq!(listing(root.path()), left);
     assert!(prune(root.path(), 100_000_000, 1).unwrap().is_empty());

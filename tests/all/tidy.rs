@@ -1,0 +1,208 @@
+//! Rules that hold for the files of the project as a whole.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The modules from the lowest layer up.
+///
+/// A module uses lower layers; those of one layer do not know each other, but for what [`SIBLINGS`] says.
+const LAYERS: [&[&str]; 6] = [
+    &["error", "torch"],
+    &["ops"],
+    &["model", "data"],
+    &["optim", "checkpoint"],
+    &["config", "log", "plan", "eval", "train", "trained", "generate", "export"],
+    &["cli"],
+];
+
+/// Who may use whom within a layer.
+const SIBLINGS: [(&str, &[&str]); 5] = [
+    ("torch", &["error"]),
+    // A checkpoint keeps the loss scale.
+    ("checkpoint", &["optim"]),
+    ("train", &["config", "log", "plan", "eval"]),
+    // What is opened for use is what training wrote.
+    ("trained", &["config", "train"]),
+    ("export", &["trained"]),
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The files of the project: those that git knows or would take, or all but the ignored folders without git.
+fn files() -> Vec<PathBuf> {
+    let listed = Command::new("git")
+        .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root())
+        .output();
+    if let Ok(output) = listed
+        && output.status.success()
+    {
+        let names = String::from_utf8(output.stdout).unwrap();
+        return names.split('\0').filter(|n| !n.is_empty()).map(|n| root().join(n)).filter(|p| p.is_file()).collect();
+    }
+    let ignored = ["target", ".libtorch", ".models", ".venv", "runs", ".git"];
+    let (mut found, mut folders) = (Vec::new(), vec![root().to_path_buf()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                found.push(path);
+            } else if !ignored.iter().any(|name| path == root().join(name)) {
+                folders.push(path);
+            }
+        }
+    }
+    found
+}
+
+fn relative(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap().to_string_lossy().into_owned()
+}
+
+/// The product's source files: names and contents, tests and comments within them left out.
+fn sources() -> Vec<(String, String)> {
+    let is_source = |path: &PathBuf| relative(path).starts_with("src/") && path.extension().is_some_and(|e| e == "rs");
+    files()
+        .into_iter()
+        .filter(is_source)
+        .map(|path| {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+            let lines = code.lines().map(|line| match line.trim_start().starts_with("//") {
+                true => "\n".to_string(),
+                false => format!("{line}\n"),
+            });
+            (relative(&path), lines.collect())
+        })
+        .collect()
+}
+
+/// Finds words in the product's code, except in files that begin with one of `but`.
+fn found_in_sources(words: &[&str], but: &[&str]) -> Vec<String> {
+    let mut found = Vec::new();
+    for (name, code) in sources() {
+        if but.iter().any(|allowed| name.starts_with(allowed)) {
+            continue;
+        }
+        for (line, text) in (1..).zip(code.lines()) {
+            found.extend(words.iter().filter(|w| text.contains(**w)).map(|w| format!("{name}:{line}: {w}")));
+        }
+    }
+    found
+}
+
+#[track_caller]
+fn assert_none(found: &[String]) {
+    assert!(found.is_empty(), "\n{}", found.join("\n"));
+}
+
+/// The modules at the top that a line of code names: `crate::a::b`, or each of `crate::{a::b, c}`.
+fn named_modules(code: &str) -> Vec<String> {
+    let mut named = Vec::new();
+    for (at, _) in code.match_indices("crate::") {
+        let rest = &code[at + "crate::".len()..];
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        match rest.strip_prefix('{') {
+            None => named.push(rest.split(|c| !is_name(c)).next().unwrap_or_default().to_string()),
+            Some(list) => {
+                let (mut depth, mut item) = (0, String::new());
+                for c in list.chars() {
+                    match c {
+                        '}' if depth == 0 => break,
+                        '{' => depth += 1,
+                        '}' => depth -= 1,
+                        ',' if depth == 0 => named.push(std::mem::take(&mut item)),
+                        c => item.push(c),
+                    }
+                }
+                named.push(item);
+                let first = |name: &String| name.trim().split(|c| !is_name(c)).next().unwrap_or_default().to_string();
+                named = named.iter().map(first).collect();
+            }
+        }
+    }
+    named
+}
+
+#[test]
+fn modules_use_lower_layers_only() {
+    let layer = |module: &str| LAYERS.iter().position(|layer| layer.contains(&module));
+    let mut wrong = Vec::new();
+    for (name, code) in sources() {
+        let module = name["src/".len()..].split(['/', '.']).next().unwrap().to_string();
+        if ["lib", "main"].contains(&module.as_str()) {
+            continue;
+        }
+        let Some(own) = layer(&module) else {
+            wrong.push(format!("{name}: {module} has no layer here"));
+            continue;
+        };
+        let siblings = SIBLINGS.iter().find(|(of, _)| *of == module).map_or(&[][..], |(_, may)| may);
+        for used in named_modules(&code) {
+            match layer(&used) {
+                Some(theirs) if theirs < own || used == module || siblings.contains(&used.as_str()) => {}
+                _ => wrong.push(format!("{name} uses {used}")),
+            }
+        }
+    }
+    assert_none(&wrong);
+    let declared = std::fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    for module in LAYERS.iter().copied().flatten() {
+        assert!(declared.contains(&format!("pub mod {module};")), "{module} is not in lib.rs");
+    }
+}
+
+#[test]
+fn unsafe_code_stays_in_its_rooms() {
+    let rooms = ["src/torch/", "src/model/weights.rs", "src/data/cache.rs"];
+    assert_none(&found_in_sources(&["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern", "unsafe_code"], &rooms));
+    for (name, code) in sources() {
+        let text = std::fs::read_to_string(root().join(&name)).unwrap();
+        let blocks = code.matches("unsafe {").count();
+        assert!(text.matches("// SAFETY:").count() >= blocks, "{name}: an unsafe block without its SAFETY line");
+    }
+}
+
+#[test]
+fn only_the_command_line_prints_exits_and_reads_the_environment() {
+    let printing = ["println!", "print!(", "eprint", "dbg!", "std::io::stderr", "std::io::stdout", "io::stdout()"];
+    assert_none(&found_in_sources(&printing, &["src/cli/", "src/log/console.rs"]));
+    let environment = ["std::env::", "env::var", "process::exit", "process::abort", "ExitCode"];
+    assert_none(&found_in_sources(&environment, &["src/cli/", "src/main.rs", "src/config/paths.rs"]));
+    // No taped autograd: gradients are written out.
+    assert_none(&found_in_sources(&[".backward()", "f_backward", "requires_grad", "run_backward"], &[]));
+}
+
+#[test]
+fn nothing_is_left_to_do_and_no_machine_is_named() {
+    let mut found = Vec::new();
+    let open = ["TODO", "FIXME", "XXX", "todo!", "unimplemented!"].map(|w| w.to_string());
+    // Put together here, so that this file does not hold them itself.
+    let machine = ["/ho", "/ro", "/wo", "/Us", "/mn"].iter().zip(["me/", "ot/", "rk/", "ers/", "t/"]);
+    let machine: Vec<String> = machine.map(|(a, b)| format!("{a}{b}")).collect();
+    for path in files() {
+        let name = relative(&path);
+        let is_text = ["rs", "toml", "sh", "py", "md", "cpp", "yml", "json", "jsonl"]
+            .iter()
+            .any(|e| path.extension().is_some_and(|x| x == *e));
+        // Names of tokens and words of samples are no remarks.
+        if !is_text || name.starts_with("tests/golden/") || name.starts_with("data/") || name.ends_with("tidy.rs") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        for (line, text) in (1..).zip(text.lines()) {
+            let words = open.iter().chain(&machine);
+            found.extend(words.filter(|w| text.contains(w.as_str())).map(|w| format!("{name}:{line}: {w}")));
+        }
+    }
+    assert_none(&found);
+}
+
+#[test]
+fn files_are_small() {
+    let too_large = |path: &PathBuf| std::fs::metadata(path).unwrap().len() > 1 << 20;
+    let found: Vec<String> = files().iter().filter(|p| too_large(p)).map(|p| relative(p)).collect();
+    assert_none(&found);
+}
