@@ -9,6 +9,9 @@ use crate::error::Result;
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::gemm;
 
+/// Applies an input's dropout mask.
+pub type Mask<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
+
 /// One projection's adapter within the map.
 #[derive(Debug)]
 struct Adapter {
@@ -121,12 +124,7 @@ impl AdaptedLinear {
     }
 
     /// Adds the adapters' share `drop(dS A)` to the gradient of the input; `drop` applies the input's mask.
-    pub fn add_backward_adapters(
-        &self,
-        dx_ni: &mut Tensor,
-        ds_nr: Option<&Tensor>,
-        drop: Option<&dyn Fn(&Tensor) -> Result<Tensor>>,
-    ) -> Result<()> {
+    pub fn add_backward_adapters(&self, dx_ni: &mut Tensor, ds_nr: Option<&Tensor>, drop: Option<&Mask>) -> Result<()> {
         let (Some(adapters), Some(ds_nr)) = (&self.adapters, ds_nr) else { return Ok(()) };
         match drop {
             None => gemm::add_nn_(dx_ni, ds_nr, &adapters.a_ri),

@@ -16,10 +16,10 @@ use crate::ops::{rope, swiglu};
 /// The four inputs that adapters read, numbered within a block for the dropout key.
 #[derive(Debug, Clone, Copy)]
 enum Site {
-    AttentionIn,
-    OutputIn,
-    MlpIn,
-    DownIn,
+    Attention,
+    Output,
+    Mlp,
+    Down,
 }
 
 /// A block's frozen weights and adapters.
@@ -67,15 +67,15 @@ impl Block {
     /// Runs the block over packed documents: `x [N, D] -> [N, D]`.
     pub fn forward(&self, x_nd: Tensor, batch: &Batch) -> Result<(Tensor, BlockSaved)> {
         let (h_nd, input_norm) = rms_norm::forward(&x_nd, &self.input_norm_d, self.rms_norm_eps)?;
-        let (qkv, qkv_xa) = self.linear(&self.qkv, &h_nd, Site::AttentionIn, batch)?;
+        let (qkv, qkv_xa) = self.linear(&self.qkv, &h_nd, Site::Attention, batch)?;
         rope::forward_(&self.heads.rotated(&qkv)?, &batch.rotation)?;
         let (o, attention) = attention::forward(&qkv, self.heads, &batch.cu_seqlens)?;
-        let (mut x2_nd, o_xa) = self.linear(&self.o, &o, Site::OutputIn, batch)?;
+        let (mut x2_nd, o_xa) = self.linear(&self.o, &o, Site::Output, batch)?;
 
         let (h_nd, mlp_norm) = rms_norm::forward_add_(&mut x2_nd, &x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
-        let (gu_n2f, gate_up_xa) = self.linear(&self.gate_up, &h_nd, Site::MlpIn, batch)?;
+        let (gu_n2f, gate_up_xa) = self.linear(&self.gate_up, &h_nd, Site::Mlp, batch)?;
         let h_nf = swiglu::forward(&gu_n2f)?;
-        let (mut out_nd, down_xa) = self.linear(&self.down, &h_nf, Site::DownIn, batch)?;
+        let (mut out_nd, down_xa) = self.linear(&self.down, &h_nf, Site::Down, batch)?;
         let _ = out_nd.f_add_(&x2_nd)?;
 
         let saved = BlockSaved {
@@ -132,35 +132,35 @@ impl Block {
     ) -> Result<Option<Tensor>> {
         let ds = self.down.backward_b(&dout_nd, saved.down_xa.as_ref(), grads)?;
         let mut dh_nf = self.down.backward_input(&dout_nd)?;
-        self.add_adapters(&self.down, &mut dh_nf, ds.as_ref(), Site::DownIn, batch)?;
+        self.add_adapters(&self.down, &mut dh_nf, ds.as_ref(), Site::Down, batch)?;
         let (dgu_n2f, h_nf) = swiglu::backward(&dh_nf, &saved.gu_n2f)?;
         drop(dh_nf);
-        self.accumulate_a(&self.down, ds, h_nf, Site::DownIn, batch, grads)?;
+        self.accumulate_a(&self.down, ds, h_nf, Site::Down, batch, grads)?;
 
         let ds = self.gate_up.backward_b(&dgu_n2f, saved.gate_up_xa.as_ref(), grads)?;
         let mut dh_nd = self.gate_up.backward_input(&dgu_n2f)?;
         drop(dgu_n2f);
-        self.add_adapters(&self.gate_up, &mut dh_nd, ds.as_ref(), Site::MlpIn, batch)?;
+        self.add_adapters(&self.gate_up, &mut dh_nd, ds.as_ref(), Site::Mlp, batch)?;
         let (dx2_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x2_nd, &self.mlp_norm_d, &saved.mlp_norm, &dout_nd)?;
-        self.accumulate_a(&self.gate_up, ds, h_nd, Site::MlpIn, batch, grads)?;
+        self.accumulate_a(&self.gate_up, ds, h_nd, Site::Mlp, batch, grads)?;
 
         let ds = self.o.backward_b(&dx2_nd, saved.o_xa.as_ref(), grads)?;
         let mut do_ = self.o.backward_input(&dx2_nd)?;
-        self.add_adapters(&self.o, &mut do_, ds.as_ref(), Site::OutputIn, batch)?;
-        self.accumulate_a(&self.o, ds, saved.o.shallow_clone(), Site::OutputIn, batch, grads)?;
+        self.add_adapters(&self.o, &mut do_, ds.as_ref(), Site::Output, batch)?;
+        self.accumulate_a(&self.o, ds, saved.o.shallow_clone(), Site::Output, batch, grads)?;
         let dqkv = attention::backward(&do_, &saved.qkv, &saved.o, self.heads, &batch.cu_seqlens, &saved.attention)?;
         rope::backward_(&self.heads.rotated(&dqkv)?, &batch.rotation)?;
 
         let ds = self.qkv.backward_b(&dqkv, saved.qkv_xa.as_ref(), grads)?;
         if !need_dx {
             let h_nd = rms_norm::recompute(&saved.x_nd, &self.input_norm_d, &saved.input_norm)?;
-            self.accumulate_a(&self.qkv, ds, h_nd, Site::AttentionIn, batch, grads)?;
+            self.accumulate_a(&self.qkv, ds, h_nd, Site::Attention, batch, grads)?;
             return Ok(None);
         }
         let mut dh_nd = self.qkv.backward_input(&dqkv)?;
-        self.add_adapters(&self.qkv, &mut dh_nd, ds.as_ref(), Site::AttentionIn, batch)?;
+        self.add_adapters(&self.qkv, &mut dh_nd, ds.as_ref(), Site::Attention, batch)?;
         let (dx_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm, &dx2_nd)?;
-        self.accumulate_a(&self.qkv, ds, h_nd, Site::AttentionIn, batch, grads)?;
+        self.accumulate_a(&self.qkv, ds, h_nd, Site::Attention, batch, grads)?;
         Ok(Some(dx_nd))
     }
 

@@ -106,7 +106,7 @@ impl Trainer {
     fn dropout(&self) -> Option<DropoutKey> {
         let p = self.job.model.lora.dropout;
         // A run of more than 2^32 steps would repeat its masks.
-        (p > 0.0).then(|| DropoutKey { p, seed: self.job.model.config.train.seed, step: self.state.step as u32 })
+        (p > 0.0).then_some(DropoutKey { p, seed: self.job.model.config.train.seed, step: self.state.step as u32 })
     }
 
     fn not_finite(&self, loss: f64, norm: f64, samples: &[u32]) -> Error {

@@ -134,11 +134,11 @@ fn a_sample_with_nothing_to_learn_keeps_its_slot() {
     let lab = Lab::new(Shape::default()).with(&sets).with_init_adapter();
     let mut data = rows(3, 4);
     data.insert(1, too_long("far "));
-    let trainer_of = |name: &str, data: &[(String, String)]| {
+    let trainer_of = |name: &str, data: &[(String, String)], average: &str| {
         let path = lab.write_rows(name, data);
-        trainer(lab.config(&[&format!("data.train={}", path.display())]))
+        trainer(lab.config(&[&format!("data.train={}", path.display()), average]))
     };
-    let mut with = trainer_of("with.jsonl", &data);
+    let mut with = trainer_of("with.jsonl", &data, "train.loss_average=samples");
     let labels: Vec<f64> = (0..4).map(|i| with.job.train.label_tokens(i) as f64).collect();
     assert!(labels[1] == 0.0 && labels[0] > 0.0, "{labels:?}");
 
@@ -149,13 +149,18 @@ fn a_sample_with_nothing_to_learn_keeps_its_slot() {
     assert!((ours - expected).abs() <= 2e-6, "loss {ours}, expected {expected}");
 
     // Masks are drawn by the slot: another sample without labels in its place changes nothing, leaving it out does.
+    // (Averaged over tokens, so that it is the masks alone.)
+    let averaged = |name: &str, data: &[(String, String)]| trainer_of(name, data, "train.loss_average=tokens");
+    let by_tokens = averaged("with.jsonl", &data);
     let dropout = Some(bellora::ops::dropout::DropoutKey { p: 0.2, seed: 1, step: 0 });
-    let (ours, _) = gradients(&with, &[0, 1, 2, 3], 4096, false, dropout);
+    let loss = |trainer: &Trainer, samples: &[u32], dropout| gradients(trainer, samples, 4096, false, dropout).0;
     data[1] = too_long("near");
-    let (other, _) = gradients(&trainer_of("other.jsonl", &data), &[0, 1, 2, 3], 4096, false, dropout);
-    let (without, _) = gradients(&with, &[0, 2, 3], 4096, false, dropout);
+    let other = loss(&averaged("other.jsonl", &data), &[0, 1, 2, 3], dropout);
+    let (ours, without) = (loss(&by_tokens, &[0, 1, 2, 3], dropout), loss(&by_tokens, &[0, 2, 3], dropout));
     assert_eq!(ours, other);
     assert!((ours - without).abs() > 1e-4, "{ours}, {without}");
+    let (ours, without) = (loss(&by_tokens, &[0, 1, 2, 3], None), loss(&by_tokens, &[0, 2, 3], None));
+    assert!((ours - without).abs() <= 2e-6, "without dropout: {ours}, {without}");
 
     let step = with.step().unwrap();
     let tokens: usize = (0..4).map(|i| with.job.train.ids(i).len()).sum();
@@ -201,14 +206,16 @@ fn half_precision_follows_fp32() {
     let run = |dtype: &str| {
         let mut trainer = trainer(lab.config(&[&format!("model.dtype={dtype}")]));
         let start = snapshot(&trainer.params);
-        (start, steps(&mut trainer), snapshot(&trainer.params))
+        let lines = steps(&mut trainer);
+        let moments = trainer.optimizer.named_moments(trainer.params.layout()).unwrap();
+        (start, lines, snapshot(&trainer.params), moments)
     };
-    let (start, judge_steps, judge) = run("fp32");
+    let (start, judge_steps, judge, judge_moments) = run("fp32");
     let (start, judge) = (by_name(start), by_name(judge));
     // A number has 8 bits in bf16 and 11 in fp16: 4e-3 and 5e-4 a rounding, most of which average out in a loss, and
     // less so in a norm or an update. The bounds are two to four times what is seen.
     for (dtype, loss_bound, norm_bound, update_bound) in [("bf16", 8e-3, 6e-2, 0.12), ("fp16", 1e-3, 8e-3, 0.015)] {
-        let (_, ours, params) = run(dtype);
+        let (_, ours, params, moments) = run(dtype);
         let worst = |of: &dyn Fn(&StepMetrics) -> f64, relative: bool| {
             let pairs = ours.iter().zip(&judge_steps).map(|(a, b)| (of(a), of(b)));
             pairs.map(|(a, b)| (a - b).abs() / if relative { b } else { 1.0 }).fold(0.0, f64::max)
@@ -217,6 +224,11 @@ fn half_precision_follows_fp32() {
         let update = distance_of_update(&params, &judge, &start);
         println!("{dtype}: loss within {loss:.1e}, grad norm {norm:.1e}, adapter {update:.1e} of the update");
         assert!(loss <= loss_bound && norm <= norm_bound && update <= update_bound, "{dtype}");
+        // Adam's step does not show the size of a gradient; its moments do, and are free of the loss scale.
+        for ((name, ours), (_, judge)) in moments.iter().zip(&judge_moments) {
+            let ratio = (ours.norm() / judge.norm()).double_value(&[]);
+            assert!((ratio - 1.0).abs() <= 0.1, "{dtype}: {name} is {ratio} times that of fp32");
+        }
         let scale = if dtype == "fp16" { 65536.0 } else { 1.0 };
         assert!(ours.iter().all(|m| m.loss_scale == scale && !m.skipped), "{dtype}: {ours:?}");
         // And it learns: the last epoch's losses are below the first's.
@@ -229,7 +241,6 @@ fn half_precision_follows_fp32() {
 fn an_fp16_overflow_skips_the_update_and_halves_the_scale() {
     let lab = Lab::overflowing().with(&["lora.dropout=0.1", "train.max_steps=9", "train.warmup_steps=2"]);
     let mut a = trainer(lab.config(&[]));
-    let start = snapshot(&a.params);
     let mut order = bellora::data::EpochOrder::new(a.job.train.len(), 4, false, 0);
     let mut lines = Vec::new();
     for step in 0..a.job.total_steps {
@@ -256,14 +267,37 @@ fn an_fp16_overflow_skips_the_update_and_halves_the_scale() {
         if line.skipped { scale /= 2.0 } else { updates += 1 }
     }
     assert_eq!((a.state.step, a.state.updates, a.state.loss_scale.factor()), (9, updates, scale));
+}
 
-    // A run that begins after the skipped steps, with the scale they found, does bit for bit the same.
-    let mut b = trainer(lab.config(&[]));
-    assert_same_bits("start", &snapshot(&b.params), &start);
-    b.state.step = n_skipped as u64;
+#[test]
+fn after_skipped_updates_a_run_is_as_if_they_had_not_been() {
+    let lab = Lab::overflowing().with(&["train.max_steps=9", "train.warmup_steps=2"]);
+    // The same four samples in every step, and no dropout: then a step differs from another in its update alone.
+    let data = std::fs::read_to_string(lab.path("rows.jsonl")).unwrap();
+    std::fs::write(lab.path("rows.jsonl"), data.split_inclusive('\n').take(4).collect::<String>()).unwrap();
+    let mut skipping = trainer(lab.config(&[]));
+    let lines = steps(&mut skipping);
+    let n_skipped = lines.iter().take_while(|line| line.skipped).count();
+    assert!((2..7).contains(&n_skipped), "{n_skipped} skipped: the case should overflow at first");
+
+    let mut other = trainer(lab.config(&[]));
     let scale = json!({ "scale": lines[n_skipped].loss_scale, "good_updates": 0, "dynamic": true });
-    b.state.loss_scale = serde_json::from_value::<LossScale>(scale).unwrap();
-    let others = steps(&mut b);
-    assert!(others.iter().zip(&lines[n_skipped..]).all(|(b, a)| (b.loss, b.lr) == (a.loss, a.lr)), "{others:?}");
-    assert_same_bits("parameters after the same updates", &snapshot(&b.params), &snapshot(&a.params));
+    other.state.loss_scale = serde_json::from_value::<LossScale>(scale).unwrap();
+    for line in &lines[n_skipped..] {
+        let ours = other.step().unwrap();
+        assert_eq!((ours.loss, ours.grad_norm, ours.lr), (line.loss, line.grad_norm, line.lr), "step {}", line.step);
+    }
+    assert_same_bits("parameters", &snapshot(&other.params), &snapshot(&skipping.params));
+}
+
+#[test]
+fn numbers_that_are_not_finite_end_an_fp32_run() {
+    // The first update has rate 0, the second ruins the adapters, the third step finds that out.
+    let lab = Lab::new(Shape::default()).with(&["train.learning_rate=1e30", "train.checkpoint_every=1"]);
+    let ran = lab.run("train", &[], &[]);
+    assert_eq!(ran.code, Some(1), "{}", ran.stderr);
+    assert!(ran.stderr.contains("step 3: ") && ran.stderr.contains("not finite"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("hint: ") && ran.stderr.contains("rows.jsonl:"), "{}", ran.stderr);
+    assert_eq!(metrics(&lab.path("run")).len(), 2);
+    assert!(lab.path("run/checkpoints/step-00000002").exists() && !lab.path("run/adapter").exists());
 }
