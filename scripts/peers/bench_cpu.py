@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Measures `bellora train` against Transformers + PEFT on the CPU, and writes docs/measurements/cpu.json and cpu.md.
 
-    bench_cpu.py [BELLORA] [--pairs 5] [--jobs equal,belle] [--dtypes fp32,bf16] [--python PYTHON]
+    bench_cpu.py [BELLORA] [--pairs 5] [--jobs equal,belle] [--dtypes fp32,bf16] [--belle-rows 64] [--python PYTHON]
 
 Two jobs on a Llama of hidden size 512, 8 layers, rank 64 on all seven projections, 2 threads, real tokens counted:
   equal   8 rows of 256 tokens an update, all of them learned, vocabulary 8,192
-  belle   64 rows of BELLE an update with their own lengths and labels, vocabulary 49,954; the peer sorts them by length
+  belle   64 rows (or --belle-rows) of BELLE an update with their own lengths and labels, vocabulary 49,954; the peer sorts them by length
           and runs at its best micro-batch of 1, 2, 4 and 8 rows. Needs data/belle_dev1k.jsonl and
           data/tokenizers/chinese_alpaca.model in the folder that the environment variable BELLORA_SHARED names, or
           in ../shared beside the checkout; skipped where they are not.
@@ -32,7 +32,7 @@ SHARED = pathlib.Path(os.environ.get("BELLORA_SHARED", ROOT.parent / "shared")) 
 PEER = pathlib.Path(__file__).with_name("peft_cpu.py")
 THREADS = 2
 R = 64
-EQUAL_LENGTH, EQUAL_UPDATE, EQUAL_VOCAB, EQUAL_STEPS = 256, 8, 8192, 8
+EQUAL_LENGTH, EQUAL_UPDATE, EQUAL_VOCAB, EQUAL_STEPS = 256, 8, 8192, 6
 BELLE_UPDATE, BELLE_VOCAB, BELLE_STEPS = 64, 49954, 3
 # Both start from the same weights with a zero lora_B, so the first loss differs by rounding alone.
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -241,6 +241,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--jobs", default="equal,belle")
     parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--belle-rows", type=int, default=BELLE_UPDATE, help="rows of BELLE an update")
     parser.add_argument("--python", default=sys.executable)
     arguments = parser.parse_args()
     bellora, results = arguments.bellora.resolve(), []
@@ -250,7 +251,7 @@ def main():
             if name == "equal":
                 job = Job(name, work / name, EQUAL_VOCAB, EQUAL_UPDATE, EQUAL_STEPS, [EQUAL_UPDATE])
             elif name == "belle" and (SHARED / "belle_dev1k.jsonl").exists():
-                job = Job(name, work / name, BELLE_VOCAB, BELLE_UPDATE, BELLE_STEPS, [1, 2, 4, 8])
+                job = Job(name, work / name, BELLE_VOCAB, arguments.belle_rows, BELLE_STEPS, [1, 2, 4, 8])
             elif name == "belle":
                 print(f"belle is skipped: {SHARED}/belle_dev1k.jsonl is not there", flush=True)
                 continue

@@ -14,8 +14,19 @@ pub(super) fn caught(command: impl FnOnce() -> Result<()>) -> Result<()> {
     set_hook(Box::new(remember));
     catch_unwind(AssertUnwindSafe(command)).unwrap_or_else(|_| {
         let what = NEWEST.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Err(Error::failed("a defect of bellora", what).hint("report it with the command, the config and this message"))
+        Err(meaning(&what))
     })
+}
+
+/// The error behind a panic. tch panics with libtorch's error, instead of giving it, where an operation that fails has a
+/// number among its arguments: memory that runs out comes either way.
+fn meaning(what: &str) -> Error {
+    match what.split_once("Torch(\"") {
+        Some((_, said)) => Error::Torch(said.split(['\\', '"']).next().unwrap_or_default().to_string()),
+        None => {
+            Error::failed("a defect of bellora", what).hint("report it with the command, the config and this message")
+        }
+    }
 }
 
 fn remember(panic: &PanicHookInfo<'_>) {
@@ -45,5 +56,13 @@ mod tests {
         let text = error.to_string();
         assert!(text.starts_with("a defect of bellora: one (src/cli/defects.rs:"), "{text}");
         assert!(!text.contains("two"));
+    }
+
+    #[test]
+    fn an_error_of_libtorch_that_came_as_a_panic_is_told_as_one() {
+        let panic = "called `Result::unwrap()` on an `Err` value: Torch(\"can't allocate memory: 9 bytes\\nframe #0\")";
+        let error = meaning(panic);
+        assert_eq!(error.to_string(), "libtorch: can't allocate memory: 9 bytes");
+        assert!(error.advice().contains("memory"));
     }
 }

@@ -209,7 +209,8 @@ impl Reader<'_> {
 
     /// Rotary settings: `rope_parameters` (newer) or `rope_theta` with `rope_scaling` (older).
     fn rope(&mut self, max_positions: i64) -> (f64, RopeScaling) {
-        let key = ["rope_parameters", "rope_scaling"].into_iter().find(|key| self.get(key).is_some());
+        // Where both are given the older one counts, as in Transformers.
+        let key = ["rope_scaling", "rope_parameters"].into_iter().find(|key| self.get(key).is_some());
         let key = key.unwrap_or("rope_scaling");
         let settings = match self.get(key).cloned() {
             None => Map::new(),
@@ -219,7 +220,8 @@ impl Reader<'_> {
                 Map::new()
             }
         };
-        let top = self.float_in(self.map, "rope_theta", Some(10_000.0));
+        let newer = self.get("rope_parameters").and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
+        let top = self.float_in(self.map, "rope_theta", Some(newer.unwrap_or(10_000.0)));
         let theta = self.float_in(&settings, "rope_theta", Some(top));
         for map in [&settings, self.map] {
             let partial = self.float_in(map, "partial_rotary_factor", Some(1.0));

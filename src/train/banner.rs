@@ -65,7 +65,7 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
     ));
     let Memory { weights, trainable, activations } = estimate(job);
     lines.push(format!(
-        "memory      about {} (weights {}, trainable {}, activations {} for {} tokens a micro-batch)",
+        "memory      about {} (weights {}, trainable {}, activations at most {}; micro-batches of up to {} tokens)",
         size(weights + trainable + activations),
         size(weights),
         size(trainable),
@@ -83,7 +83,9 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
 pub fn estimate(job: &Job) -> Memory {
     let model = &job.model;
     let recompute = model.config.train.recompute == Auto::Is(crate::config::Recompute::All);
-    let largest = (model.micro_batch_tokens() as i64).min(job.train.n_tokens() as i64);
+    let stats = job.train.stats();
+    let update = (model.config.train.global_batch * stats.max_len) as i64;
+    let largest = (model.micro_batch_tokens() as i64).min(stats.tokens as i64).min(update);
     let element = model.kind().elt_size_in_bytes() as i64;
     plan::memory(&model.base, &model.lora, &model.layout, largest, element, recompute)
 }

@@ -303,7 +303,7 @@ fn dropout_masks_are_the_documented_function() {
     let mut judge = Vec::new();
     for (slot, token) in slots.iter().zip(&tokens) {
         for channel in 0..channels {
-            let word = philox([channel / 8 | site << 16, *token as u32, *slot as u32, key.step], key.seed)
+            let word = philox([(channel / 8) | (site << 16), *token as u32, *slot as u32, key.step], key.seed)
                 [(channel % 8 / 2) as usize];
             let draw = if channel % 2 == 0 { word & 0xffff } else { word >> 16 };
             judge.push(if draw < drop_below { 0.0 } else { kept });

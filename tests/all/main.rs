@@ -1,5 +1,6 @@
 //! The tests, one binary.
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing has failed, and says where")]
+#![expect(clippy::print_stdout, reason = "a test says the largest difference it met")]
 
 mod bad_input;
 mod cli;

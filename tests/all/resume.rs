@@ -241,7 +241,8 @@ fn a_damaged_or_half_written_checkpoint_is_passed_over() {
     let lab = Lab::new(Shape::default()).with(&["train.max_steps=9", "train.checkpoint_every=3", "lora.dropout=0.1"]);
     lab.run("train", &[], &[]).ok();
     let straight = lab.path("run");
-    let damage: [(&str, fn(&Path)); 4] = [
+    type Damage = (&'static str, fn(&Path));
+    let damage: [Damage; 4] = [
         ("adapter_model.safetensors", |path| {
             let mut bytes = std::fs::read(path).unwrap();
             let middle = bytes.len() / 2;
