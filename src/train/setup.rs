@@ -168,13 +168,13 @@ impl ModelSetup {
             special_tokens: special_tokens(&self.config),
             max_bad_rows: usize::try_from(data.max_bad_rows).unwrap_or(usize::MAX),
         };
-        Dataset::load(&spec, &self.tokenizer, &self.template, cache).map_err(|error| match error.faults() {
-            // One hint is enough where many rows are bad.
-            faults if faults.iter().any(|fault| !fault.hint.is_empty()) => error,
-            _ => error.hint_where_none(
-                "a data file has rows such as {\"instruction\": \"...\", \"input\": \"\", \"output\": \"...\"}, one a line or in \
-                 one array",
+        Dataset::load(&spec, &self.tokenizer, &self.template, cache).map_err(|error| match &error {
+            // Where many rows are bad, one hint is enough.
+            Error::Invalid(faults) if faults.iter().all(|fault| fault.hint.is_empty()) => error.hint_where_none(
+                "a data file has rows such as {\"instruction\": \"...\", \"input\": \"\", \"output\": \"...\"}, one a line or \
+                 in one array",
             ),
+            _ => error,
         })
     }
 
