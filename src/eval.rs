@@ -39,7 +39,7 @@ pub fn evaluate(model: &Llama, dataset: &Dataset, micro_batch_tokens: usize) -> 
 }
 
 /// A packed micro-batch as the model takes it.
-pub(crate) fn input(packed: &PackedBatch) -> BatchInput<'_> {
+pub fn input(packed: &PackedBatch) -> BatchInput<'_> {
     BatchInput {
         input_ids: &packed.input_ids,
         position_ids: &packed.position_ids,

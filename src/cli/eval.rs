@@ -59,7 +59,7 @@ fn validation(config: Config) -> Result<(ModelSetup, Dataset)> {
             .hint("name files: --set data.validation=FILE"));
     }
     let model = ModelSetup::inspect(config)?;
-    let samples = model.dataset(&model.config.data.validation, None)?;
+    let samples = model.validation_files()?;
     Ok((model, samples))
 }
 

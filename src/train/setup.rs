@@ -178,6 +178,24 @@ impl ModelSetup {
         })
     }
 
+    /// Loads and encodes the validation files, which are never cached.
+    pub fn validation_files(&self) -> Result<Dataset> {
+        let samples = self.dataset(&self.config.data.validation, None)?;
+        self.has_label_tokens(&samples)?;
+        Ok(samples)
+    }
+
+    /// Refuses samples that are all cut within their prompts: there is nothing to learn from or to evaluate on.
+    fn has_label_tokens(&self, samples: &Dataset) -> Result<()> {
+        if samples.n_label_tokens() > 0 {
+            return Ok(());
+        }
+        let (max_length, first) = (self.config.data.max_length, samples.place(0));
+        let what =
+            format!("{max_length} leaves no label token: every sample is cut within its prompt, from {first} on");
+        Err(Error::invalid("data.max_length", what).hint("raise it, or set data.truncation = \"drop\""))
+    }
+
     /// The adapter's configuration as it is written.
     pub fn adapter_config(&self) -> AdapterConfig {
         AdapterConfig { lora: self.lora.clone(), base: Some(self.config.model.base.display().to_string()) }
@@ -210,7 +228,7 @@ impl Job {
         // Validation first and never cached: when it is at fault, no file has been made yet.
         let mut validation = match data.validation.is_empty() {
             true => None,
-            false => faults.take(model.dataset(&data.validation, None))?,
+            false => faults.take(model.validation_files())?,
         };
         let cache = cache.filter(|_| faults.0.is_empty());
         let all = faults.take(model.dataset(&data.train, cache))?;
@@ -227,9 +245,8 @@ impl Job {
             validation = Some(train.select(&held_out));
             train = train.select(&learned);
         }
-        if train.n_label_tokens() == 0 {
-            let what = format!("{} leaves nothing to learn: every sample is cut within its prompt", data.max_length);
-            return Err(Error::invalid("data.max_length", what).hint("raise it, or set data.truncation = \"drop\""));
+        for samples in [Some(&train), validation.as_ref()].into_iter().flatten() {
+            model.has_label_tokens(samples)?;
         }
         let settings = &model.config.train;
         let steps_per_epoch = (train.len() as u64).div_ceil(settings.global_batch as u64);

@@ -113,8 +113,11 @@ impl Trainer {
         let what = format!("loss {loss}, gradient norm {norm}: not finite; the step was not applied");
         let first: Vec<String> = samples.iter().take(3).map(|&s| self.job.train.place(s as usize)).collect();
         Error::failed(format!("step {}", self.state.step + 1), what).hint(format!(
-            "lower train.learning_rate or set train.max_grad_norm; the step's samples begin with {}; \
-             the newest checkpoint is from before this step",
+            "{}; the step's samples begin with {}; the newest checkpoint is from before this step",
+            match self.state.updates {
+                0 => "nothing has been trained yet, so the base or the initial adapter may hold NaN: download it again",
+                _ => "lower train.learning_rate or set train.max_grad_norm",
+            },
             first.join(", ")
         ))
     }

@@ -519,6 +519,24 @@ fn tokenizers() {
             "damaged",
         ),
         tokenizer(
+            |json| {
+                let piece =
+                    json!([{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
+                json["post_processor"] =
+                    json!({"type": "TemplateProcessing", "single": piece, "pair": piece, "special_tokens": {}});
+            },
+            &["tokenizer.json"],
+            "download the model's own tokenizer files again",
+        ),
+        tokenizer(
+            |json| {
+                let vocab = json!([["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], ["x", -1.0]]);
+                json["model"] = json!({"type": "Unigram", "unk_id": null, "vocab": vocab, "byte_fallback": false});
+            },
+            &["tokenizer.json", "cannot encode"],
+            "download the model's own tokenizer files again",
+        ),
+        tokenizer(
             |json| json["model"]["vocab"]["far"] = json!(5000),
             &["tokenizer.json", "5001 tokens", "base has 320 rows"],
             "model.resize_vocab = true",
@@ -569,7 +587,21 @@ fn data() {
         kind(
             "cut within every prompt",
             |place| place.with(&[("data.max_length", "20"), ("data.truncation", "\"cut\"")]),
-            &["data.max_length", "nothing to learn"],
+            &["data.max_length", "no label token", "rows.jsonl:1"],
+            "raise it",
+        ),
+        kind(
+            "validation cut within every prompt",
+            |place| {
+                let row = json!({"instruction": "long ".repeat(500), "output": "b"});
+                place.write("held-out.jsonl", row.to_string());
+                place.with(&[
+                    ("data.validation", "\"held-out.jsonl\""),
+                    ("data.max_length", "400"),
+                    ("data.truncation", "\"cut\""),
+                ])
+            },
+            &["data.max_length", "no label token", "held-out.jsonl:1"],
             "raise it",
         ),
         kind(

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use bellora::config::{Auto, Config, Dtype as ComputeDtype};
-use bellora::data::{PackedBatch, build_batches};
+use bellora::data::build_batches;
+pub(crate) use bellora::eval::input;
 use bellora::model::adapter_file;
 use bellora::model::config::LlamaConfig;
 use bellora::model::llama::{BatchInput, Llama};
@@ -348,19 +349,6 @@ pub(crate) fn trainer(config: Config) -> Trainer {
     let state = bellora::checkpoint::state::RunState::start(scale, job.identity());
     let model = job.model.load(&params).unwrap();
     Trainer::new(job, model, params, optimizer, state).unwrap()
-}
-
-/// A packed micro-batch as the model takes it.
-pub(crate) fn input(packed: &PackedBatch) -> BatchInput<'_> {
-    BatchInput {
-        input_ids: &packed.input_ids,
-        position_ids: &packed.position_ids,
-        cu_seqlens: &packed.cu_seqlens,
-        slots: &packed.slots,
-        learned_rows: &packed.learned_rows,
-        targets: &packed.targets,
-        weights: &packed.weights,
-    }
 }
 
 /// Tensors by name, in the order of a flat buffer.

@@ -98,7 +98,12 @@ impl HfTokenizer {
 
     /// What the post-processor puts before a text.
     pub(super) fn prefix(&self, place: &str) -> Result<Vec<u32>> {
-        let encode = |special| self.special.encode_fast("a", special).map_err(|error| failed(place, &error));
+        // `tokenizers` 0.23 panics on a post-processor that names a token the vocabulary lacks.
+        let encode = |special| {
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.special.encode_fast("a", special)))
+                .map_err(|_| broken(place, &"its post-processor names a token that is not in its vocabulary"))?
+                .map_err(|error| broken(place, &error))
+        };
         let (bare, full) = (encode(false)?, encode(true)?);
         let at = full.get_ids().windows(bare.len().max(1)).position(|window| window == bare.get_ids()).unwrap_or(0);
         Ok(full.get_ids()[..at].to_vec())
@@ -114,15 +119,16 @@ impl HfTokenizer {
         } else {
             &self.special
         };
-        let encoding = tokenizer.encode_fast(text, false).map_err(|error| failed("tokenizer.json", &error))?;
+        let encoding = tokenizer.encode_fast(text, false).map_err(|error| broken("tokenizer.json", &error))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     pub(super) fn decode(&self, ids: &[u32], show_special: bool) -> Result<String> {
-        self.special.decode(ids, !show_special).map_err(|error| failed("tokenizer.json", &error))
+        self.special.decode(ids, !show_special).map_err(|error| broken("tokenizer.json", &error))
     }
 }
 
-fn failed(place: &str, error: &dyn std::fmt::Display) -> Error {
-    Error::failed(place, format!("cannot encode or decode: {error}"))
+fn broken(place: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::invalid(place, format!("cannot encode or decode a text: {error}"))
+        .hint("the file is damaged or made by hand: download the model's own tokenizer files again")
 }
