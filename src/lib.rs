@@ -4,6 +4,7 @@
 
 pub mod error;
 pub mod torch;
+pub mod device;
 
 pub mod ops;
 

@@ -3,6 +3,10 @@
 //! Everything here is a safe function over tensors; `unsafe` stays inside.
 #![expect(unsafe_code, reason = "the FFI room")]
 
+pub mod cuda;
+pub mod driver;
+pub mod memory;
+
 use std::ffi::{CStr, c_char, c_int};
 
 use tch::{Device, Kind, Tensor};
