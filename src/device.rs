@@ -138,7 +138,10 @@ const DEFAULT_BUILD: &str = "run scripts/setup.sh on this machine, or set LD_LIB
 pub fn judge(facts: &Facts) -> Cuda {
     let missing = |what: String, hint: &str| Cuda::Missing { what, hint: hint.to_string() };
     let Some(driver) = &facts.driver else {
-        return missing("there is no NVIDIA driver (libcuda.so.1)".into(), "on a machine with an NVIDIA GPU, install its driver");
+        return missing(
+            "there is no NVIDIA driver (libcuda.so.1)".into(),
+            "on a machine with an NVIDIA GPU, install its driver",
+        );
     };
     let gpu = match &driver.gpu {
         Ok(gpu) => gpu,
@@ -167,8 +170,11 @@ pub fn judge(facts: &Facts) -> Cuda {
     if driver.version / 1000 < runtime / 1000 {
         let (serves, wants) = (version(driver.version), version(runtime));
         let what = format!("the driver serves CUDA {serves}, and libtorch is built for CUDA {wants}");
-        return missing(whose(&what), "install a newer NVIDIA driver, or use a build of libtorch 2.11 for an older CUDA: cu126 needs one \
-             that serves CUDA 12.0, and LD_LIBRARY_PATH=<site-packages>/torch/lib points at it");
+        return missing(
+            whose(&what),
+            "install a newer NVIDIA driver, or use a build of libtorch 2.11 for an older CUDA: cu126 needs one \
+             that serves CUDA 12.0, and LD_LIBRARY_PATH=<site-packages>/torch/lib points at it",
+        );
     }
     let has_code = |build: &Build| build.capabilities.contains(&gpu.capability);
     if !BUILDS.iter().any(|build| build.runtimes.contains(&runtime) && has_code(build)) {
@@ -181,7 +187,10 @@ pub fn judge(facts: &Facts) -> Cuda {
         return missing(what, hint);
     }
     if facts.n_seen < 1 {
-        return missing(whose("libtorch finds no use"), "see what nvidia-smi says; a GPU in exclusive mode serves one process");
+        return missing(
+            whose("libtorch finds no use"),
+            "see what nvidia-smi says; a GPU in exclusive mode serves one process",
+        );
     }
     let DriverGpu { name, capability, total_bytes, n_multiprocessors } = gpu.clone();
     Cuda::Usable(Gpu {

@@ -2,9 +2,9 @@
 //!
 //! The modules in reading order; each imports only from those above it. `ARCHITECTURE.md` holds the map.
 
+pub mod device;
 pub mod error;
 pub mod torch;
-pub mod device;
 
 pub mod ops;
 

@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use crate::device;
 use crate::error::Result;
 use crate::torch::cuda::{self, Qkv};
+use crate::torch::transfer::upload;
 
 /// The head layout of a fused `qkv` row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +61,7 @@ impl Documents {
         let on_device = match device.is_cuda() {
             true => {
                 let borders: Vec<i32> = cu_seqlens.iter().map(|&border| border as i32).collect();
-                Some(Tensor::f_from_slice(&borders)?.f_to_device(device)?)
+                Some(upload(&borders, device)?)
             }
             false => None,
         };

@@ -171,6 +171,7 @@ pub fn nvrtc(runtime: u32) -> Option<(i32, i32)> {
 /// The folder that libtorch was loaded from.
 fn libtorch_dir() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let path = maps.lines().find_map(|line| Some(&line[line.find('/')?..]).filter(|p| p.ends_with("/libtorch_cpu.so")))?;
+    let path =
+        maps.lines().find_map(|line| Some(&line[line.find('/')?..]).filter(|p| p.ends_with("/libtorch_cpu.so")))?;
     Path::new(path).parent().map(Path::to_path_buf)
 }

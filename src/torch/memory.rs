@@ -120,6 +120,7 @@ pub fn is_out_of_memory(error: &Error) -> bool {
 /// A line of one of Linux's files of `NAME: KILOBYTES kB`, in bytes.
 fn proc_bytes(path: &str, name: &str) -> Result<u64> {
     let text = std::fs::read_to_string(path).map_err(Error::io("read", Path::new(path)))?;
-    let kilobytes = text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
+    let kilobytes =
+        text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
     kilobytes.map(|kb| kb << 10).ok_or_else(|| Error::failed(path, format!("has no number for {name}")))
 }

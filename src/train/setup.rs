@@ -21,6 +21,7 @@ use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::TensorFiles;
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::torch::cuda::set_numerics;
+use crate::train::step::StepSettings;
 
 /// Micro-batches on a CPU hold this many tokens where the config says `auto`.
 const CPU_MICRO_BATCH_TOKENS: usize = 4096;
@@ -277,6 +278,22 @@ impl Job {
         Ok(Self { model, train, validation, total_steps, steps_per_epoch, schedule })
     }
 
+    /// What every update depends on.
+    pub fn step_settings(&self) -> StepSettings {
+        let settings = &self.model.config.train;
+        StepSettings {
+            seed: settings.seed,
+            global_batch: settings.global_batch,
+            shuffle: self.model.config.data.shuffle,
+            micro_batch_tokens: self.model.micro_batch_tokens(),
+            recompute: settings.recompute == Auto::Is(config::Recompute::All),
+            loss_average: self.model.loss_average(),
+            dropout: self.model.lora.dropout,
+            max_grad_norm: settings.max_grad_norm,
+            schedule: self.schedule,
+        }
+    }
+
     /// Checksums of what the run reads.
     pub fn identity(&self) -> Identity {
         let mut hasher = Xxh3::new();
@@ -311,7 +328,8 @@ fn settle_device(config: &mut Config) -> Result<Option<String>> {
     match device::cuda() {
         Cuda::Usable(gpu) => {
             config.model.device = Auto::Is(config::Device::Cuda);
-            let cost = "; deterministic: sums in one order, which is slower and takes more memory in attention's backward";
+            let cost =
+                "; deterministic: sums in one order, which is slower and takes more memory in attention's backward";
             Ok(Some(format!("{gpu}{}", if config.train.deterministic { cost } else { "" })))
         }
         Cuda::Missing { what, hint } if config.model.device == Auto::Auto => {
@@ -330,7 +348,8 @@ fn settle_dtype(config: &mut Config) -> Result<()> {
     let (major, minor) = if is_cuda { device::capability() } else { (0, 0) };
     let has_bf16 = (major, minor) >= BF16_CAPABILITY;
     if is_cuda && !has_bf16 && config.model.dtype == Auto::Is(config::Dtype::Bf16) {
-        let what = format!("\"bf16\" is asked for, and a GPU of compute capability {major}.{minor} has no products in it");
+        let what =
+            format!("\"bf16\" is asked for, and a GPU of compute capability {major}.{minor} has no products in it");
         return Err(Error::invalid("model.dtype", what).hint("write dtype = \"auto\" or \"fp16\""));
     }
     if config.model.dtype == Auto::Auto {

@@ -58,10 +58,7 @@ fn by_one_mask(qkv: &Tensor, heads: Heads) -> Tensor {
         part.repeat_interleave_self_int(heads.n_heads / n_heads, 0, None)
     };
     let q = part(0, heads.n_heads);
-    let (k, v) = (
-        part(heads.q_width(), heads.n_kv_heads),
-        part(heads.q_width() + heads.kv_width(), heads.n_kv_heads),
-    );
+    let (k, v) = (part(heads.q_width(), heads.n_kv_heads), part(heads.q_width() + heads.kv_width(), heads.n_kv_heads));
     let of_row: Vec<i64> = (0..n).map(|row| BORDERS.iter().filter(|b| **b as i64 <= row).count() as i64).collect();
     let of_row = Tensor::from_slice(&of_row);
     let same = of_row.unsqueeze(0).eq_tensor(&of_row.unsqueeze(1));

@@ -66,8 +66,7 @@ fn a_gpu_with_everything_in_place_is_usable() {
 #[test]
 fn what_is_missing_is_named_with_the_way_to_it() {
     let v100 = || with_gpu("Tesla V100-SXM2-32GB", (7, 0));
-    let driver_without_gpu =
-        |code: i32| Facts { driver: Some(Driver { version: 12_080, gpu: Err(code) }), ..h100() };
+    let driver_without_gpu = |code: i32| Facts { driver: Some(Driver { version: 12_080, gpu: Err(code) }), ..h100() };
     let mut old_driver = h100();
     old_driver.driver.as_mut().unwrap().version = 12_080;
     let lean = || Err("libcublas.so.13: cannot open shared object file".to_string());
@@ -81,9 +80,17 @@ fn what_is_missing_is_named_with_the_way_to_it() {
              NVIDIA H100 80GB HBM3 (compute capability 9.0)",
             "run scripts/setup.sh on this machine, or set LD_LIBRARY_PATH=<site-packages>/torch/lib",
         ),
-        (Facts { libtorch: lean(), ..v100() }, "there is no CUDA half of libtorch", "the cu126 build of libtorch 2.11 serves it"),
+        (
+            Facts { libtorch: lean(), ..v100() },
+            "there is no CUDA half of libtorch",
+            "the cu126 build of libtorch 2.11 serves it",
+        ),
         (Facts { runtime: None, ..h100() }, "came without the CUDA runtime (libcudart)", "scripts/setup.sh"),
-        (old_driver, "the driver serves CUDA 12.8, and libtorch is built for CUDA 13.0", "install a newer NVIDIA driver"),
+        (
+            old_driver,
+            "the driver serves CUDA 12.8, and libtorch is built for CUDA 13.0",
+            "install a newer NVIDIA driver",
+        ),
         (
             v100(),
             "libtorch as it is built for CUDA 13.0 has no code for the Tesla V100-SXM2-32GB (compute capability 7.0)",
@@ -143,7 +150,10 @@ fn operations_of_the_cuda_half_are_named_where_they_are_lacking() {
         ("_flash_attention_forward", cuda::flash_forward(inputs(&x_nhe)).map(|_| ())),
         ("_flash_attention_backward", cuda::flash_backward(&x_nhe, inputs(&x_nhe), &x_nhe, &lse).map(|_| ())),
         ("_efficient_attention_forward", cuda::efficient_forward(inputs(&x_1nhe)).map(|_| ())),
-        ("_efficient_attention_backward", cuda::efficient_backward(&x_1nhe, inputs(&x_1nhe), &x_1nhe, &lse).map(|_| ())),
+        (
+            "_efficient_attention_backward",
+            cuda::efficient_backward(&x_1nhe, inputs(&x_1nhe), &x_1nhe, &lse).map(|_| ()),
+        ),
         ("addmm.dtype_out", addmm_fp32_(&out, &half(&[2, 3]), &half(&[3, 2]))),
     ] {
         let Err(Error::Failed(fault)) = error else { panic!("{op}: {error:?}") };
@@ -201,7 +211,9 @@ fn plain_dropout_is_the_cpu_kernel_bit_for_bit() {
     let tokens = Tensor::from_slice(&[0i64, 0, 1, 511, 65_536, 1 << 20]);
     let origin = RowOrigin { slot_n: slots, token_n: tokens };
     for kind in [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double] {
-        for (p, seed, step, site) in [(0.05, 42, 0, 0), (0.3, 0x1234_5678_9abc_def0, 41, 6), (0.999, u64::MAX, u32::MAX, 127)] {
+        for (p, seed, step, site) in
+            [(0.05, 42, 0, 0), (0.3, 0x1234_5678_9abc_def0, 41, 6), (0.999, u64::MAX, u32::MAX, 127)]
+        {
             tch::manual_seed(1);
             let wide = Tensor::randn([6, 230], (Kind::Float, Device::Cpu)).to_kind(kind);
             // Rows that lie apart.
@@ -210,7 +222,11 @@ fn plain_dropout_is_the_cpu_kernel_bit_for_bit() {
             let draw = MaskDraw { seed, step, site, drop_below: (p * 65536.0).round() as u32 };
             let plain = dropout::plain_apply(&x, &origin, draw).unwrap();
             assert_eq!((plain.kind(), plain.is_contiguous()), (kind, true));
-            assert!(ours.equal(&plain), "{kind:?} p {p}: {} differ", ours.ne_tensor(&plain).sum(Kind::Int64).int64_value(&[]));
+            assert!(
+                ours.equal(&plain),
+                "{kind:?} p {p}: {} differ",
+                ours.ne_tensor(&plain).sum(Kind::Int64).int64_value(&[])
+            );
             let dropped = plain.eq(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
             // 1218 draws: a standard deviation of 0.014 at most, four are allowed.
             assert!((dropped - p).abs() < 0.06, "{dropped} of {p}");
@@ -251,7 +267,8 @@ fn a_deterministic_run_on_a_cpu_is_the_run_that_it_would_be() {
         lab.run("train", &[], &[&output, deterministic, "train.max_steps=2"]).ok();
         std::fs::read(lab.path(name).join("adapter/adapter_model.safetensors")).unwrap()
     };
-    let (without, with) = (trained("without", "train.deterministic=false"), trained("with", "train.deterministic=true"));
+    let (without, with) =
+        (trained("without", "train.deterministic=false"), trained("with", "train.deterministic=true"));
     assert!(without == with, "the switches change nothing on a CPU");
 }
 
@@ -271,7 +288,8 @@ fn the_program_has_what_libraries_read_at_their_start() {
     let mut found = String::new();
     // It takes a moment until the process is the second one.
     for _ in 0..500 {
-        found = std::fs::read(&environment).map(|e| String::from_utf8_lossy(&e).replace('\0', "\n")).unwrap_or_default();
+        found =
+            std::fs::read(&environment).map(|e| String::from_utf8_lossy(&e).replace('\0', "\n")).unwrap_or_default();
         if found.contains("OMP_WAIT_POLICY=passive\n") {
             break;
         }
