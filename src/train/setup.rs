@@ -17,7 +17,7 @@ use crate::model::init::{NewRows, initialise};
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
-use crate::model::weights::TensorFiles;
+use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 
 /// Micro-batches on a CPU hold this many tokens where the config says `auto`.
@@ -140,7 +140,8 @@ impl ModelSetup {
             config::NewRows::Normal => NewRows::Normal,
             config::NewRows::Mean => NewRows::Mean,
         };
-        initialise(&mut params, &self.base, &self.lora, &self.files, new_rows, self.config.train.seed)?;
+        let base = BaseWeights::Files(&self.files);
+        initialise(&mut params, &self.base, &self.lora, base, new_rows, self.config.train.seed)?;
         if let Some(init) = &self.init {
             adapter_file::load_into(init, &mut params)?;
         }
@@ -151,7 +152,7 @@ impl ModelSetup {
     pub fn load(&self, params: &ParamBuffer) -> Result<Llama> {
         let max_positions = self.config.data.max_length as i64;
         let compute = Compute { kind: self.kind(), device: Device::Cpu, max_positions };
-        Llama::load(&self.base, &self.files, &self.lora, params, compute)
+        Llama::load(&self.base, BaseWeights::Files(&self.files), &self.lora, params, compute)
     }
 
     /// Loads and encodes data files; with a cache folder the tokens are kept there.
