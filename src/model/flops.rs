@@ -7,7 +7,7 @@ use crate::model::config::LlamaConfig;
 use crate::model::lora::{LoraSpec, Projection, Table};
 
 /// What the tokens of a data set are like, on average.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct TokenMix {
     /// The share of tokens that are learned: only the rows before them reach the head.
     pub learned_share: f64,
