@@ -2,11 +2,13 @@
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing has failed, and says where")]
 #![expect(clippy::print_stdout, reason = "a test says the largest difference it met")]
 
+mod attention;
 mod bad_input;
 mod bench;
 mod cli;
 mod config;
 mod data;
+mod device;
 mod golden;
 mod gradcheck;
 mod invariance;
