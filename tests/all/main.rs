@@ -13,6 +13,7 @@ mod log;
 mod manifest;
 mod model_gradcheck;
 mod place;
+mod plan;
 mod resume;
 mod support;
 mod tidy;
