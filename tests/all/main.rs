@@ -12,6 +12,7 @@ mod invariance;
 mod log;
 mod manifest;
 mod model_gradcheck;
+mod out_of_memory;
 mod place;
 mod plan;
 mod resume;
