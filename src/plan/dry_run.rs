@@ -29,6 +29,10 @@ const CUDA_WORKSPACES: i64 = 64 << 20;
 /// are taken to have 64 tokens or more on average.
 const CUDA_ACCUMULATORS: i64 = 3;
 
+/// Philox calls that `ops/dropout.rs` makes at a time on a GPU, and the i64 tensors of that size that it holds while it mixes.
+const CUDA_MASK_CALLS: i64 = 1 << 21;
+const CUDA_MASK_TENSORS: i64 = 11;
+
 /// The projections of a block that share an input.
 #[derive(Debug, Clone)]
 pub(super) struct InputGroup {
@@ -381,8 +385,17 @@ impl<'m> DryRun<'m> {
         Some(dx_nd)
     }
 
+    /// An input with its mask applied. A GPU draws the mask by integer operations, some rows at a time.
     fn dropped(&self, width: i64) -> Option<Held<'m>> {
-        self.dims.drops.then(|| self.rows(Part::Dropout, width))
+        if !self.dims.drops {
+            return None;
+        }
+        let dropped = self.rows(Part::Dropout, width);
+        if self.dims.is_cuda {
+            let calls = (self.n * width / 8).min(CUDA_MASK_CALLS);
+            drop(self.meter.hold(Part::Dropout, CUDA_MASK_TENSORS * I64 * calls));
+        }
+        Some(dropped)
     }
 
     fn accumulate_a(&self, group: &InputGroup, ds: Option<Held<'m>>, x: Option<Held<'m>>) {
@@ -538,11 +551,11 @@ impl<'m> DryRun<'m> {
 
     // ---- ops/attention.rs ----
 
-    /// What attention makes besides the `o` and `lse` that are kept: its own output, and keys and values repeated for their
-    /// group of query heads.
+    /// What attention makes besides the `o` and `lse` that are kept: on the CPU its own output, and keys and values repeated
+    /// for their group of query heads (as one of a GPU's two kernels wants them).
     fn attention_forward(&self) {
         let _repeated = self.repeated();
-        let _o_bhte = self.passing(self.dims.q_width);
+        let _o_bhte = (!self.dims.is_cuda).then(|| self.passing(self.dims.q_width));
     }
 
     /// Gradients of q, k and v apart, before they go into `dqkv`.
@@ -554,10 +567,10 @@ impl<'m> DryRun<'m> {
             drop(self.wide(Part::Temporaries, CUDA_ACCUMULATORS * q_width));
         }
         if q_width > kv_width {
-            // Of one of keys and values at a time: the sum over the group in fp32, and rounded.
-            let _sum = self.wide(Part::Temporaries, kv_width);
-            let _rounded = self.dims.is_half_precision().then(|| self.passing(kv_width));
-            let _rows = self.passing(kv_width);
+            // The sums over the groups in fp32, rounded, and on the CPU as rows.
+            let sums = || self.passing(2 * kv_width);
+            let _sums = (sums(), (!self.dims.is_cuda).then(sums));
+            drop(self.wide(Part::Temporaries, kv_width));
         }
     }
 
