@@ -1,5 +1,6 @@
 //! The command line: a file a subcommand. Standard output is data; everything else goes to standard error.
 
+mod bench;
 mod check;
 mod defects;
 mod eval;
@@ -66,6 +67,13 @@ enum Command {
     ///
     /// Example: bellora export runs/mine --format merged --out merged
     Export(export::ExportArgs),
+    /// Measure how fast this machine trains
+    ///
+    /// Tokens a second, the share of the fastest product of this machine, time by part and memory. A shape needs no files:
+    /// its weights are random, and so are the samples, of the lengths of real ones.
+    ///
+    /// Example: bellora bench --shape llama-2-7b --set model.dtype=bf16
+    Bench(bench::BenchArgs),
     /// Answer a prompt
     ///
     /// Example: bellora generate runs/mine --prompt "你是谁？"
@@ -127,6 +135,7 @@ pub fn main() -> ExitCode {
         Command::Resume(args) => train::resume(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Generate(args) => generate::run(&args),
     });
     match result {

@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, reason = "a test says the largest difference it met")]
 
 mod bad_input;
+mod bench;
 mod cli;
 mod config;
 mod data;
