@@ -6,6 +6,7 @@ mod defects;
 mod eval;
 mod export;
 mod generate;
+mod plan;
 mod prepare;
 mod signals;
 mod train;
@@ -36,6 +37,13 @@ enum Command {
     ///
     /// Example: bellora check configs/quickstart.toml
     Check(check::CheckArgs),
+    /// Say what a run needs: memory, micro-batches, time, disk
+    ///
+    /// For this machine, or for a GPU that is not here. With --shape neither the model's files nor samples are needed. Times
+    /// are estimates.
+    ///
+    /// Example: bellora plan run.toml --gpu A100-80
+    Plan(plan::PlanArgs),
     /// Turn the samples into tokens and keep them in the cache
     ///
     /// Example: bellora prepare run.toml --dump tokens.jsonl
@@ -75,7 +83,7 @@ enum Command {
 impl Command {
     /// Whether the command runs the model.
     fn computes(&self) -> bool {
-        !matches!(self, Self::Check(_) | Self::Prepare(_))
+        !matches!(self, Self::Check(_) | Self::Plan(_) | Self::Prepare(_))
     }
 }
 
@@ -131,6 +139,7 @@ pub fn main() -> ExitCode {
     let _no_grad = tch::no_grad_guard();
     let result = defects::caught(|| match cli.command {
         Command::Check(args) => check::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Resume(args) => train::resume(&args),

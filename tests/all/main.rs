@@ -17,6 +17,7 @@ mod manifest;
 mod model_gradcheck;
 mod out_of_memory;
 mod place;
+mod plan;
 mod resume;
 mod support;
 mod tidy;
