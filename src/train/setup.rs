@@ -18,7 +18,7 @@ use crate::model::init::{NewRows, initialise};
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
-use crate::model::weights::TensorFiles;
+use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::torch::cuda::set_numerics;
 use crate::train::step::StepSettings;
@@ -123,24 +123,17 @@ impl ModelSetup {
 
     /// The dtype of weights, activations and products.
     pub fn kind(&self) -> Kind {
-        match self.config.model.dtype {
-            Auto::Is(config::Dtype::Bf16) => Kind::BFloat16,
-            Auto::Is(config::Dtype::Fp16) => Kind::Half,
-            Auto::Is(config::Dtype::Fp32) | Auto::Auto => Kind::Float,
-        }
+        kind(&self.config)
     }
 
     /// Where the model computes.
     pub fn device(&self) -> Device {
-        if self.config.model.device == Auto::Is(config::Device::Cuda) { Device::Cuda(0) } else { Device::Cpu }
+        device(&self.config)
     }
 
     /// Tokens a micro-batch may hold.
     pub fn micro_batch_tokens(&self) -> usize {
-        match self.config.train.micro_batch_tokens {
-            Auto::Is(tokens) => tokens,
-            Auto::Auto => CPU_MICRO_BATCH_TOKENS,
-        }
+        micro_batch_tokens(&self.config)
     }
 
     /// Allocates the parameters and sets them to their start: drawn, copied from the base, or the initial adapter's.
@@ -150,7 +143,8 @@ impl ModelSetup {
             config::NewRows::Normal => NewRows::Normal,
             config::NewRows::Mean => NewRows::Mean,
         };
-        initialise(&mut params, &self.base, &self.lora, &self.files, new_rows, self.config.train.seed)?;
+        let base = BaseWeights::Files(&self.files);
+        initialise(&mut params, &self.base, &self.lora, base, new_rows, self.config.train.seed)?;
         if let Some(init) = &self.init {
             adapter_file::load_into(init, &mut params)?;
         }
@@ -162,7 +156,7 @@ impl ModelSetup {
         set_numerics(self.config.train.deterministic)?;
         let max_positions = self.config.data.max_length as i64;
         let compute = Compute { kind: self.kind(), device: self.device(), max_positions };
-        Llama::load(&self.base, &self.files, &self.lora, params, compute)
+        Llama::load(&self.base, BaseWeights::Files(&self.files), &self.lora, params, compute)
     }
 
     /// Loads and encodes data files; with a cache folder the tokens are kept there.
@@ -223,10 +217,7 @@ impl ModelSetup {
 
     /// How the losses of an update are averaged.
     pub fn loss_average(&self) -> LossAverage {
-        match self.config.train.loss_average {
-            config::LossAverage::Tokens => LossAverage::Tokens,
-            config::LossAverage::Samples => LossAverage::Samples { group: self.config.train.loss_group_samples },
-        }
+        loss_average(&self.config)
     }
 }
 
@@ -280,18 +271,7 @@ impl Job {
 
     /// What every update depends on.
     pub fn step_settings(&self) -> StepSettings {
-        let settings = &self.model.config.train;
-        StepSettings {
-            seed: settings.seed,
-            global_batch: settings.global_batch,
-            shuffle: self.model.config.data.shuffle,
-            micro_batch_tokens: self.model.micro_batch_tokens(),
-            recompute: settings.recompute == Auto::Is(config::Recompute::All),
-            loss_average: self.model.loss_average(),
-            dropout: self.model.lora.dropout,
-            max_grad_norm: settings.max_grad_norm,
-            schedule: self.schedule,
-        }
+        step_settings(&self.model.config, self.schedule)
     }
 
     /// Checksums of what the run reads.
@@ -308,8 +288,51 @@ impl Job {
     }
 }
 
+/// The dtype of weights, activations and products of a settled config.
+pub fn kind(config: &Config) -> Kind {
+    match config.model.dtype {
+        Auto::Is(config::Dtype::Bf16) => Kind::BFloat16,
+        Auto::Is(config::Dtype::Fp16) => Kind::Half,
+        Auto::Is(config::Dtype::Fp32) | Auto::Auto => Kind::Float,
+    }
+}
+
+/// Where a settled config computes.
+pub fn device(config: &Config) -> Device {
+    if config.model.device == Auto::Is(config::Device::Cuda) { Device::Cuda(0) } else { Device::Cpu }
+}
+
+/// What every update of a settled config depends on.
+pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
+    StepSettings {
+        seed: config.train.seed,
+        global_batch: config.train.global_batch,
+        shuffle: config.data.shuffle,
+        micro_batch_tokens: micro_batch_tokens(config),
+        recompute: config.train.recompute == Auto::Is(config::Recompute::All),
+        loss_average: loss_average(config),
+        dropout: config.lora.dropout,
+        max_grad_norm: config.train.max_grad_norm,
+        schedule,
+    }
+}
+
+fn micro_batch_tokens(config: &Config) -> usize {
+    match config.train.micro_batch_tokens {
+        Auto::Is(tokens) => tokens,
+        Auto::Auto => CPU_MICRO_BATCH_TOKENS,
+    }
+}
+
+fn loss_average(config: &Config) -> LossAverage {
+    match config.train.loss_average {
+        config::LossAverage::Tokens => LossAverage::Tokens,
+        config::LossAverage::Samples => LossAverage::Samples { group: config.train.loss_group_samples },
+    }
+}
+
 /// Replaces every `auto` by the program's choice on this machine; gives what is worth a word about the device.
-fn settle_autos(config: &mut Config) -> Result<Option<String>> {
+pub fn settle_autos(config: &mut Config) -> Result<Option<String>> {
     let note = settle_device(config)?;
     settle_dtype(config)?;
     if config.train.micro_batch_tokens == Auto::Auto {
@@ -363,7 +386,7 @@ fn settle_dtype(config: &mut Config) -> Result<()> {
 }
 
 /// The adapters of a config, whose names it has checked.
-fn lora_spec(config: &Config) -> LoraSpec {
+pub fn lora_spec(config: &Config) -> LoraSpec {
     let lora = &config.lora;
     let mut target_modules: Vec<Projection> =
         lora.target_modules.iter().filter_map(|n| Projection::from_name(n)).collect();
