@@ -131,7 +131,7 @@ impl Bench {
                     .hint(format!("give --micro-batch-tokens {longest} or more, or shorter --lengths")));
             }
         }
-        setup::settle_autos(&mut self.config)
+        setup::settle_device_and_dtype(&mut self.config)
     }
 
     /// Makes the model and the samples.
@@ -142,10 +142,11 @@ impl Bench {
         let drawn = |lengths: &Lengths, vocab_size: i64| {
             Dataset::random(&lengths.draw(n_samples, seed), u32::try_from(vocab_size).unwrap_or(u32::MAX), seed)
         };
-        let Self { config, shape, lengths, .. } = self;
+        let Self { mut config, shape, lengths, .. } = self;
         if let (Some((name, shape)), Some(lengths)) = (shape, &lengths) {
             let lora = setup::lora_spec(&config);
             let layout = Layout::new(&shape, &lora, shape.vocab_size);
+            setup::settle_micro_batches(&mut config, &shape, &lora, &layout)?;
             let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
             let base = BaseWeights::Random { seed };
             initialise(&mut params, &shape, &lora, base, NewRows::Normal, seed)?;
