@@ -22,6 +22,8 @@ pub mod plan;
 pub mod eval;
 pub mod train;
 
+pub mod bench;
+
 pub mod generate;
 pub mod trained;
 

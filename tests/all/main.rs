@@ -4,6 +4,7 @@
 
 mod attention;
 mod bad_input;
+mod bench;
 mod cli;
 mod config;
 mod data;
@@ -16,6 +17,7 @@ mod manifest;
 mod model_gradcheck;
 mod out_of_memory;
 mod place;
+mod plan;
 mod resume;
 mod support;
 mod tidy;
