@@ -12,7 +12,7 @@ use std::ops::Range;
 use tch::{Device, Kind};
 
 use crate::checkpoint::state::{Identity, RunState};
-use crate::config::{Auto, Config};
+use crate::config::{Auto, Config, Recompute};
 use crate::data::{Dataset, EpochOrder, Lengths, build_batches};
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
@@ -25,9 +25,10 @@ use crate::model::weights::BaseWeights;
 use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
 use crate::optim::schedule::{LrSchedule, Shape};
-use crate::plan::MemoryModel;
+use crate::plan::{MemoryModel, gib};
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
+use crate::train::fit;
 use crate::train::setup::{self, ModelSetup};
 use crate::train::step::{StepSettings, Trainer};
 use report::{Measured, MemoryReport, Report};
@@ -80,6 +81,7 @@ impl Bench {
     /// # Errors
     /// [`Error::Invalid`] for what the config and the files that it names have wrong; else whatever ends a training.
     pub fn run(mut self, tell: &dyn Fn(&str)) -> Result<Report> {
+        let asked = self.config.clone();
         if let Some(note) = self.settle()? {
             tell(&note);
         }
@@ -93,12 +95,15 @@ impl Bench {
         tell("making the model");
         let before_bytes = memory::in_use_bytes(device)?;
         memory::reset_peak(device)?;
-        let (subject, (params, model, samples)) = self.subject(kind, device)?;
+        let (subject, (params, model, samples)) = self.subject(&asked, kind, device)?;
         let mut trainer = trainer(&subject, params, model, samples, warmup + updates)?;
         let is_warming_up = |done| tell(&format!("update {done} of {warmup} before those that count"));
         clock::time_updates(&mut trainer, warmup, device, &is_warming_up)?;
         let is_timed = |done| tell(&format!("update {done} of {updates}"));
         let timed = clock::time_updates(&mut trainer, updates, device, &is_timed)?;
+        if let Some(note) = trainer.take_note() {
+            tell(&note);
+        }
         let peak_bytes = memory::peak_bytes(device)?;
         tell("timing the parts of a step");
         let parts = clock::time_parts(&mut trainer, updates.min(UPDATES_BY_PART), device)?;
@@ -134,18 +139,19 @@ impl Bench {
         setup::settle_autos(&mut self.config)
     }
 
-    /// Makes the model and the samples.
-    fn subject(self, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
+    /// Makes the model and the samples; `asked` is the config before anything was settled.
+    fn subject(self, asked: &Config, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
         let n_samples =
             (self.warmup + self.updates.saturating_add(UPDATES_BY_PART)) as usize * self.config.train.global_batch;
         let seed = self.config.train.seed;
         let drawn = |lengths: &Lengths, vocab_size: i64| {
             Dataset::random(&lengths.draw(n_samples, seed), u32::try_from(vocab_size).unwrap_or(u32::MAX), seed)
         };
-        let Self { config, shape, lengths, .. } = self;
+        let Self { mut config, shape, lengths, .. } = self;
         if let (Some((name, shape)), Some(lengths)) = (shape, &lengths) {
             let lora = setup::lora_spec(&config);
             let layout = Layout::new(&shape, &lora, shape.vocab_size);
+            fit_memory(&mut config, asked, &shape, &lora, &layout)?;
             let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
             let base = BaseWeights::Random { seed };
             initialise(&mut params, &shape, &lora, base, NewRows::Normal, seed)?;
@@ -156,7 +162,9 @@ impl Bench {
             let subject = Subject { name, is_random: true, shape, lora, layout, samples: about, config, kind, device };
             return Ok((subject, (params, model, samples)));
         }
-        let setup = ModelSetup::inspect(config)?;
+        let mut setup = ModelSetup::inspect(config)?;
+        let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
+        fit_memory(&mut setup.config, asked, &shape, &setup.lora, &setup.layout)?;
         let (samples, about) = match &lengths {
             Some(lengths) => (drawn(lengths, setup.vocab_size), lengths.about.clone()),
             None => {
@@ -167,12 +175,36 @@ impl Bench {
         };
         let params = setup.initial_params()?;
         let model = setup.load(&params)?;
-        let ModelSetup { config, base, lora, vocab_size, layout, .. } = setup;
+        let ModelSetup { config, lora, layout, .. } = setup;
         let name = config.model.base.display().to_string();
-        let shape = LlamaConfig { vocab_size, ..base };
         let subject = Subject { name, is_random: false, shape, lora, layout, samples: about, config, kind, device };
         Ok((subject, (params, model, samples)))
     }
+}
+
+/// Fits micro-batches to the memory of a GPU; on a CPU, whose micro-batches are not made to fill it, refuses what would not
+/// fit.
+fn fit_memory(
+    config: &mut Config,
+    asked: &Config,
+    shape: &LlamaConfig,
+    lora: &LoraSpec,
+    layout: &Layout,
+) -> Result<()> {
+    let device = setup::device(config);
+    let available = memory::free_bytes(device)?;
+    if device.is_cuda() {
+        return fit::settle_micro_batch(config, asked, shape, lora, layout, available);
+    }
+    let recompute = config.train.recompute == Auto::Is(Recompute::All);
+    let needed = MemoryModel::new(shape, lora, layout, setup::kind(config), device, recompute)
+        .total(config.data.max_length as i64);
+    if needed > i64::try_from(available).unwrap_or(i64::MAX) {
+        let what = format!("needs {} of memory, and {} are free", gib(needed), gib(available as i64));
+        return Err(Error::invalid("bellora bench", what)
+            .hint("measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory"));
+    }
+    Ok(())
 }
 
 /// A trainer before its first step, with a learning rate that stays the same.
