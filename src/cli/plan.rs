@@ -6,7 +6,7 @@ use clap::Args;
 use tch::{Device, Kind};
 
 use crate::cli::{ConfigArgs, print, signals};
-use crate::config::{Auto, Config, Duration, Dtype, Recompute, SaveDtype};
+use crate::config::{Auto, Config, Dtype, Duration, Recompute, SaveDtype};
 use crate::data::Lengths;
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
@@ -182,12 +182,7 @@ fn table(plan: &Plan) -> String {
     };
     line(
         "trainable",
-        format!(
-            "{} of {} parameters{in_tables}, {}",
-            grouped(plan.trainable_params),
-            grouped(plan.params),
-            plan.dtype
-        ),
+        format!("{} of {} parameters{in_tables}, {}", grouped(plan.trainable_params), grouped(plan.params), plan.dtype),
     );
     let samples = &plan.samples;
     line(
@@ -221,7 +216,10 @@ fn table(plan: &Plan) -> String {
             grouped(plan.largest.recomputing)
         ),
     );
-    line("memory", format!("{} at the peak of a step{}", gib(plan.memory_bytes), if plan.fits { "" } else { ": TOO MUCH" }));
+    line(
+        "memory",
+        format!("{} at the peak of a step{}", gib(plan.memory_bytes), if plan.fits { "" } else { ": TOO MUCH" }),
+    );
     for part in plan.memory.iter().filter(|part| part.bytes > 0) {
         line("", format!("{:<18}{:>10}", part.part.name(), gib(part.bytes)));
     }
