@@ -26,6 +26,7 @@ use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
 use crate::optim::schedule::{LrSchedule, Shape};
 use crate::plan::MemoryModel;
+use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
 use crate::train::setup::{self, ModelSetup};
 use crate::train::step::{StepSettings, Trainer};
@@ -79,7 +80,10 @@ impl Bench {
     /// # Errors
     /// [`Error::Invalid`] for what the config and the files that it names have wrong; else whatever ends a training.
     pub fn run(mut self, tell: &dyn Fn(&str)) -> Result<Report> {
-        self.settle()?;
+        if let Some(note) = self.settle()? {
+            tell(&note);
+        }
+        set_numerics(self.config.train.deterministic)?;
         let (warmup, updates) = (self.warmup, self.updates);
         let (kind, device) = (setup::kind(&self.config), setup::device(&self.config));
         tell("measuring the fastest product");
@@ -104,12 +108,13 @@ impl Bench {
         let model = MemoryModel::new(&subject.shape, &subject.lora, &subject.layout, kind, device, recompute);
         let predicted = model.by_part(largest as i64);
         let predicted_bytes = predicted.iter().map(|part| part.bytes).sum();
-        let memory = MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch: largest, predicted };
+        let memory =
+            MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch: largest, predicted };
         Ok(Report::new(&subject, &trainer.settings, Measured { ceiling, warmup, timed, parts, mix, memory }))
     }
 
-    /// Fits the config to the lengths, and settles what it leaves to the machine.
-    fn settle(&mut self) -> Result<()> {
+    /// Fits the config to the lengths, and settles what it leaves to the machine; gives what is worth a word about the device.
+    fn settle(&mut self) -> Result<Option<String>> {
         if self.shape.is_some() && self.lengths.is_none() {
             self.lengths = Some(Lengths::belle()?);
         }
@@ -131,7 +136,8 @@ impl Bench {
 
     /// Makes the model and the samples.
     fn subject(self, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
-        let n_samples = (self.warmup + self.updates.saturating_add(UPDATES_BY_PART)) as usize * self.config.train.global_batch;
+        let n_samples =
+            (self.warmup + self.updates.saturating_add(UPDATES_BY_PART)) as usize * self.config.train.global_batch;
         let seed = self.config.train.seed;
         let drawn = |lengths: &Lengths, vocab_size: i64| {
             Dataset::random(&lengths.draw(n_samples, seed), u32::try_from(vocab_size).unwrap_or(u32::MAX), seed)
@@ -174,7 +180,8 @@ fn trainer(subject: &Subject, params: ParamBuffer, model: Llama, samples: Datase
     let train = &subject.config.train;
     let schedule = LrSchedule { learning_rate: train.learning_rate, shape: Shape::Constant, warmup: 0, total };
     let settings = setup::step_settings(&subject.config, schedule);
-    let optimizer = AdamW::new(AdamWConfig { betas: train.betas, eps: train.eps, weight_decay: train.weight_decay }, &params)?;
+    let optimizer =
+        AdamW::new(AdamWConfig { betas: train.betas, eps: train.eps, weight_decay: train.weight_decay }, &params)?;
     let scale = if subject.kind == Kind::Half { LossScale::dynamic() } else { LossScale::none() };
     let nobodys = Identity { base: String::new(), data: String::new() };
     Trainer::new(settings, samples, model, params, optimizer, RunState::start(scale, nobodys))
@@ -185,9 +192,8 @@ fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, usize) {
     let StepSettings { global_batch, shuffle, seed, loss_average, micro_batch_tokens, .. } = trainer.settings;
     let mut order = EpochOrder::new(trainer.samples.len(), global_batch, shuffle, seed);
     let taken: Vec<Vec<u32>> = steps.map(|step| order.step_samples(step)).collect();
-    let length = |sample: &u32| {
-        (trainer.samples.ids(*sample as usize).len(), trainer.samples.label_tokens(*sample as usize))
-    };
+    let length =
+        |sample: &u32| (trainer.samples.ids(*sample as usize).len(), trainer.samples.label_tokens(*sample as usize));
     let mix = TokenMix::of(taken.iter().flatten().map(length));
     let batches = taken.iter().flat_map(|s| build_batches(&trainer.samples, s, loss_average, micro_batch_tokens));
     (mix, batches.map(|batch| batch.input_ids.len()).max().unwrap_or_default())

@@ -8,7 +8,7 @@ use tch::{Device, Kind};
 use super::Subject;
 use super::ceiling::Ceiling;
 use super::clock::{Parts, Update};
-use crate::model::config::LlamaConfig;
+use crate::device::Cuda;
 use crate::model::flops::{Flops, TokenMix};
 use crate::plan::{PartBytes, memory};
 use crate::train::step::StepSettings;
@@ -199,7 +199,10 @@ impl Report {
         let again = if self.recompute { ", blocks run again in backward" } else { "" };
         line(
             "update",
-            format!("{} samples in micro-batches of at most {} tokens{again}", self.global_batch, self.micro_batch_tokens),
+            format!(
+                "{} samples in micro-batches of at most {} tokens{again}",
+                self.global_batch, self.micro_batch_tokens
+            ),
         );
         line("", String::new());
 
@@ -216,7 +219,10 @@ impl Report {
         }
         line("TFLOP/s", format!("{:.3}  at {:.2} GFLOP a token", self.tflops, self.flops_per_token_total / 1e9));
         let Ceiling { size, tflops, .. } = self.ceiling;
-        line("MFU", format!("{:.1} %  of {tflops:.3} TFLOP/s, the fastest product of {size} by {size}", 100.0 * self.mfu));
+        line(
+            "MFU",
+            format!("{:.1} %  of {tflops:.3} TFLOP/s, the fastest product of {size} by {size}", 100.0 * self.mfu),
+        );
         let MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch, .. } = &self.memory;
         line(
             "memory",

@@ -1,7 +1,7 @@
 //! `bellora bench` and what it stands on: shapes, drawn weights, lengths, the counting of operations.
 
-use bellora::data::lengths::{Length, Lengths};
 use bellora::data::Dataset;
+use bellora::data::lengths::{Length, Lengths};
 use bellora::model::config::LlamaConfig;
 use bellora::model::flops::{Flops, TokenMix};
 use bellora::model::lora::{LoraSpec, Projection, Table};
@@ -121,7 +121,8 @@ fn lengths_are_drawn_all_before_any_again() {
 
 #[test]
 fn random_samples_have_the_lengths_that_were_asked_for() {
-    let lengths = [Length { tokens: 7, learned: 3 }, Length { tokens: 2, learned: 1 }, Length { tokens: 4, learned: 0 }];
+    let lengths =
+        [Length { tokens: 7, learned: 3 }, Length { tokens: 2, learned: 1 }, Length { tokens: 4, learned: 0 }];
     let samples = Dataset::random(&lengths, 11, 5);
     assert_eq!(samples.len(), 3);
     for (sample, length) in lengths.iter().enumerate() {
@@ -246,7 +247,8 @@ fn a_config_gives_all_but_the_files_to_a_shape() {
     for file in ["base", "tokenizer", "rows.jsonl"] {
         place.remove(file);
     }
-    let few = ["bench", "c.toml", "--shape", "tiny", "--vocab-size", "320", "--updates", "1", "--warmup", "0", "--json"];
+    let few =
+        ["bench", "c.toml", "--shape", "tiny", "--vocab-size", "320", "--updates", "1", "--warmup", "0", "--json"];
     let ran = place.run(&few).ok();
     let found: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!([&found["model"]["vocab_size"], &found["lora"]["r"], &found["global_batch"]], [320, 6, 4]);
@@ -269,7 +271,8 @@ fn a_config_alone_is_measured_as_it_would_be_trained() {
     assert_eq!(found["model"]["random_weights"], false);
     assert_eq!(found["model"]["hidden_size"], 32);
     // Ten samples by four.
-    let of = |key: &str| found["updates"].as_array().unwrap().iter().map(|u| u[key].as_u64().unwrap()).collect::<Vec<_>>();
+    let of =
+        |key: &str| found["updates"].as_array().unwrap().iter().map(|u| u[key].as_u64().unwrap()).collect::<Vec<_>>();
     assert_eq!(of("samples"), [4, 4, 2]);
     assert_eq!(of("tokens").iter().sum::<u64>(), 1135);
     assert_eq!(of("label_tokens").iter().sum::<u64>(), 173);
@@ -308,7 +311,8 @@ fn what_cannot_be_measured_is_refused_with_a_hint() {
         place.write("l.json", text);
         refused(&["--shape", "tiny", "--lengths", "l.json"], &[&["l.json"], words].concat());
     };
-    let with = |entries: &str| format!("{{\"format\": \"bellora lengths 1\", \"about\": \"\", \"lengths\": [{entries}]}}");
+    let with =
+        |entries: &str| format!("{{\"format\": \"bellora lengths 1\", \"about\": \"\", \"lengths\": [{entries}]}}");
     lengths("[[5, 3, 1]]", &["is not a file of lengths"]);
     lengths(&with("[5, 3]"), &["is not a file of lengths"]);
     lengths(&with("").replace("lengths 1", "lengths 2"), &["\"bellora lengths 2\""]);

@@ -16,7 +16,7 @@ const LAYERS: [&[&str]; 6] = [
 ];
 
 /// Who may use whom within a layer.
-const SIBLINGS: [(&str, &[&str]); 6] = [
+const SIBLINGS: [(&str, &[&str]); 7] = [
     ("torch", &["error"]),
     ("device", &["torch"]),
     // A checkpoint keeps the loss scale.
