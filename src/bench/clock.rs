@@ -30,12 +30,7 @@ pub struct Update {
 }
 
 /// Does `n` updates as a training does, without waiting for the device within them. `each` hears how many are done.
-pub(super) fn time_updates(
-    trainer: &mut Trainer,
-    n: u64,
-    device: Device,
-    each: &dyn Fn(usize),
-) -> Result<Vec<Update>> {
+pub(super) fn time_updates(trainer: &mut Trainer, n: u64, device: Device, each: &dyn Fn(usize)) -> Result<Vec<Update>> {
     let mut updates = Vec::new();
     synchronize(device)?;
     let mut known = Instant::now();

@@ -12,7 +12,7 @@ use std::ops::Range;
 use tch::{Device, Kind};
 
 use crate::checkpoint::state::{Identity, RunState};
-use crate::config::{Auto, Config};
+use crate::config::{Auto, Config, Recompute};
 use crate::data::{Dataset, EpochOrder, Lengths, build_batches};
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
@@ -25,8 +25,10 @@ use crate::model::weights::BaseWeights;
 use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
 use crate::optim::schedule::{LrSchedule, Shape};
-use crate::plan::MemoryModel;
+use crate::plan::{MemoryModel, gib};
+use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
+use crate::train::fit;
 use crate::train::setup::{self, ModelSetup};
 use crate::train::step::{StepSettings, Trainer};
 use report::{Measured, MemoryReport, Report};
@@ -79,7 +81,11 @@ impl Bench {
     /// # Errors
     /// [`Error::Invalid`] for what the config and the files that it names have wrong; else whatever ends a training.
     pub fn run(mut self, tell: &dyn Fn(&str)) -> Result<Report> {
-        self.settle()?;
+        let asked = self.config.clone();
+        if let Some(note) = self.settle()? {
+            tell(&note);
+        }
+        set_numerics(self.config.train.deterministic)?;
         let (warmup, updates) = (self.warmup, self.updates);
         let (kind, device) = (setup::kind(&self.config), setup::device(&self.config));
         tell("measuring the fastest product");
@@ -89,12 +95,15 @@ impl Bench {
         tell("making the model");
         let before_bytes = memory::in_use_bytes(device)?;
         memory::reset_peak(device)?;
-        let (subject, (params, model, samples)) = self.subject(kind, device)?;
+        let (subject, (params, model, samples)) = self.subject(&asked, kind, device)?;
         let mut trainer = trainer(&subject, params, model, samples, warmup + updates)?;
         let is_warming_up = |done| tell(&format!("update {done} of {warmup} before those that count"));
         clock::time_updates(&mut trainer, warmup, device, &is_warming_up)?;
         let is_timed = |done| tell(&format!("update {done} of {updates}"));
         let timed = clock::time_updates(&mut trainer, updates, device, &is_timed)?;
+        if let Some(note) = trainer.take_note() {
+            tell(&note);
+        }
         let peak_bytes = memory::peak_bytes(device)?;
         tell("timing the parts of a step");
         let parts = clock::time_parts(&mut trainer, updates.min(UPDATES_BY_PART), device)?;
@@ -104,12 +113,13 @@ impl Bench {
         let model = MemoryModel::new(&subject.shape, &subject.lora, &subject.layout, kind, device, recompute);
         let predicted = model.by_part(largest as i64);
         let predicted_bytes = predicted.iter().map(|part| part.bytes).sum();
-        let memory = MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch: largest, predicted };
+        let memory =
+            MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch: largest, predicted };
         Ok(Report::new(&subject, &trainer.settings, Measured { ceiling, warmup, timed, parts, mix, memory }))
     }
 
-    /// Fits the config to the lengths, and settles what it leaves to the machine.
-    fn settle(&mut self) -> Result<()> {
+    /// Fits the config to the lengths, and settles what it leaves to the machine; gives what is worth a word about the device.
+    fn settle(&mut self) -> Result<Option<String>> {
         if self.shape.is_some() && self.lengths.is_none() {
             self.lengths = Some(Lengths::belle()?);
         }
@@ -129,17 +139,19 @@ impl Bench {
         setup::settle_autos(&mut self.config)
     }
 
-    /// Makes the model and the samples.
-    fn subject(self, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
-        let n_samples = (self.warmup + self.updates.saturating_add(UPDATES_BY_PART)) as usize * self.config.train.global_batch;
+    /// Makes the model and the samples; `asked` is the config before anything was settled.
+    fn subject(self, asked: &Config, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
+        let n_samples =
+            (self.warmup + self.updates.saturating_add(UPDATES_BY_PART)) as usize * self.config.train.global_batch;
         let seed = self.config.train.seed;
         let drawn = |lengths: &Lengths, vocab_size: i64| {
             Dataset::random(&lengths.draw(n_samples, seed), u32::try_from(vocab_size).unwrap_or(u32::MAX), seed)
         };
-        let Self { config, shape, lengths, .. } = self;
+        let Self { mut config, shape, lengths, .. } = self;
         if let (Some((name, shape)), Some(lengths)) = (shape, &lengths) {
             let lora = setup::lora_spec(&config);
             let layout = Layout::new(&shape, &lora, shape.vocab_size);
+            fit_memory(&mut config, asked, &shape, &lora, &layout)?;
             let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
             let base = BaseWeights::Random { seed };
             initialise(&mut params, &shape, &lora, base, NewRows::Normal, seed)?;
@@ -150,7 +162,9 @@ impl Bench {
             let subject = Subject { name, is_random: true, shape, lora, layout, samples: about, config, kind, device };
             return Ok((subject, (params, model, samples)));
         }
-        let setup = ModelSetup::inspect(config)?;
+        let mut setup = ModelSetup::inspect(config)?;
+        let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
+        fit_memory(&mut setup.config, asked, &shape, &setup.lora, &setup.layout)?;
         let (samples, about) = match &lengths {
             Some(lengths) => (drawn(lengths, setup.vocab_size), lengths.about.clone()),
             None => {
@@ -161,12 +175,36 @@ impl Bench {
         };
         let params = setup.initial_params()?;
         let model = setup.load(&params)?;
-        let ModelSetup { config, base, lora, vocab_size, layout, .. } = setup;
+        let ModelSetup { config, lora, layout, .. } = setup;
         let name = config.model.base.display().to_string();
-        let shape = LlamaConfig { vocab_size, ..base };
         let subject = Subject { name, is_random: false, shape, lora, layout, samples: about, config, kind, device };
         Ok((subject, (params, model, samples)))
     }
+}
+
+/// Fits micro-batches to the memory of a GPU; on a CPU, whose micro-batches are not made to fill it, refuses what would not
+/// fit.
+fn fit_memory(
+    config: &mut Config,
+    asked: &Config,
+    shape: &LlamaConfig,
+    lora: &LoraSpec,
+    layout: &Layout,
+) -> Result<()> {
+    let device = setup::device(config);
+    let available = memory::free_bytes(device)?;
+    if device.is_cuda() {
+        return fit::settle_micro_batch(config, asked, shape, lora, layout, available);
+    }
+    let recompute = config.train.recompute == Auto::Is(Recompute::All);
+    let needed = MemoryModel::new(shape, lora, layout, setup::kind(config), device, recompute)
+        .total(config.data.max_length as i64);
+    if needed > i64::try_from(available).unwrap_or(i64::MAX) {
+        let what = format!("needs {} of memory, and {} are free", gib(needed), gib(available as i64));
+        return Err(Error::invalid("bellora bench", what)
+            .hint("measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory"));
+    }
+    Ok(())
 }
 
 /// A trainer before its first step, with a learning rate that stays the same.
@@ -174,7 +212,8 @@ fn trainer(subject: &Subject, params: ParamBuffer, model: Llama, samples: Datase
     let train = &subject.config.train;
     let schedule = LrSchedule { learning_rate: train.learning_rate, shape: Shape::Constant, warmup: 0, total };
     let settings = setup::step_settings(&subject.config, schedule);
-    let optimizer = AdamW::new(AdamWConfig { betas: train.betas, eps: train.eps, weight_decay: train.weight_decay }, &params)?;
+    let optimizer =
+        AdamW::new(AdamWConfig { betas: train.betas, eps: train.eps, weight_decay: train.weight_decay }, &params)?;
     let scale = if subject.kind == Kind::Half { LossScale::dynamic() } else { LossScale::none() };
     let nobodys = Identity { base: String::new(), data: String::new() };
     Trainer::new(settings, samples, model, params, optimizer, RunState::start(scale, nobodys))
@@ -185,9 +224,8 @@ fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, usize) {
     let StepSettings { global_batch, shuffle, seed, loss_average, micro_batch_tokens, .. } = trainer.settings;
     let mut order = EpochOrder::new(trainer.samples.len(), global_batch, shuffle, seed);
     let taken: Vec<Vec<u32>> = steps.map(|step| order.step_samples(step)).collect();
-    let length = |sample: &u32| {
-        (trainer.samples.ids(*sample as usize).len(), trainer.samples.label_tokens(*sample as usize))
-    };
+    let length =
+        |sample: &u32| (trainer.samples.ids(*sample as usize).len(), trainer.samples.label_tokens(*sample as usize));
     let mix = TokenMix::of(taken.iter().flatten().map(length));
     let batches = taken.iter().flat_map(|s| build_batches(&trainer.samples, s, loss_average, micro_batch_tokens));
     (mix, batches.map(|batch| batch.input_ids.len()).max().unwrap_or_default())

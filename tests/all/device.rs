@@ -238,8 +238,8 @@ fn plain_dropout_is_the_cpu_kernel_bit_for_bit() {
 #[test]
 fn plain_dropout_goes_on_where_its_pieces_meet() {
     for (n_rows, channels) in [(70_000i64, 250i64), (3, 6_000_000)] {
-        let rows = Tensor::arange(n_rows, (Kind::Int64, Device::Cpu));
-        let origin = RowOrigin { slot_n: &rows / 7, token_n: rows };
+        let (slots, tokens): (Vec<i64>, Vec<i64>) = (0..n_rows).map(|row| (row / 7, row % 7)).unzip();
+        let origin = RowOrigin { slot_n: Tensor::from_slice(&slots), token_n: Tensor::from_slice(&tokens) };
         let ones = Tensor::ones([n_rows, channels], (Kind::BFloat16, Device::Cpu));
         let ours = dropout::apply(&ones, DropoutKey { p: 0.1, seed: 3, step: 9 }, 2, &origin).unwrap();
         let draw = MaskDraw { seed: 3, step: 9, site: 2, drop_below: 6554 };
