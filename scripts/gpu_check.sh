@@ -14,8 +14,9 @@
 #                give the same adapter, bit for bit; on the quickstart's base where it is in place, else on random weights
 #   table        what was measured, side by side
 #
-# Everything lies as JSON in FOLDER (OUT; else runs/gpu-check), logs beside it. The program is BELLORA, or the one in target/release; built
-# elsewhere, it runs by the libtorch of PYTHON's torch, which is taken where its own lacks CUDA. Exit code 1 if a part failed.
+# Everything lies as JSON in FOLDER (OUT; else runs/gpu-check), logs beside it. The program is BELLORA, or the one in
+# target/release; built elsewhere, it runs by the libtorch of PYTHON's torch, which is taken where its own lacks CUDA. COMMIT names
+# what it was built from where git cannot. Exit code 1 if a part failed.
 #
 # --rehearse does all that on the CPU with a tiny model, from end to end. --no-peers leaves them out.
 set -uo pipefail
@@ -91,7 +92,7 @@ describe_machine() {
     local gpu
     gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | head -n 1)
     printf '{"date": "%s", "bellora": "%s", "commit": "%s", "system": "%s", "gpu": "%s", "libtorch": "%s", "rehearsal": %s}\n' \
-        "$(date -u +%Y-%m-%d)" "$("$bellora" --version)" "$(git rev-parse --short HEAD 2>/dev/null)" "$(uname -sr)" \
+        "$(date -u +%Y-%m-%d)" "$("$bellora" --version)" "${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}" "$(uname -sr)" \
         "${gpu:-none}" "${torch_lib:-its own}" "$rehearse" >"$out/machine.json"
 }
 
@@ -140,7 +141,7 @@ if [ $? -ge 2 ] && [ "$rehearse" = false ]; then
     if [ -d "$torch_lib" ]; then
         say "the program's own libtorch does not serve here; trying that of $python, in $torch_lib"
         export LD_LIBRARY_PATH="$torch_lib${library_path:+:$library_path}"
-        failed=0
+        failed=0 said=()
         selftest
     fi
 fi
