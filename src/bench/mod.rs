@@ -28,7 +28,6 @@ use crate::optim::schedule::{LrSchedule, Shape};
 use crate::plan::{MemoryModel, gib};
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
-use crate::train::fit;
 use crate::train::setup::{self, ModelSetup};
 use crate::train::step::{StepSettings, Trainer};
 use report::{Measured, MemoryReport, Report};
@@ -81,7 +80,6 @@ impl Bench {
     /// # Errors
     /// [`Error::Invalid`] for what the config and the files that it names have wrong; else whatever ends a training.
     pub fn run(mut self, tell: &dyn Fn(&str)) -> Result<Report> {
-        let asked = self.config.clone();
         if let Some(note) = self.settle()? {
             tell(&note);
         }
@@ -95,7 +93,7 @@ impl Bench {
         tell("making the model");
         let before_bytes = memory::in_use_bytes(device)?;
         memory::reset_peak(device)?;
-        let (subject, (params, model, samples)) = self.subject(&asked, kind, device)?;
+        let (subject, (params, model, samples)) = self.subject(kind, device)?;
         let mut trainer = trainer(&subject, params, model, samples, warmup + updates)?;
         let is_warming_up = |done| tell(&format!("update {done} of {warmup} before those that count"));
         clock::time_updates(&mut trainer, warmup, device, &is_warming_up)?;
@@ -136,11 +134,11 @@ impl Bench {
                     .hint(format!("give --micro-batch-tokens {longest} or more, or shorter --lengths")));
             }
         }
-        setup::settle_autos(&mut self.config)
+        setup::settle_device_and_dtype(&mut self.config)
     }
 
-    /// Makes the model and the samples; `asked` is the config before anything was settled.
-    fn subject(self, asked: &Config, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
+    /// Makes the model and the samples.
+    fn subject(self, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
         let n_samples =
             (self.warmup + self.updates.saturating_add(UPDATES_BY_PART)) as usize * self.config.train.global_batch;
         let seed = self.config.train.seed;
@@ -151,7 +149,8 @@ impl Bench {
         if let (Some((name, shape)), Some(lengths)) = (shape, &lengths) {
             let lora = setup::lora_spec(&config);
             let layout = Layout::new(&shape, &lora, shape.vocab_size);
-            fit_memory(&mut config, asked, &shape, &lora, &layout)?;
+            setup::settle_micro_batches(&mut config, &shape, &lora, &layout)?;
+            refuse_what_does_not_fit(&config, &shape, &lora, &layout)?;
             let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
             let base = BaseWeights::Random { seed };
             initialise(&mut params, &shape, &lora, base, NewRows::Normal, seed)?;
@@ -162,9 +161,9 @@ impl Bench {
             let subject = Subject { name, is_random: true, shape, lora, layout, samples: about, config, kind, device };
             return Ok((subject, (params, model, samples)));
         }
-        let mut setup = ModelSetup::inspect(config)?;
+        let setup = ModelSetup::inspect(config)?;
         let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
-        fit_memory(&mut setup.config, asked, &shape, &setup.lora, &setup.layout)?;
+        refuse_what_does_not_fit(&setup.config, &shape, &setup.lora, &setup.layout)?;
         let (samples, about) = match &lengths {
             Some(lengths) => (drawn(lengths, setup.vocab_size), lengths.about.clone()),
             None => {
@@ -182,29 +181,18 @@ impl Bench {
     }
 }
 
-/// Fits micro-batches to the memory of a GPU; on a CPU, whose micro-batches are not made to fill it, refuses what would not
-/// fit.
-fn fit_memory(
-    config: &mut Config,
-    asked: &Config,
-    shape: &LlamaConfig,
-    lora: &LoraSpec,
-    layout: &Layout,
-) -> Result<()> {
-    let device = setup::device(config);
-    let available = memory::free_bytes(device)?;
-    if device.is_cuda() {
-        return fit::settle_micro_batch(config, asked, shape, lora, layout, available);
+/// Refuses a model that this machine's memory does not hold; on a GPU the size of micro-batches was settled by that.
+fn refuse_what_does_not_fit(config: &Config, shape: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<()> {
+    let (device, recompute) = (setup::device(config), config.train.recompute == Auto::Is(Recompute::All));
+    let model = MemoryModel::new(shape, lora, layout, setup::kind(config), device, recompute);
+    let needed = model.total(config.data.max_length as i64);
+    let free = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
+    if needed <= free {
+        return Ok(());
     }
-    let recompute = config.train.recompute == Auto::Is(Recompute::All);
-    let needed = MemoryModel::new(shape, lora, layout, setup::kind(config), device, recompute)
-        .total(config.data.max_length as i64);
-    if needed > i64::try_from(available).unwrap_or(i64::MAX) {
-        let what = format!("needs {} of memory, and {} are free", gib(needed), gib(available as i64));
-        return Err(Error::invalid("bellora bench", what)
-            .hint("measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory"));
-    }
-    Ok(())
+    let what = format!("needs {} of memory, and {} are free", gib(needed), gib(free));
+    Err(Error::invalid("bellora bench", what)
+        .hint("measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory"))
 }
 
 /// A trainer before its first step, with a learning rate that stays the same.

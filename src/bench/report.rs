@@ -216,10 +216,7 @@ impl Report {
         if skipped > 0 {
             line("", format!("{skipped} of the updates were not applied: their gradients overflowed"));
         }
-        line(
-            "TFLOP/s",
-            format!("{:.3}  at {} MFLOP a token", self.tflops, grouped((self.flops_per_token_total / 1e6) as i64)),
-        );
+        line("TFLOP/s", format!("{:.3}  at {:.3} GFLOP a token", self.tflops, self.flops_per_token_total / 1e9));
         let Ceiling { size, tflops, .. } = self.ceiling;
         line(
             "MFU",

@@ -139,7 +139,7 @@ pub fn main() -> ExitCode {
         set_what_libraries_read();
         crate::torch::keep_freed_memory();
     }
-    if cli.command.computes() || matches!(cli.command, Command::Check(_)) {
+    if cli.command.computes() || matches!(cli.command, Command::Check(_) | Command::Plan(_)) {
         // Opens CUDA where it is, before libtorch is used.
         let _ = crate::device::cuda();
     }

@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 
 use clap::Args;
-use tch::{Device, Kind};
+use tch::Kind;
 
 use crate::cli::{ConfigArgs, print, signals};
-use crate::config::{Auto, Config, Duration, Dtype, Recompute, SaveDtype};
+use crate::config::{self, Auto, Config, Dtype, Duration, Recompute, SaveDtype};
 use crate::data::Lengths;
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
@@ -18,7 +18,7 @@ use crate::plan::gib;
 use crate::plan::gpus::GpuModel;
 use crate::torch::memory;
 use crate::train::banner::grouped;
-use crate::train::setup::{Job, lora_spec};
+use crate::train::setup::{self, Job, ModelSetup};
 
 #[derive(Debug, Args)]
 pub(super) struct PlanArgs {
@@ -47,19 +47,22 @@ pub(super) struct PlanArgs {
 
 /// What is planned: the parts of a job that are read from files, or stand in for them.
 struct Subject {
+    /// As asked for, `auto` where the user left it at that.
     config: Config,
     shape: LlamaConfig,
     lora: LoraSpec,
     layout: Layout,
     lengths: Vec<(usize, usize)>,
     has_files: bool,
+    /// The config as this machine settles it.
+    here: Config,
 }
 
 pub(super) fn run(args: &PlanArgs) -> Result<()> {
     signals::end_at_once()?;
     let gpu = args.gpu.as_deref().map(GpuModel::named).transpose()?;
     let subject = match &args.shape {
-        Some(shape) => Subject::without_files(args, shape)?,
+        Some(shape) => Subject::without_files(args, shape, gpu)?,
         None => Subject::of_files(args, gpu)?,
     };
     let plan = subject.plan(gpu, args.n_gpus)?;
@@ -70,8 +73,17 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
     print(&table(&plan))
 }
 
+/// A config that this machine can settle: a plan for another machine does not ask it for a GPU, nor for its dtypes.
+fn for_here(config: &Config, gpu: Option<GpuModel>) -> Config {
+    let mut here = config.clone();
+    if gpu.is_some() {
+        here.model.device = Auto::Is(config::Device::Cpu);
+    }
+    here
+}
+
 impl Subject {
-    fn without_files(args: &PlanArgs, shape: &str) -> Result<Self> {
+    fn without_files(args: &PlanArgs, shape: &str, gpu: Option<GpuModel>) -> Result<Self> {
         let config = Config::load_without_files(Some(&args.config.config), &args.config.sets)?;
         let shape = shapes::open(shape, args.vocab_size)?;
         let lengths = match &args.lengths {
@@ -84,82 +96,78 @@ impl Subject {
             (tokens as usize - beyond, (learned as usize).saturating_sub(beyond))
         };
         let lengths = lengths.samples().iter().map(|l| cut(l.tokens, l.learned)).collect();
-        let lora = lora_spec(&config);
+        let lora = setup::lora_spec(&config);
         let layout = Layout::new(&shape, &lora, shape.vocab_size);
-        Ok(Self { config, shape, lora, layout, lengths, has_files: false })
+        let mut here = for_here(&config, gpu);
+        let _ = setup::settle_device_and_dtype(&mut here)?;
+        setup::settle_micro_batches(&mut here, &shape, &lora, &layout)?;
+        Ok(Self { config, shape, lora, layout, lengths, has_files: false, here })
     }
 
     fn of_files(args: &PlanArgs, gpu: Option<GpuModel>) -> Result<Self> {
-        let asked = args.config.load()?;
-        let mut here = asked.clone();
-        if gpu.is_some() {
-            // The plan is for another machine than this one, which need not have what the job asks for.
-            here.model.device = Auto::Auto;
-        }
-        let Job { model, train, .. } = Job::inspect(here, None)?;
+        let config = args.config.load()?;
+        let Job { model, train, .. } = Job::inspect(for_here(&config, gpu), None)?;
         let lengths = (0..train.len()).map(|sample| (train.ids(sample).len(), train.label_tokens(sample))).collect();
         let mut shape = model.base.clone();
         shape.vocab_size = model.vocab_size;
-        let config = if gpu.is_some() { asked } else { model.config };
-        Ok(Self { config, shape, lora: model.lora, layout: model.layout, lengths, has_files: true })
+        let ModelSetup { lora, layout, config: here, .. } = model;
+        Ok(Self { config, shape, lora, layout, lengths, has_files: true, here })
     }
 
     fn plan(&self, gpu: Option<GpuModel>, n_gpus: i64) -> Result<Plan> {
-        let (data, train) = (&self.config.data, &self.config.train);
+        let (kind, machine) = self.machine(gpu, n_gpus)?;
+        // A CPU's micro-batches do not follow its memory.
+        let asked = if machine.device.is_cuda() { &self.config.train } else { &self.here.train };
         let samples = Samples::of(&self.lengths);
         let table_params = Table::ALL
             .iter()
             .filter_map(|table| self.layout.index_of(&table_key(*table)))
             .map(|index| self.layout.entries()[index].numel())
             .sum();
-        let files = Files {
-            keep_checkpoints: train.keep_checkpoints as i64,
-            saves: train.checkpoint_every > 0,
-            table_params,
-            table_bytes: if train.save_dtype == SaveDtype::Fp32 { 4 } else { 2 },
-            caches: self.has_files,
-        };
         let task = Task {
             shape: &self.shape,
             lora: &self.lora,
             layout: &self.layout,
-            kind: self.kind(gpu)?,
-            max_length: data.max_length as i64,
-            global_batch: train.global_batch as i64,
-            total_samples: match train.duration {
+            kind,
+            max_length: self.config.data.max_length as i64,
+            global_batch: asked.global_batch as i64,
+            total_samples: match asked.duration {
                 Duration::Epochs(epochs) => samples.n_samples * u64::from(epochs),
-                Duration::Steps(steps) => steps * train.global_batch as u64,
+                Duration::Steps(steps) => steps * asked.global_batch as u64,
             },
             samples,
-            micro_batch_tokens: settled(train.micro_batch_tokens).map(|tokens| tokens as i64),
-            recompute: settled(train.recompute).map(|which| which == Recompute::All),
-            files,
-        };
-        let machine = match gpu {
-            Some(gpu) => Machine::of_gpu(gpu, n_gpus)?,
-            None => {
-                let available = i64::try_from(memory::free_bytes(Device::Cpu)?).unwrap_or(i64::MAX);
-                Machine { device: Device::Cpu, available, gpu: None, n_gpus: 1 }
-            }
+            micro_batch_tokens: settled(asked.micro_batch_tokens).map(|tokens| tokens as i64),
+            recompute: settled(asked.recompute).map(|which| which == Recompute::All),
+            files: Files {
+                keep_checkpoints: asked.keep_checkpoints as i64,
+                saves: asked.checkpoint_every > 0,
+                table_params,
+                table_bytes: if asked.save_dtype == SaveDtype::Fp32 { 4 } else { 2 },
+                caches: self.has_files,
+            },
         };
         task.plan(&machine)
     }
 
-    /// The compute dtype: the config's, or what suits the GPU.
-    fn kind(&self, gpu: Option<GpuModel>) -> Result<Kind> {
-        let has_bf16 = gpu.is_none_or(|gpu| gpu.has_bf16);
-        match self.config.model.dtype {
-            Auto::Is(Dtype::Bf16) if !has_bf16 => {
-                let name = gpu.map_or("", |gpu| gpu.name);
-                Err(Error::invalid("model.dtype", format!("bf16 is asked for, which {name} does not compute in"))
-                    .hint("write dtype = \"fp16\" or \"auto\""))
+    /// The compute dtype and where it is computed.
+    fn machine(&self, gpu: Option<GpuModel>, n_gpus: i64) -> Result<(Kind, Machine)> {
+        let Some(gpu) = gpu else {
+            let device = setup::device(&self.here);
+            let available = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
+            return Ok((setup::kind(&self.here), Machine { device, available, gpu: None, n_gpus: 1 }));
+        };
+        let kind = match self.config.model.dtype {
+            Auto::Is(Dtype::Bf16) if !gpu.has_bf16 => {
+                let what = format!("\"bf16\" is asked for, and a {} has no products in it", gpu.name);
+                return Err(Error::invalid("model.dtype", what).hint("write dtype = \"auto\" or \"fp16\""));
             }
-            Auto::Is(Dtype::Bf16) => Ok(Kind::BFloat16),
-            Auto::Is(Dtype::Fp16) => Ok(Kind::Half),
-            Auto::Is(Dtype::Fp32) => Ok(Kind::Float),
-            Auto::Auto if gpu.is_none() => Ok(Kind::Float),
-            Auto::Auto => Ok(if has_bf16 { Kind::BFloat16 } else { Kind::Half }),
-        }
+            Auto::Is(Dtype::Fp32) => Kind::Float,
+            Auto::Is(Dtype::Fp16) => Kind::Half,
+            Auto::Is(Dtype::Bf16) => Kind::BFloat16,
+            Auto::Auto if gpu.has_bf16 => Kind::BFloat16,
+            Auto::Auto => Kind::Half,
+        };
+        Ok((kind, Machine::of_gpu(gpu, n_gpus)?))
     }
 }
 
@@ -182,12 +190,7 @@ fn table(plan: &Plan) -> String {
     };
     line(
         "trainable",
-        format!(
-            "{} of {} parameters{in_tables}, {}",
-            grouped(plan.trainable_params),
-            grouped(plan.params),
-            plan.dtype
-        ),
+        format!("{} of {} parameters{in_tables}, {}", grouped(plan.trainable_params), grouped(plan.params), plan.dtype),
     );
     let samples = &plan.samples;
     line(
@@ -221,7 +224,10 @@ fn table(plan: &Plan) -> String {
             grouped(plan.largest.recomputing)
         ),
     );
-    line("memory", format!("{} at the peak of a step{}", gib(plan.memory_bytes), if plan.fits { "" } else { ": TOO MUCH" }));
+    line(
+        "memory",
+        format!("{} at the peak of a step{}", gib(plan.memory_bytes), if plan.fits { "" } else { ": TOO MUCH" }),
+    );
     for part in plan.memory.iter().filter(|part| part.bytes > 0) {
         line("", format!("{:<18}{:>10}", part.part.name(), gib(part.bytes)));
     }

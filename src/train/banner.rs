@@ -2,8 +2,6 @@
 
 use std::fmt::Write as _;
 
-use tch::Device;
-
 use crate::config::{Auto, Recompute};
 use crate::error::Result;
 use crate::plan::memory::{frozen_params, sum};
@@ -98,7 +96,7 @@ fn memory_line(job: &Job) -> String {
 pub fn memory(job: &Job) -> MemoryModel {
     let model = &job.model;
     let recompute = model.config.train.recompute == Auto::Is(Recompute::All);
-    MemoryModel::new(&model.base, &model.lora, &model.layout, model.kind(), Device::Cpu, recompute)
+    MemoryModel::new(&model.base, &model.lora, &model.layout, model.kind(), model.device(), recompute)
 }
 
 /// Tokens of the largest micro-batch that the job can have.

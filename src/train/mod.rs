@@ -1,7 +1,6 @@
 //! Training: what a run reads ([`setup`]), one update ([`step`]), and the life of a run directory ([`run`]).
 
 pub mod banner;
-pub mod fit;
 pub mod probe;
 pub mod run;
 pub mod setup;

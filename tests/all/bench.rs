@@ -1,16 +1,12 @@
 //! `bellora bench` and what it stands on: shapes, drawn weights, lengths, the counting of operations.
 
-use bellora::config::{self, Auto, Config, Recompute};
 use bellora::data::Dataset;
 use bellora::data::lengths::{Length, Lengths};
 use bellora::model::config::LlamaConfig;
 use bellora::model::flops::{Flops, TokenMix};
 use bellora::model::lora::{LoraSpec, Projection, Table};
-use bellora::model::params::Layout;
 use bellora::model::shapes;
 use bellora::model::weights::BaseWeights;
-use bellora::train::fit::settle_micro_batch;
-use bellora::train::setup::lora_spec;
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
@@ -117,9 +113,8 @@ fn lengths_are_drawn_all_before_any_again() {
         sorted.sort();
         assert_eq!(thousand.len() == 1000, sorted == belle.samples());
     }
-    assert_ne!(drawn[..1000], drawn[1000..2000], "each round has its own order");
-    assert_eq!(drawn, belle.draw(2500, 7));
-    assert_ne!(drawn, belle.draw(2500, 8));
+    assert!(drawn[..1000] != drawn[1000..2000], "each round has its own order");
+    assert!(drawn == belle.draw(2500, 7) && drawn != belle.draw(2500, 8), "an order is the seed's");
     assert_eq!(Lengths::equal(9).unwrap().draw(2, 1), [Length { tokens: 9, learned: 8 }; 2]);
 }
 
@@ -241,7 +236,8 @@ fn a_seed_means_the_same_weights_and_samples() {
         updates.into_iter().map(|update| update["loss"].clone()).collect::<Vec<_>>()
     };
     assert_eq!(losses("1"), losses("1"));
-    assert_ne!(losses("1"), losses("2"));
+    // The first loss is of the base alone: no B has moved yet.
+    assert_ne!(losses("1")[0], losses("2")[0]);
 }
 
 #[test]
@@ -288,41 +284,6 @@ fn a_config_alone_is_measured_as_it_would_be_trained() {
         assert!(table.contains(told), "{told:?} is not in:\n{table}");
     }
     assert!(table.lines().all(|line| line.trim_end() == line));
-}
-
-#[test]
-fn micro_batches_are_fitted_to_memory() {
-    let shape = shapes::open("llama-2-7b", Some(49_954)).unwrap();
-    let fitted = |sets: &[&str], gib: u64| {
-        let tables = "lora.modules_to_save=[\"embed_tokens\", \"lm_head\"]";
-        let sets: Vec<String> = [tables, "model.dtype=bf16"].iter().chain(sets).map(ToString::to_string).collect();
-        let asked = Config::load_without_files(None, &sets).unwrap();
-        let (mut config, lora) = (asked.clone(), lora_spec(&asked));
-        // Settled as on a GPU, which need not be there: the memory model alone is asked.
-        config.model.device = Auto::Is(config::Device::Cuda);
-        let layout = Layout::new(&shape, &lora, shape.vocab_size);
-        settle_micro_batch(&mut config, &asked, &shape, &lora, &layout, gib << 30)
-            .map(|()| (config.train.micro_batch_tokens, config.train.recompute))
-    };
-    let tokens = |settled: Auto<usize>| match settled {
-        Auto::Is(tokens) => tokens,
-        Auto::Auto => panic!("it was left open"),
-    };
-    // About 23 GB are held, and 3 MB a token without recompute: 80 GB hold about 16,000 tokens.
-    let (large, keeps) = fitted(&[], 79).unwrap();
-    assert!((12_000..24_000).contains(&tokens(large)), "{large:?}");
-    assert_eq!(keeps, Auto::Is(Recompute::Nothing));
-    // Whoever asks for recompute fits more; whoever has little memory gets it.
-    let (more, asked_for) = fitted(&["train.recompute=all"], 79).unwrap();
-    assert!(tokens(more) > tokens(large));
-    assert_eq!(asked_for, Auto::Is(Recompute::All));
-    assert_eq!(fitted(&[], 28).unwrap().1, Auto::Is(Recompute::All));
-    // A size that is given stays, and recompute is chosen for it.
-    let given = ["train.micro_batch_tokens=20000"];
-    assert_eq!(fitted(&given, 140).unwrap(), (Auto::Is(20_000), Auto::Is(Recompute::Nothing)));
-    assert_eq!(fitted(&given, 60).unwrap(), (Auto::Is(20_000), Auto::Is(Recompute::All)));
-    let refused = fitted(&["train.recompute=none"], 20).unwrap_err();
-    assert_eq!(refused.exit_code(), 2, "{refused}");
 }
 
 #[test]

@@ -114,7 +114,10 @@ fn the_largest_micro_batch_fills_the_memory_and_recomputes_only_where_it_must() 
         let Solved { tokens, recompute } = solve(gb).unwrap();
         let model = if recompute { &recomputing } else { &keeping };
         assert!(model.total(tokens) <= usable(available), "{gb} GB: {tokens} tokens do not fit");
-        assert!(tokens == bounds.update || model.total(tokens + 64) > usable(available), "{gb} GB: {tokens} is too few");
+        assert!(
+            tokens == bounds.update || model.total(tokens + 64) > usable(available),
+            "{gb} GB: {tokens} is too few"
+        );
         assert!(tokens >= bounds.max_length);
     }
     // 28 GB hold 512 tokens without recompute, but many more with it.
@@ -175,11 +178,7 @@ fn predicted_memory_is_the_real_peak_of_a_run() {
             shape: shape(512, 1408, 6, 2, 8192),
             max_length: 256,
             samples: 12,
-            sets: &[
-                "model.dtype=bf16",
-                "lora.dropout=0.05",
-                "lora.modules_to_save=[\"embed_tokens\", \"lm_head\"]",
-            ],
+            sets: &["model.dtype=bf16", "lora.dropout=0.05", "lora.modules_to_save=[\"embed_tokens\", \"lm_head\"]"],
         },
         Case {
             name: "fp32, recompute, attention alone adapted",
@@ -211,7 +210,8 @@ fn predicted_memory_is_the_real_peak_of_a_run() {
 /// A job of the same kind that needs next to nothing.
 fn tiny(case: &Case) -> Case {
     let mut shape = case.shape.clone();
-    for (key, value) in [("hidden_size", 64), ("intermediate_size", 64), ("num_hidden_layers", 2), ("vocab_size", 320)] {
+    for (key, value) in [("hidden_size", 64), ("intermediate_size", 64), ("num_hidden_layers", 2), ("vocab_size", 320)]
+    {
         shape[key] = value.into();
     }
     Case { name: "tiny", shape, max_length: 16, samples: 2, sets: case.sets }
@@ -298,7 +298,10 @@ checkpoint_every = 0
     for given in case.sets {
         let (key, value) = given.split_once('=').unwrap();
         let parsed = toml::from_str::<toml::Table>(&format!("value = {value}"));
-        set(key, parsed.map_or_else(|_| toml::Value::String(value.to_string()), |mut table| table.remove("value").unwrap()));
+        set(
+            key,
+            parsed.map_or_else(|_| toml::Value::String(value.to_string()), |mut table| table.remove("value").unwrap()),
+        );
     }
     let path = dir.join("config.toml");
     std::fs::write(&path, config.to_string()).unwrap();
@@ -424,7 +427,15 @@ fn a_plan_is_a_table_that_marks_estimates() {
     let dir = tempfile::tempdir().unwrap();
     let output = plan(dir.path(), &["--shape", "llama-2-7b", "--gpu", "V100-32", "--lengths", "175"]);
     let text = String::from_utf8(output.stdout).unwrap();
-    for part in ["trainable", "159,907,840", "frozen weights", "kept activations", "micro-batch", "an estimate, not measured", "disk"] {
+    for part in [
+        "trainable",
+        "159,907,840",
+        "frozen weights",
+        "kept activations",
+        "micro-batch",
+        "an estimate, not measured",
+        "disk",
+    ] {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
 }
