@@ -6,6 +6,7 @@ mod bad_input;
 mod cli;
 mod config;
 mod data;
+mod fp16;
 mod golden;
 mod gradcheck;
 mod invariance;
