@@ -13,14 +13,16 @@ use bellora::log::StepMetrics;
 use bellora::model::adapter_file::{self, WEIGHTS_FILE};
 use bellora::model::lora::Projection;
 use bellora::model::params::{Gradients, lora_key, named_views};
+use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::optim::scaler::LossScale;
-use bellora::train::step::Trainer;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use crate::resume::straight_equals_resumed;
-use crate::support::{Lab, Named, Shape, golden_dir, input, metrics, read_tensors, rows, snapshot, trainer};
+use crate::support::{
+    Lab, Named, Rig, Shape, golden_dir, input, metrics, read_tensors, rows, snapshot, trainer, trainer_at,
+};
 
 /// The silent channel of the residual stream, and a feature of the MLP that it alone may reach.
 const CHANNEL: i64 = 5;
@@ -260,21 +262,22 @@ fn lab(place: &Place) -> Lab {
 }
 
 /// The micro-batches of a step.
-fn micro_batches(trainer: &Trainer, step: u64) -> Vec<PackedBatch> {
+fn micro_batches(trainer: &Rig, step: u64) -> Vec<PackedBatch> {
     let first = (step as u32 - 1) * GLOBAL_BATCH as u32;
     let samples: Vec<u32> = (first..first + GLOBAL_BATCH as u32).collect();
     build_batches(&trainer.job.train, &samples, trainer.job.model.loss_average(), 1)
 }
 
 /// The loss of a micro-batch and its gradients by name, at a loss scale.
-fn scaled_gradients(trainer: &Trainer, packed: &PackedBatch, loss_scale: f64) -> (f64, Named) {
+fn scaled_gradients(trainer: &Rig, packed: &PackedBatch, loss_scale: f64) -> (f64, Named) {
     let (model, layout) = (&trainer.model, trainer.params.layout());
     let grads = Gradients::new(layout, Device::Cpu).unwrap();
     let batch = model.batch(input(packed), None).unwrap();
     let (hidden_nd, saved) = model.forward(&batch, false).unwrap();
-    let (loss, dhidden_nd) = model.head_loss(&hidden_nd, &batch, &grads, loss_scale).unwrap();
+    let loss = ScaledLoss::new(loss_scale, Device::Cpu).unwrap();
+    let dhidden_nd = model.head_loss(&hidden_nd, &batch, &grads, &loss).unwrap();
     model.backward(saved, dhidden_nd, &batch, &grads).unwrap();
-    (loss, named_views(layout, grads.flat()).unwrap())
+    (loss.value().unwrap().double_value(&[]), named_views(layout, grads.flat()).unwrap())
 }
 
 fn is_finite(tensor: &Tensor) -> bool {
@@ -354,7 +357,7 @@ fn copies(named: &Named) -> Named {
 }
 
 /// Parameters and moments by name.
-fn parameters(trainer: &Trainer) -> Named {
+fn parameters(trainer: &Rig) -> Named {
     let mut named = snapshot(&trainer.params);
     named.extend(copies(&trainer.optimizer.named_moments(trainer.params.layout()).unwrap()));
     named
@@ -441,9 +444,9 @@ fn hopeless() -> Lab {
 #[test]
 fn an_overflow_at_the_smallest_loss_scale_is_a_failure() {
     let lab = hopeless();
-    let mut trainer = trainer(lab.config(&[]));
     let scale = json!({ "scale": 2.0, "good_updates": 0, "dynamic": true });
-    trainer.state.loss_scale = serde_json::from_value::<LossScale>(scale).unwrap();
+    let scale: LossScale = serde_json::from_value(scale).unwrap();
+    let mut trainer = trainer_at(lab.config(&[]), |state| state.loss_scale = scale);
     assert!(trainer.step().unwrap().skipped);
     assert_eq!(trainer.state.loss_scale.factor(), 1.0);
     let error = trainer.step().unwrap_err();
