@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
+
 /// A path that is as it should be, or what is wrong with it.
 pub(super) type Checked<T> = Result<T, Problem>;
 
@@ -71,11 +73,15 @@ pub(super) fn template(text: &str) -> Checked<PathBuf> {
 /// Checks a folder that the program will create.
 pub(super) fn writable(text: &str) -> Checked<PathBuf> {
     let path = absolute(text)?;
-    // A file on the way down would make every write below it fail.
+    // A file on the way down, or a folder of somebody else's, would make every write below it fail.
     match path.ancestors().find(|above| above.exists()) {
         Some(above) if !above.is_dir() => {
             problem(format!("expected a folder, and {} is a file", above.display()), "name another place")
         }
+        Some(above) if access(above, Access::WRITE_OK | Access::EXEC_OK).is_err() => problem(
+            format!("you may not write in {}", above.display()),
+            "name another place, or have its owner let you write there",
+        ),
         _ => Ok(path),
     }
 }

@@ -8,14 +8,18 @@ use crate::model::block::{Block, BlockSaved};
 use crate::model::config::LlamaConfig;
 use crate::model::kv_cache::KvCache;
 use crate::model::lora::{LoraSpec, Projection, Table};
-use crate::model::params::{Gradients, ParamBuffer, lora_key, table_key};
+use crate::model::params::{Gradients, ParamBuffer, lora_key, padded_head_rows, table_key};
 use crate::model::weights::TensorFiles;
+use crate::ops::cross_entropy::{self, ScaledLoss};
 use crate::ops::dropout::{DropoutKey, RowOrigin};
 use crate::ops::rope::{RopeTable, Rotation, inverse_frequencies};
-use crate::ops::{cross_entropy, embedding, gemm, rms_norm};
+use crate::ops::{embedding, gemm, rms_norm};
+use crate::torch::transfer;
 
-/// One chunk of logits holds at most this many elements (64 MB in fp32).
+/// One chunk of logits on a CPU holds at most this many elements (64 MB in fp32): more would not stay in its caches.
 const LOGITS_PER_CHUNK: i64 = 1 << 24;
+/// Rows of a chunk of logits, at most; on a GPU always, for its products want many rows.
+const ROWS_PER_CHUNK: i64 = 2048;
 
 /// A packed micro-batch as plain numbers.
 #[derive(Debug, Clone, Copy)]
@@ -67,10 +71,11 @@ enum SavedBlock {
     Input(Tensor),
 }
 
-/// The vocabulary tables: frozen, or the compute copy of a trained one with its place in the gradients.
+/// A vocabulary table: frozen, or the compute copy of a trained one with its place in the gradients. `P` rows: those of the
+/// vocabulary, and in half precision the padding of a head (or of the table that it shares).
 #[derive(Debug)]
 struct TableWeight {
-    weight_vd: Tensor,
+    weight_pd: Tensor,
     param: Option<usize>,
 }
 
@@ -82,6 +87,8 @@ pub struct Llama {
     blocks: Vec<Block>,
     norm_d: Tensor,
     head: TableWeight,
+    /// Rows of the tables, grown ones included, padding not.
+    vocab_size: i64,
     rope: RopeTable,
     device: Device,
 }
@@ -108,7 +115,7 @@ impl Llama {
     ) -> Result<Self> {
         let Compute { kind, device, max_positions } = compute;
         let inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling);
-        let (embed, head) = load_tables(config, files, lora, params, compute)?;
+        let Tables { embed, head, vocab_size } = load_tables(config, files, lora, params, compute)?;
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| load_block(config, files, lora, params, compute, layer))
             .collect::<Result<_>>()?;
@@ -118,6 +125,7 @@ impl Llama {
             blocks,
             norm_d: files.load("model.norm.weight", kind, device)?,
             head,
+            vocab_size,
             rope: RopeTable::new(&inv_freq, max_positions, kind, device)?,
             device,
         })
@@ -130,7 +138,7 @@ impl Llama {
 
     /// Uploads a micro-batch.
     pub fn batch(&self, input: BatchInput, dropout: Option<DropoutKey>) -> Result<Batch> {
-        let upload = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(self.device)?) };
+        let upload = |values: &[i64]| transfer::upload(values, self.device);
         let position_ids = upload(input.position_ids)?;
         let longest = input.position_ids.iter().max().map_or(0, |p| p + 1);
         if longest > self.rope.n_positions() {
@@ -151,13 +159,13 @@ impl Llama {
             dropout,
             learned_rows: upload(input.learned_rows)?,
             targets: upload(input.targets)?,
-            weights: Tensor::f_from_slice(input.weights)?.f_to_device(self.device)?,
+            weights: transfer::upload(input.weights, self.device)?,
         })
     }
 
     /// Runs the blocks and keeps what backward needs; with `recompute` only each block's input.
     pub fn forward(&self, batch: &Batch, recompute: bool) -> Result<(Tensor, Saved)> {
-        let mut x_nd = embedding::forward(&self.embed.weight_vd, &batch.input_ids)?;
+        let mut x_nd = embedding::forward(&self.embed.weight_pd, &batch.input_ids)?;
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
             let input = recompute.then(|| x_nd.shallow_clone());
@@ -173,44 +181,36 @@ impl Llama {
 
     /// Runs the blocks and keeps nothing.
     pub fn hidden(&self, batch: &Batch) -> Result<Tensor> {
-        let mut x_nd = embedding::forward(&self.embed.weight_vd, &batch.input_ids)?;
+        let mut x_nd = embedding::forward(&self.embed.weight_pd, &batch.input_ids)?;
         for block in &self.blocks {
             x_nd = block.forward(x_nd, batch)?.0;
         }
         Ok(x_nd)
     }
 
-    /// Computes the loss over the learned rows and its gradient at the last block's output `[N, D]`.
+    /// Adds the loss over the learned rows to `loss` and computes its gradient at the last block's output `[N, D]`.
     ///
-    /// Rows without a learned next token never reach the head. The loss is without `loss_scale`; gradients
-    /// carry it. A trained head accumulates its own gradient.
-    pub fn head_loss(
-        &self,
-        hidden_nd: &Tensor,
-        batch: &Batch,
-        grads: &Gradients,
-        loss_scale: f64,
-    ) -> Result<(f64, Tensor)> {
+    /// Rows without a learned next token never reach the head. A trained head accumulates its own gradient. Gradients
+    /// carry the loss scale.
+    pub fn head_loss(&self, hidden_nd: &Tensor, batch: &Batch, grads: &Gradients, loss: &ScaledLoss) -> Result<Tensor> {
         let rows_md = hidden_nd.f_index_select(0, &batch.learned_rows)?;
         let (h_md, norm) = rms_norm::forward(&rows_md, &self.norm_d, self.config.rms_norm_eps)?;
         let dh_md = h_md.f_empty_like()?;
-        let mut loss = 0.0;
         for (first, n) in self.chunks(h_md.size()[0]) {
             let h = h_md.f_narrow(0, first, n)?;
-            let logits = gemm::nt(&h, &self.head.weight_vd)?;
+            let logits = gemm::nt(&h, &self.head.weight_pd)?;
             let (targets, weights) = (batch.targets.f_narrow(0, first, n)?, batch.weights.f_narrow(0, first, n)?);
-            let (chunk_loss, dlogits) = cross_entropy::forward_backward(logits, &targets, &weights, loss_scale)?;
-            loss += chunk_loss;
-            dh_md.f_narrow(0, first, n)?.f_copy_(&gemm::nn(&dlogits, &self.head.weight_vd)?)?;
+            let dlogits = cross_entropy::forward_backward(logits, self.vocab_size, &targets, &weights, loss)?;
+            dh_md.f_narrow(0, first, n)?.f_copy_(&gemm::nn(&dlogits, &self.head.weight_pd)?)?;
             if let Some(index) = self.head.param {
-                gemm::accumulate_tn_(&grads.view(index)?, &dlogits, &h)?;
+                gemm::accumulate_tn_(&grads.view(index)?, &dlogits.f_narrow(1, 0, self.vocab_size)?, &h)?;
             }
         }
         let no_residual = rows_md.f_zeros_like()?;
         let (drows_md, _) = rms_norm::backward(&dh_md, &rows_md, &self.norm_d, &norm, &no_residual)?;
         let mut dhidden_nd = hidden_nd.f_zeros_like()?;
         let _ = dhidden_nd.f_index_copy_(0, &batch.learned_rows, &drows_md)?;
-        Ok((loss, dhidden_nd))
+        Ok(dhidden_nd)
     }
 
     /// Carries the gradient from the last block's output down to everything that is trained.
@@ -248,7 +248,7 @@ impl Llama {
 
     /// An empty cache for one text of at most `max_tokens` tokens.
     pub fn new_cache(&self, max_tokens: i64) -> Result<KvCache> {
-        KvCache::new(self.blocks.len(), max_tokens, self.config.heads(), self.embed.weight_vd.kind(), self.device)
+        KvCache::new(self.blocks.len(), max_tokens, self.config.heads(), self.embed.weight_pd.kind(), self.device)
     }
 
     /// Reads the next tokens of a text (a whole prompt at first, then one at a time) and returns the logits `[V]` that
@@ -257,8 +257,8 @@ impl Llama {
         let start = cache.len();
         let positions = Tensor::f_arange_start(start, start + ids.len() as i64, (Kind::Int64, self.device))?;
         let rotation = self.rope.at(&positions)?;
-        let ids = Tensor::f_from_slice(ids)?.f_to_device(self.device)?;
-        let mut x_nd = embedding::forward(&self.embed.weight_vd, &ids)?;
+        let ids = transfer::upload(ids, self.device)?;
+        let mut x_nd = embedding::forward(&self.embed.weight_pd, &ids)?;
         for (block, cache) in self.blocks.iter().zip(cache.layers_mut()) {
             x_nd = block.decode(&x_nd, &rotation, cache)?;
         }
@@ -268,14 +268,25 @@ impl Llama {
     /// The logits of rows of the last block's output: `[M, D] -> [M, V]`.
     pub fn logits(&self, rows_md: &Tensor) -> Result<Tensor> {
         let (h_md, _) = rms_norm::forward(rows_md, &self.norm_d, self.config.rms_norm_eps)?;
-        gemm::nt(&h_md, &self.head.weight_vd)
+        Ok(gemm::nt(&h_md, &self.head.weight_pd)?.f_narrow(1, 0, self.vocab_size)?)
     }
 
     fn chunks(&self, n_rows: i64) -> impl Iterator<Item = (i64, i64)> {
-        let vocab = self.head.weight_vd.size()[0];
-        let size = (LOGITS_PER_CHUNK / vocab).clamp(64, 2048);
+        let size = rows_per_chunk(self.vocab_size, self.device);
         (0..n_rows).step_by(size as usize).map(move |first| (first, size.min(n_rows - first)))
     }
+}
+
+/// Rows whose logits are made at a time.
+pub fn rows_per_chunk(vocab_size: i64, device: Device) -> i64 {
+    if device.is_cuda() { ROWS_PER_CHUNK } else { (LOGITS_PER_CHUNK / vocab_size).clamp(64, ROWS_PER_CHUNK) }
+}
+
+/// Both tables and the rows that count.
+struct Tables {
+    embed: TableWeight,
+    head: TableWeight,
+    vocab_size: i64,
 }
 
 /// Loads the two tables; a tied model whose tables are both frozen shares one.
@@ -285,26 +296,35 @@ fn load_tables(
     lora: &LoraSpec,
     params: &ParamBuffer,
     compute: Compute,
-) -> Result<(TableWeight, TableWeight)> {
-    let load = |table: Table| -> Result<TableWeight> {
+) -> Result<Tables> {
+    let Compute { kind, device, .. } = compute;
+    // Only trained tables have grown.
+    let mut vocab_size = config.vocab_size;
+    let mut load = |table: Table, n_rows: i64| -> Result<TableWeight> {
         if lora.trains(table) {
             let param = params
                 .layout()
                 .index_of(&table_key(table))
                 .ok_or_else(|| Error::failed(table.name(), "is trained but has no place among the parameters"))?;
-            return Ok(TableWeight { weight_vd: params.compute_stacked(param, 1)?, param: Some(param) });
+            vocab_size = params.layout().entries()[param].shape[0];
+            let weight_pd =
+                if table == Table::Head { params.compute_head(param)? } else { params.compute_stacked(param, 1)? };
+            return Ok(TableWeight { weight_pd, param: Some(param) });
         }
         let source = if config.tie_word_embeddings { Table::Embed } else { table };
-        Ok(TableWeight { weight_vd: files.load(source.base_key(), compute.kind, compute.device)?, param: None })
+        let weight_pd = Tensor::f_zeros([n_rows, config.hidden_size], (kind, device))?;
+        files.copy_into(source.base_key(), &weight_pd.f_narrow(0, 0, config.vocab_size)?)?;
+        Ok(TableWeight { weight_pd, param: None })
     };
-    let embed = load(Table::Embed)?;
-    let shared = config.tie_word_embeddings && embed.param.is_none() && !lora.trains(Table::Head);
+    let padded = padded_head_rows(config.vocab_size, kind);
+    let shared = config.tie_word_embeddings && !lora.trains(Table::Embed) && !lora.trains(Table::Head);
+    let embed = load(Table::Embed, if shared { padded } else { config.vocab_size })?;
     let head = if shared {
-        TableWeight { weight_vd: embed.weight_vd.shallow_clone(), param: None }
+        TableWeight { weight_pd: embed.weight_pd.shallow_clone(), param: None }
     } else {
-        load(Table::Head)?
+        load(Table::Head, padded)?
     };
-    Ok((embed, head))
+    Ok(Tables { embed, head, vocab_size })
 }
 
 fn load_block(

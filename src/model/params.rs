@@ -12,6 +12,9 @@ use crate::model::lora::{LoraSpec, PEFT_PREFIX, Projection, Table};
 /// Every group of tensors starts at a multiple of this many fp32 elements (256 bytes).
 const ALIGNMENT: i64 = 64;
 
+/// The rows of a half-precision head are a multiple of this.
+const HEAD_ROWS: i64 = 64;
+
 /// One trainable tensor's place in the flat buffers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -103,6 +106,15 @@ impl Layout {
         self.len
     }
 
+    /// Elements that the compute copy has beyond the buffer: the padding of a trained head, which stands last.
+    pub fn head_padding(&self, compute: Kind) -> i64 {
+        let is_head = |entry: &&Entry| entry.name == table_key(Table::Head);
+        self.entries
+            .last()
+            .filter(is_head)
+            .map_or(0, |head| (padded_head_rows(head.shape[0], compute) - head.shape[0]) * head.shape[1])
+    }
+
     /// The position of a tensor among [`Self::entries`].
     pub fn index_of(&self, name: &str) -> Option<usize> {
         self.entries.iter().position(|e| e.name == name)
@@ -122,11 +134,21 @@ impl Layout {
     }
 }
 
+/// The rows of a head as products read it: in half precision a multiple of 64, the rows added being zero, since GPUs are
+/// quick with such shapes alone.
+pub fn padded_head_rows(vocab_size: i64, compute: Kind) -> i64 {
+    match compute {
+        Kind::Half | Kind::BFloat16 => (vocab_size + HEAD_ROWS - 1) / HEAD_ROWS * HEAD_ROWS,
+        _ => vocab_size,
+    }
+}
+
 /// The parameters: fp32 masters and the copies that the products read.
 #[derive(Debug)]
 pub struct ParamBuffer {
     layout: Layout,
     master: Tensor,
+    /// The masters themselves in fp32; else a copy, the padding of a trained head behind it.
     compute: Tensor,
 }
 
@@ -134,7 +156,10 @@ impl ParamBuffer {
     /// Allocates zeroed parameters whose products run in `compute` precision.
     pub fn new(layout: Layout, compute: Kind, device: Device) -> Result<Self> {
         let master = Tensor::f_zeros([layout.buffer_len()], (Kind::Float, device))?;
-        let compute = if compute == Kind::Float { master.shallow_clone() } else { master.f_to_kind(compute)? };
+        let compute = match compute {
+            Kind::Float => master.shallow_clone(),
+            _ => Tensor::f_zeros([layout.buffer_len() + layout.head_padding(compute)], (compute, device))?,
+        };
         Ok(Self { layout, master, compute })
     }
 
@@ -158,10 +183,17 @@ impl ParamBuffer {
         self.layout.stacked(&self.compute, first, n)
     }
 
+    /// The copy of a trained head `[P, D]` that products read, with its padding.
+    pub fn compute_head(&self, index: usize) -> Result<Tensor> {
+        let Entry { shape: [rows, columns], offset, .. } = self.layout.entries()[index];
+        let rows = padded_head_rows(rows, self.compute.kind());
+        Ok(self.compute.f_narrow(0, offset, rows * columns)?.f_view([rows, columns])?)
+    }
+
     /// Brings the compute copy up to date with the masters; call it after every change of them.
     pub fn refresh_compute(&mut self) -> Result<()> {
         if self.compute.kind() != Kind::Float {
-            self.compute.f_copy_(&self.master)?;
+            self.compute.f_narrow(0, 0, self.layout.len)?.f_copy_(&self.master)?;
         }
         Ok(())
     }
@@ -198,14 +230,6 @@ impl Gradients {
     /// Sets all gradients to zero.
     pub fn zero(&mut self) -> Result<()> {
         let _ = self.flat.f_zero_()?;
-        Ok(())
-    }
-
-    /// Multiplies all gradients by a factor.
-    pub fn scale(&mut self, factor: f64) -> Result<()> {
-        if factor != 1.0 {
-            let _ = self.flat.f_mul_scalar_(factor)?;
-        }
         Ok(())
     }
 

@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::model::params::{Gradients, Layout, ParamBuffer, named_views};
+use crate::optim::control::Decision;
 use crate::torch::{self, AdamWStep};
 
 /// The optimizer's numbers that stay the same through a run.
@@ -42,20 +43,11 @@ impl AdamW {
         Ok(named)
     }
 
-    /// Applies update number `update` (from 1) and refreshes the parameters' compute copy.
-    ///
-    /// `grad_scale` multiplies the gradients first: clipping and the inverse loss scale in one.
-    pub fn step(
-        &mut self,
-        params: &mut ParamBuffer,
-        grads: &mut Gradients,
-        lr: f64,
-        update: u64,
-        grad_scale: f64,
-    ) -> Result<()> {
-        grads.scale(grad_scale)?;
+    /// Applies an update as it was decided and refreshes the parameters' compute copy. The gradients are used up.
+    pub fn step(&mut self, params: &mut ParamBuffer, grads: &Gradients, decision: &Decision) -> Result<()> {
         let AdamWConfig { betas, eps, weight_decay } = self.config;
-        let numbers = AdamWStep { lr, betas, eps, weight_decay, update };
+        let Decision { lr, update, grad_divisor, skip } = decision;
+        let numbers = AdamWStep { lr, update, grad_divisor, skip, betas, eps, weight_decay };
         torch::fused_adamw_(params.master(), grads.flat(), &self.exp_avg, &self.exp_avg_sq, numbers)?;
         params.refresh_compute()
     }

@@ -3,6 +3,8 @@
 //! Everything here is a safe function over tensors; `unsafe` stays inside.
 #![expect(unsafe_code, reason = "the FFI room")]
 
+pub mod transfer;
+
 use std::ffi::{CStr, c_char, c_int};
 
 use tch::{Device, Kind, Tensor};
@@ -21,7 +23,9 @@ unsafe extern "C" {
         exp_avg: *mut C_tensor,
         exp_avg_sq: *mut C_tensor,
         step: *mut C_tensor,
-        lr: f64,
+        lr: *mut C_tensor,
+        grad_divisor: *mut C_tensor,
+        skip: *mut C_tensor,
         beta1: f64,
         beta2: f64,
         weight_decay: f64,
@@ -54,9 +58,9 @@ unsafe extern "C" {
     fn bellora_rope(x: *mut C_tensor, cos: *mut C_tensor, sin: *mut C_tensor, sign: f64) -> c_int;
     fn bellora_cross_entropy(
         logits: *mut C_tensor,
+        vocab_size: i64,
         targets: *mut C_tensor,
         weights: *mut C_tensor,
-        loss_scale: f64,
         loss: *mut f64,
     ) -> c_int;
     fn bellora_sum_of_squares(x: *mut C_tensor, out: *mut f64) -> c_int;
@@ -136,22 +140,26 @@ pub fn onednn_linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     taken(code, out)
 }
 
-/// The numbers of one AdamW update.
-#[derive(Debug, Clone, Copy)]
-pub struct AdamWStep {
-    /// Learning rate of this update.
-    pub lr: f64,
+/// The numbers of one AdamW update. The tensors are 0-d and lie on the parameters' device, so that nothing waits for them.
+#[derive(Debug)]
+pub struct AdamWStep<'a> {
+    /// Learning rate of this update, fp64 on the CPU and fp32 on a GPU.
+    pub lr: &'a Tensor,
+    /// How many updates there will have been with this one (from 1), fp32.
+    pub update: &'a Tensor,
+    /// What gradients are divided by first, fp32.
+    pub grad_divisor: &'a Tensor,
+    /// 1 leaves everything as it is, 0 does not; fp32.
+    pub skip: &'a Tensor,
     /// Decay rates of the two moments.
     pub betas: [f64; 2],
     /// Added to the root of the second moment.
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// How many updates there have been, this one included (from 1).
-    pub update: u64,
 }
 
-/// Applies one AdamW update to flat fp32 buffers `[P]` in one pass.
+/// Applies one AdamW update to flat fp32 buffers `[P]` in one pass; the gradients come out divided.
 ///
 /// # Errors
 /// Buffers of different lengths or dtypes.
@@ -162,16 +170,17 @@ pub fn fused_adamw_(
     exp_avg_sq: &Tensor,
     numbers: AdamWStep,
 ) -> Result<()> {
-    let step = Tensor::f_full([0i64; 0], numbers.update as f64, (Kind::Float, param.device()))?;
-    // SAFETY: all five are live tensors for the length of the call.
+    // SAFETY: all eight are live tensors for the length of the call.
     check(unsafe {
         bellora_fused_adamw(
             raw(param),
             raw(grad),
             raw(exp_avg),
             raw(exp_avg_sq),
-            raw(&step),
-            numbers.lr,
+            raw(numbers.update),
+            raw(numbers.lr),
+            raw(numbers.grad_divisor),
+            raw(numbers.skip),
             numbers.betas[0],
             numbers.betas[1],
             numbers.weight_decay,
@@ -268,32 +277,44 @@ pub fn rope_(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f64) -> Result<()> {
     check(unsafe { bellora_rope(raw(x), raw(cos), raw(sin), sign) })
 }
 
-/// Overwrites `logits` `[N, V]` by `weight · loss_scale · (softmax - onehot)` and returns the sum of `weight · nll`.
+/// Overwrites the first `vocab_size` columns of `logits` `[N, P]` by `weight · (softmax - onehot)` of those columns and
+/// the others by zero, and returns the sum of `weight · nll`.
 ///
 /// # Errors
 /// A dtype without row kernels.
-pub fn cross_entropy_(logits: &Tensor, targets: &Tensor, weights: &Tensor, loss_scale: f64) -> Result<f64> {
-    let (n, v) = logits.size2()?;
-    assert_rows(&[(logits, &[n, v]), (targets, &[n]), (weights, &[n])]);
+pub fn cross_entropy_(logits: &Tensor, vocab_size: i64, targets: &Tensor, weights: &Tensor) -> Result<f64> {
+    let (n, padded) = logits.size2()?;
+    assert!(vocab_size <= padded, "{vocab_size} of {padded} logits");
+    assert_rows(&[(logits, &[n, padded]), (targets, &[n]), (weights, &[n])]);
     if n > 0 {
         let (least, most) = (targets.f_min()?.f_int64_value(&[])?, targets.f_max()?.f_int64_value(&[])?);
-        assert!(least >= 0 && most < v, "targets {least} to {most} of {v} logits");
+        assert!(least >= 0 && most < vocab_size, "targets {least} to {most} of {vocab_size} logits");
     }
     let mut loss = 0.0;
     // SAFETY: as in `rms_norm`; targets were checked against the row length.
-    check(unsafe { bellora_cross_entropy(raw(logits), raw(targets), raw(weights), loss_scale, &mut loss) })?;
+    check(unsafe { bellora_cross_entropy(raw(logits), vocab_size, raw(targets), raw(weights), &mut loss) })?;
     Ok(loss)
 }
 
-/// Sums the squares of a contiguous fp32 CPU tensor in fp64, the same on any number of threads.
+/// Elements whose squares a GPU sums at a time: their fp64 copies are 128 MB.
+const SQUARED_AT_ONCE: i64 = 1 << 24;
+
+/// Sums the squares of a contiguous fp32 tensor in fp64, the same on any number of threads; 0-d on its device.
 ///
 /// # Errors
 /// A tensor of another dtype.
-pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
+pub fn sum_of_squares(x: &Tensor) -> Result<Tensor> {
+    if x.device() != Device::Cpu {
+        let total = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
+        for piece in x.f_split(SQUARED_AT_ONCE, 0)? {
+            let _ = total.shallow_clone().f_add_(&piece.f_to_kind(Kind::Double)?.f_square_()?.f_sum(Kind::Double)?)?;
+        }
+        return Ok(total);
+    }
     let mut sum = 0.0;
     // SAFETY: `x` is a live tensor for the length of the call; `sum` is written on success.
     check(unsafe { bellora_sum_of_squares(raw(x), &mut sum) })?;
-    Ok(sum)
+    Ok(Tensor::from(sum))
 }
 
 /// Where one input's dropout mask stands in the run, besides its rows' origin.

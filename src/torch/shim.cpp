@@ -9,6 +9,8 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -19,6 +21,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -148,14 +151,35 @@ int bellora_onednn_linear(T x, T w, T* out) {
   });
 }
 
-// `step` is a 0-d float tensor that already counts this update.
-int bellora_fused_adamw(T param, T grad, T exp_avg, T exp_avg_sq, T step, double lr, double beta1, double beta2,
-                        double weight_decay, double eps) {
+// All of `step`, `lr`, `grad_divisor` and `skip` are 0-d tensors on the parameters' device; `step` already counts this update.
+int bellora_fused_adamw(T param, T grad, T exp_avg, T exp_avg_sq, T step, T lr, T grad_divisor, T skip, double beta1,
+                        double beta2, double weight_decay, double eps) {
   return guarded([&] {
-    at::_fused_adamw_({*param}, {*grad}, {*exp_avg}, {*exp_avg_sq}, {}, {*step}, lr, beta1, beta2, weight_decay, eps,
-                      /*amsgrad=*/false, /*maximize=*/false);
+    at::_fused_adamw_({*param}, {*grad}, {*exp_avg}, {*exp_avg_sq}, {}, {*step}, *lr, beta1, beta2, weight_decay, eps,
+                      /*amsgrad=*/false, /*maximize=*/false, *grad_divisor, *skip);
   });
 }
+
+// A copy in pinned memory. (tch's own wrapper passes a device, which libtorch warns of.)
+int bellora_pinned(T x, T* out) {
+  return guarded([&] { *out = new at::Tensor(x->pin_memory()); });
+}
+
+// A mark in the present stream of a GPU, to be waited for from the host.
+int bellora_event_record(int device_index, void** out) {
+  return guarded([&] {
+    const c10::Device device(c10::kCUDA, static_cast<c10::DeviceIndex>(device_index));
+    auto event = std::make_unique<c10::Event>(c10::kCUDA);
+    event->record(c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(device));
+    *out = event.release();
+  });
+}
+
+int bellora_event_wait(void* event) {
+  return guarded([&] { static_cast<c10::Event*>(event)->synchronize(); });
+}
+
+void bellora_event_free(void* event) { delete static_cast<c10::Event*>(event); }
 
 // out = x * mask / (1 - p), the mask drawn from the row's origin
 int bellora_dropout(T x, T slot, T token, uint64_t seed, uint32_t step, uint32_t site, uint32_t drop_below, T* out) {
@@ -318,10 +342,11 @@ int bellora_rope(T x, T cos, T sin, double sign) {
   });
 }
 
-// Overwrites logits [N, V] by weight · loss_scale · (softmax - onehot) and sums weight · nll in fp64.
-int bellora_cross_entropy(T logits, T targets, T weights, double loss_scale, double* loss_out) {
+// Overwrites the first V columns of logits [N, P] by weight · (softmax - onehot), the others by zero, and sums weight · nll
+// in fp64.
+int bellora_cross_entropy(T logits, int64_t v, T targets, T weights, double* loss_out) {
   return guarded([&] {
-    const int64_t n = logits->size(0), v = logits->size(1);
+    const int64_t n = logits->size(0), stride = logits->size(1);
     const int64_t* target = targets->const_data_ptr<int64_t>();
     const float* weight = weights->const_data_ptr<float>();
     std::vector<double> losses(n);
@@ -330,15 +355,16 @@ int bellora_cross_entropy(T logits, T targets, T weights, double loss_scale, dou
       at::parallel_for(0, n, grain(v), [&](int64_t first, int64_t last) {
         std::vector<float> s1, s2;
         for (int64_t i = first; i < last; i++) {
-          const float* x = rows::read(xs + i * v, s1, v);
+          scalar_t* row = xs + i * stride;
+          const float* x = rows::read(row, s1, v);
           const float m = rows::largest(x, v), at_target = x[target[i]];
-          float* p = rows::room(xs + i * v, s2, v);
+          float* p = rows::room(row, s2, v);
           const double sum = rows::exp_sum(x, m, p, v);
           losses[i] = weight[i] * (std::log(sum) + m - at_target);
-          const double share = weight[i] * loss_scale;
-          rows::multiply(p, static_cast<float>(share / sum), v);
-          p[target[i]] -= static_cast<float>(share);
-          rows::put(p, xs + i * v, v);
+          rows::multiply(p, static_cast<float>(weight[i] / sum), v);
+          p[target[i]] -= weight[i];
+          rows::put(p, row, v);
+          std::fill(row + v, row + stride, scalar_t(0));
         }
       });
     });

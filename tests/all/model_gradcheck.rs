@@ -12,10 +12,9 @@ use bellora::model::lora::{LoraSpec, Projection, Table};
 use bellora::model::params::{lora_key, table_key};
 use bellora::ops::dropout::{self, DropoutKey, RowOrigin};
 use bellora::ops::rope::RopeScaling;
-use bellora::train::step::Trainer;
 use tch::{Device, Kind, Tensor};
 
-use crate::support::{Lab, Shape, assert_tensors_close, gradients, trainer};
+use crate::support::{Lab, Rig, Shape, assert_tensors_close, gradients, trainer};
 
 const BOUND: f64 = 2e-5;
 /// Sums of a hundred terms near 6 in fp32.
@@ -37,7 +36,7 @@ struct Document<'a> {
 }
 
 impl Judge {
-    fn new(trainer: &Trainer) -> Self {
+    fn new(trainer: &Rig) -> Self {
         let model = &trainer.job.model;
         let load = |name: &String| {
             let tensor = model.files.load(name, Kind::Float, Device::Cpu).unwrap().to_kind(Kind::Double);
@@ -172,7 +171,7 @@ impl Judge {
 
 /// The loss of an update: the mean over groups of samples of each group's mean over label tokens. All of the update is
 /// one group where the loss is averaged over tokens.
-fn update_loss(judge: &Judge, trainer: &Trainer, samples: &[u32], group: usize, dropout: Option<DropoutKey>) -> Tensor {
+fn update_loss(judge: &Judge, trainer: &Rig, samples: &[u32], group: usize, dropout: Option<DropoutKey>) -> Tensor {
     let data = &trainer.job.train;
     let mut losses = Vec::new();
     for (first, members) in samples.chunks(group).enumerate() {

@@ -1,12 +1,15 @@
 //! Small models, samples and runs for the tests of the engine, all made in the process.
 
 use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use bellora::checkpoint::state::RunState;
 use bellora::config::{Auto, Config, Dtype as ComputeDtype};
 use bellora::data::build_batches;
 pub(crate) use bellora::eval::input;
+use bellora::log::StepMetrics;
 use bellora::model::adapter_file;
 use bellora::model::config::LlamaConfig;
 use bellora::model::llama::{BatchInput, Llama};
@@ -14,6 +17,7 @@ use bellora::model::lora::Projection;
 use bellora::model::params::{Gradients, ParamBuffer, named_views};
 use bellora::model::tensor_file_out::{Planned, TensorFileWriter};
 use bellora::model::weights::TensorFiles;
+use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::DropoutKey;
 use bellora::optim::adamw::{AdamW, AdamWConfig};
 use bellora::optim::scaler::LossScale;
@@ -57,7 +61,7 @@ impl Draws {
     }
 }
 
-/// The shape of a base model; its vocabulary is the golden tokenizer's 320.
+/// The shape of a base model. Its tokenizer is the golden one, of 320 tokens.
 #[derive(Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) hidden: i64,
@@ -68,6 +72,8 @@ pub(crate) struct Shape {
     pub(crate) head_dim: i64,
     pub(crate) is_tied: bool,
     pub(crate) llama3_rope: bool,
+    /// Rows of the tables, at least the tokenizer's.
+    pub(crate) vocab_size: i64,
     /// Multiplies the head's weights, and with them the gradients beneath it.
     pub(crate) head_gain: f64,
 }
@@ -83,12 +89,11 @@ impl Default for Shape {
             head_dim: 8,
             is_tied: false,
             llama3_rope: false,
+            vocab_size: 320,
             head_gain: 1.0,
         }
     }
 }
-
-const VOCABULARY: i64 = 320;
 
 /// A folder with a base model and its tokenizer, samples, and room for runs; it goes when it is dropped.
 pub(crate) struct Lab {
@@ -297,7 +302,8 @@ fn write_base(dir: &Path, shape: Shape) {
 
     let llama = LlamaConfig::load(dir).unwrap();
     let mut draws = Draws::new(5);
-    let mut tensors = vec![("model.embed_tokens.weight".to_string(), draws.normal(&[VOCABULARY, shape.hidden], 0.3))];
+    let mut tensors =
+        vec![("model.embed_tokens.weight".to_string(), draws.normal(&[shape.vocab_size, shape.hidden], 0.3))];
     for layer in 0..shape.layers {
         for norm in ["input_layernorm", "post_attention_layernorm"] {
             let weight = draws.normal(&[shape.hidden], 0.2) + 1.0;
@@ -312,7 +318,7 @@ fn write_base(dir: &Path, shape: Shape) {
     tensors.push(("model.norm.weight".to_string(), draws.normal(&[shape.hidden], 0.2) + 1.0));
     if !shape.is_tied {
         let std = 0.1 * shape.head_gain;
-        tensors.push(("lm_head.weight".to_string(), draws.normal(&[VOCABULARY, shape.hidden], std)));
+        tensors.push(("lm_head.weight".to_string(), draws.normal(&[shape.vocab_size, shape.hidden], std)));
     }
     let planned =
         |(name, tensor): &(String, Tensor)| Planned { name: name.clone(), dtype: Dtype::F32, shape: tensor.size() };
@@ -329,11 +335,43 @@ pub(crate) fn golden_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
+/// A trainer with the job that it is for.
+pub(crate) struct Rig {
+    pub(crate) job: Job,
+    trainer: Trainer,
+}
+
+impl Rig {
+    /// Does one step, whose outcome is known at once on a CPU.
+    pub(crate) fn step(&mut self) -> bellora::error::Result<StepMetrics> {
+        self.trainer.step().map(|metrics| metrics.expect("a CPU keeps nobody waiting"))
+    }
+}
+
+impl Deref for Rig {
+    type Target = Trainer;
+
+    fn deref(&self) -> &Trainer {
+        &self.trainer
+    }
+}
+
+impl DerefMut for Rig {
+    fn deref_mut(&mut self) -> &mut Trainer {
+        &mut self.trainer
+    }
+}
+
 /// A trainer before its first step.
+pub(crate) fn trainer(config: Config) -> Rig {
+    trainer_at(config, |_| {})
+}
+
+/// A trainer in a state of its own.
 ///
 /// On one thread: sums have one order then, and models this small are ten times quicker than on threads that wait for
 /// each other.
-pub(crate) fn trainer(config: Config) -> Trainer {
+pub(crate) fn trainer_at(config: Config, change: impl FnOnce(&mut RunState)) -> Rig {
     tch::set_num_threads(1);
     let job = Job::inspect(config, None).unwrap();
     let params = job.model.initial_params().unwrap();
@@ -346,9 +384,11 @@ pub(crate) fn trainer(config: Config) -> Trainer {
     };
     // A sample that is too long would go missing unawares.
     assert_eq!(job.train.stats().dropped, 0);
-    let state = bellora::checkpoint::state::RunState::start(scale, job.identity());
+    let mut state = RunState::start(scale, job.identity());
+    change(&mut state);
     let model = job.model.load(&params).unwrap();
-    Trainer::new(job, model, params, optimizer, state).unwrap()
+    let trainer = Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state).unwrap();
+    Rig { job, trainer }
 }
 
 /// Tensors by name, in the order of a flat buffer.
@@ -358,7 +398,7 @@ pub(crate) type Named = Vec<(String, Tensor)>;
 ///
 /// With `micro_batch_tokens` of 1 every document is alone.
 pub(crate) fn gradients(
-    trainer: &Trainer,
+    trainer: &Rig,
     samples: &[u32],
     micro_batch_tokens: usize,
     recompute: bool,
@@ -367,15 +407,14 @@ pub(crate) fn gradients(
     let (job, model) = (&trainer.job, &trainer.model);
     let layout = trainer.params.layout();
     let grads = Gradients::new(layout, Device::Cpu).unwrap();
-    let mut loss = 0.0;
+    let loss = ScaledLoss::new(1.0, Device::Cpu).unwrap();
     for packed in build_batches(&job.train, samples, job.model.loss_average(), micro_batch_tokens) {
         let batch = model.batch(input(&packed), dropout).unwrap();
         let (hidden_nd, saved) = model.forward(&batch, recompute).unwrap();
-        let (batch_loss, dhidden_nd) = model.head_loss(&hidden_nd, &batch, &grads, 1.0).unwrap();
+        let dhidden_nd = model.head_loss(&hidden_nd, &batch, &grads, &loss).unwrap();
         model.backward(saved, dhidden_nd, &batch, &grads).unwrap();
-        loss += batch_loss;
     }
-    (loss, named_views(layout, grads.flat()).unwrap())
+    (loss.value().unwrap().double_value(&[]), named_views(layout, grads.flat()).unwrap())
 }
 
 /// The logits `[N, V]` that a model gives for one document.
