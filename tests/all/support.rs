@@ -275,7 +275,7 @@ fn write_base(dir: &Path, shape: Shape) {
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
-        "vocab_size": VOCABULARY,
+        "vocab_size": shape.vocab_size,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
