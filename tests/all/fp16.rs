@@ -234,7 +234,7 @@ fn token_id() -> i64 {
 fn lab(place: &Place) -> Lab {
     let n_steps = format!("train.max_steps={STEPS}");
     let global_batch = format!("train.global_batch={GLOBAL_BATCH}");
-    let lab = Lab::new(Shape { layers: LAYERS as i64, ..Shape::default() })
+    let lab = Lab::new(Shape { layers: LAYERS, ..Shape::default() })
         .with(&["model.dtype=fp16", "train.micro_batch_tokens=1", &n_steps, &global_batch])
         .with(&["lora.modules_to_save=[\"embed_tokens\", \"lm_head\"]", "train.checkpoint_every=1"])
         .with_init_adapter();
