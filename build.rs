@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
-const SHIM: &str = "src/torch/shim.cpp";
+const SHIM: [&str; 2] = ["src/torch/shim.cpp", "src/torch/device.cpp"];
+/// Folders of CUDA's libraries beside torch in the whole set; where they are missing the loader passes them over.
+const CUDA_LIBRARIES: [&str; 5] =
+    ["nvidia/cu13/lib", "nvidia/cudnn/lib", "nvidia/cusparselt/lib", "nvidia/nccl/lib", "nvidia/nvshmem/lib"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    for file in [SHIM, "src/torch/cpu_rows.h"] {
+    for file in SHIM.into_iter().chain(["src/torch/cpu_rows.h", "src/torch/shim.h"]) {
         println!("cargo:rerun-if-changed={file}");
     }
     let link_dir =
@@ -21,7 +24,7 @@ fn main() {
     cc::Build::new()
         .cpp(true)
         .std("c++20")
-        .file(SHIM)
+        .files(SHIM)
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .opt_level(3)
@@ -32,7 +35,8 @@ fn main() {
     println!("cargo:rustc-link-search=native={}", torch_lib.display());
     println!("cargo:rustc-link-lib=dylib=torch_cpu");
     println!("cargo:rustc-link-lib=dylib=c10");
-    for dir in [torch_lib.clone(), torch.join("../nvidia/cu13/lib"), torch.join("../nvidia/nccl/lib")] {
+    let site = torch.parent().expect("torch lies in a folder of packages");
+    for dir in std::iter::once(torch_lib).chain(CUDA_LIBRARIES.iter().map(|dir| site.join(dir))) {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", dir.display());
     }
     // A copy that travels: libraries beside the program.

@@ -2,6 +2,7 @@
 //!
 //! The modules in reading order; each imports only from those above it. `ARCHITECTURE.md` holds the map.
 
+pub mod device;
 pub mod error;
 pub mod torch;
 

@@ -7,6 +7,7 @@ use tch::{Device, Kind};
 use crate::checkpoint::manifest::{MANIFEST_FILE, newest_good};
 use crate::config::{Dtype, ModelOfRun};
 use crate::data::{SpecialTokens, Template, TemplateFile, Tokenizer};
+use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
 use crate::model::config::LlamaConfig;
@@ -14,6 +15,7 @@ use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{Layout, ParamBuffer, table_key};
 use crate::model::weights::TensorFiles;
+use crate::torch::cuda::set_numerics;
 use crate::train::run::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run, verify_adapter};
 
 /// An adapter on disk, opened.
@@ -130,29 +132,42 @@ impl Trained {
         self.adapter.as_ref().map_or(self.base.vocab_size, |a| a.vocab_size)
     }
 
+    /// Where to compute: on a GPU where one can be used.
+    pub fn device() -> Device {
+        if matches!(device::cuda(), Cuda::Usable(_)) { Device::Cuda(0) } else { Device::Cpu }
+    }
+
     /// The parameters with the adapter's values.
-    pub fn params(&self, kind: Kind) -> Result<ParamBuffer> {
+    pub fn params(&self, kind: Kind, device: Device) -> Result<ParamBuffer> {
         let layout = Layout::new(&self.base, &self.lora(), self.vocab_size());
-        let mut params = ParamBuffer::new(layout, kind, Device::Cpu)?;
+        let mut params = ParamBuffer::new(layout, kind, device)?;
         if let Some(adapter) = &self.adapter {
             adapter_file::load_into(&adapter.files, &mut params)?;
         }
         Ok(params)
     }
 
-    /// The dtype to compute in: the run's own, else the base's where the CPU is quick in it, else fp32.
-    pub fn kind(&self) -> Kind {
-        match self.run_dtype {
-            Some(Dtype::Bf16) => Kind::BFloat16,
-            Some(_) => Kind::Float,
-            None if self.base_files.main_dtype() == safetensors::Dtype::BF16 && has_bf16_products() => Kind::BFloat16,
-            None => Kind::Float,
+    /// The dtype to compute in: the run's own, else the base's, where the device is quick in it; else another that is of
+    /// its width or more.
+    pub fn kind(&self, device: Device) -> Kind {
+        let stored = match self.base_files.main_dtype() {
+            safetensors::Dtype::BF16 => Some(Dtype::Bf16),
+            safetensors::Dtype::F16 => Some(Dtype::Fp16),
+            _ => None,
+        };
+        let has_bf16 = device.is_cuda() && device::capability() >= BF16_CAPABILITY;
+        match self.run_dtype.or(stored) {
+            Some(Dtype::Bf16) if device.is_cuda() && !has_bf16 => Kind::Half,
+            Some(Dtype::Bf16) if device.is_cuda() || self.run_dtype.is_some() || has_bf16_products() => Kind::BFloat16,
+            Some(Dtype::Fp16) if device.is_cuda() => Kind::Half,
+            _ => Kind::Float,
         }
     }
 
-    /// Loads the model for texts of at most `max_positions` tokens.
+    /// Loads the model for texts of at most `max_positions` tokens, where its parameters are.
     pub fn load(&self, params: &ParamBuffer, kind: Kind, max_positions: i64) -> Result<Llama> {
-        let compute = Compute { kind, device: Device::Cpu, max_positions };
+        set_numerics(false)?;
+        let compute = Compute { kind, device: params.master().device(), max_positions };
         Llama::load(&self.base, &self.base_files, &self.lora(), params, compute)
     }
 

@@ -37,7 +37,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     say(&format!("evaluating on {} samples\n", samples.len()));
     let result = if is_run {
         let trained = Trained::open(&args.target, Some(&model.config.model.base))?;
-        let params = trained.params(model.kind())?;
+        let params = trained.params(model.kind(), model.device())?;
         let llama = trained.load(&params, model.kind(), model.config.data.max_length as i64)?;
         evaluate(&llama, &samples, model.micro_batch_tokens())?
     } else {

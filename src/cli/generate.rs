@@ -92,8 +92,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
             args.max_new_tokens,
         ));
     }
-    let kind = trained.kind();
-    let params = trained.params(kind)?;
+    let device = Trained::device();
+    let kind = trained.kind(device);
+    let params = trained.params(kind, device)?;
     let model = trained.load(&params, kind, n_positions as i64)?;
     let stop_strings: &[String] = if args.raw { &[] } else { &file.template.stop };
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, top_k: args.top_k, seed: args.seed };

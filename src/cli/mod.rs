@@ -71,18 +71,24 @@ impl Command {
     }
 }
 
-/// Starts the program again with OpenMP's threads sleeping, not spinning, while they wait for each other.
-///
-/// The OpenMP runtime reads this once, as it is loaded, before any code of ours. Spinning threads are ruinous as soon as
-/// anything else wants the processors: the one that would end the wait is kept from running.
-fn wait_politely() {
-    const POLICY: &str = "OMP_WAIT_POLICY";
-    if std::env::var_os(POLICY).is_some() {
+/// Variables that libraries read once, as they are loaded, before any code of ours; those that the user has set stay.
+const READ_AT_START: [(&str, &str); 2] = [
+    // OpenMP's threads sleep, and do not spin, while they wait for each other. Spinning threads are ruinous as soon as
+    // anything else wants the processors: the one that would end the wait is kept from running.
+    ("OMP_WAIT_POLICY", "passive"),
+    // cuBLAS gives equal results for equal products only with a work space of a fixed size; it is no larger than its own.
+    ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+];
+
+/// Starts the program again with the variables that libraries read at their start.
+fn set_what_libraries_read() {
+    let missing: Vec<_> = READ_AT_START.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
+    if missing.is_empty() {
         return;
     }
     if let Ok(program) = std::env::current_exe() {
         // On success this does not return; otherwise the program goes on as it is.
-        let _ = std::process::Command::new(program).args(std::env::args_os().skip(1)).env(POLICY, "passive").exec();
+        let _ = std::process::Command::new(program).args(std::env::args_os().skip(1)).envs(missing).exec();
     }
 }
 
@@ -106,8 +112,12 @@ impl ConfigArgs {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if cli.command.computes() {
-        wait_politely();
+        set_what_libraries_read();
         crate::torch::keep_freed_memory();
+    }
+    if cli.command.computes() || matches!(cli.command, Command::Check(_)) {
+        // Opens CUDA where it is, before libtorch is used.
+        let _ = crate::device::cuda();
     }
     // No taped autograd anywhere in the product.
     let _no_grad = tch::no_grad_guard();

@@ -122,6 +122,7 @@ const NAMES: &[(&str, Here)] = &[
     ("steps_per_eval val_interval eval_interval", Key("train.eval_every", IN_UPDATES)),
     ("logging_steps log_every_n_steps steps_per_report log_interval", Key("train.log_every", IN_UPDATES)),
     ("random_seed data_seed", Key("train.seed", "")),
+    ("full_determinism use_deterministic_algorithms", Key("train.deterministic", "true or false")),
     ("resume_from_checkpoint auto_resume_from_checkpoints resume", Absent(RESUME)),
     ("overwrite_output_dir", Absent("leave it out: a finished run is never overwritten; name another train.output")),
     ("deepspeed fsdp fsdp_config deepspeed_config ddp_find_unused_parameters", Absent(NOT_SHARDED)),

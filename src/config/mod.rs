@@ -137,6 +137,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Which activations are computed again in backward.
     pub recompute: Auto<Recompute>,
+    /// Whether a GPU takes only ops whose sums have a fixed order.
+    pub deterministic: bool,
     /// Updates between checkpoints; 0 is never.
     pub checkpoint_every: u64,
     /// How many of the newest checkpoints stay, at least 1.
@@ -234,7 +236,7 @@ const DEFINING_KEYS: [&str; 33] = [
 ];
 
 /// The keys that only say where, when and how fast: a resumed run may differ in them.
-const EXECUTION_KEYS: [&str; 12] = [
+const EXECUTION_KEYS: [&str; 13] = [
     "model.device",
     "data.validation",
     "data.max_bad_rows",
@@ -242,6 +244,7 @@ const EXECUTION_KEYS: [&str; 12] = [
     "train.output",
     "train.micro_batch_tokens",
     "train.recompute",
+    "train.deterministic",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.eval_every",

@@ -114,6 +114,7 @@ impl Config {
             ("train.loss_group_samples", train.loss_group_samples.to_string()),
             ("train.seed", train.seed.to_string()),
             ("train.recompute", auto(train.recompute, |which| quoted(which.as_str()))),
+            ("train.deterministic", train.deterministic.to_string()),
             ("train.checkpoint_every", train.checkpoint_every.to_string()),
             ("train.keep_checkpoints", train.keep_checkpoints.to_string()),
             ("train.eval_every", train.eval_every.to_string()),

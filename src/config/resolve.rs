@@ -125,6 +125,7 @@ fn train(reader: &mut Reader<'_>) -> TrainConfig {
         loss_group_samples: reader.integer("train.loss_group_samples", 1).map_or(1, |samples| samples as usize),
         seed: reader.integer("train.seed", 0).unwrap_or(42),
         recompute: reader.auto_choice("train.recompute"),
+        deterministic: reader.bool("train.deterministic").unwrap_or(false),
         checkpoint_every,
         keep_checkpoints: reader.integer("train.keep_checkpoints", 1).map_or(3, |count| count as usize),
         eval_every: reader.integer("train.eval_every", 0).unwrap_or(checkpoint_every),

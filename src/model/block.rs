@@ -7,7 +7,7 @@ use crate::model::adapted_linear::AdaptedLinear;
 use crate::model::kv_cache::LayerCache;
 use crate::model::llama::Batch;
 use crate::model::params::Gradients;
-use crate::ops::attention::{self, AttentionSaved, Heads};
+use crate::ops::attention::{self, AttentionSaved, Documents, Heads};
 use crate::ops::dropout;
 use crate::ops::rms_norm::{self, RmsNormSaved};
 use crate::ops::rope::Rotation;
@@ -69,7 +69,7 @@ impl Block {
         let (h_nd, input_norm) = rms_norm::forward(&x_nd, &self.input_norm_d, self.rms_norm_eps)?;
         let (qkv, qkv_xa) = self.linear(&self.qkv, &h_nd, Site::Attention, batch)?;
         rope::forward_(&self.heads.rotated(&qkv)?, &batch.rotation)?;
-        let (o, attention) = attention::forward(&qkv, self.heads, &batch.cu_seqlens)?;
+        let (o, attention) = attention::forward(&qkv, self.heads, &batch.documents)?;
         let (mut x2_nd, o_xa) = self.linear(&self.o, &o, Site::Output, batch)?;
 
         let (h_nd, mlp_norm) = rms_norm::forward_add_(&mut x2_nd, &x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
@@ -104,7 +104,7 @@ impl Block {
         cache.append(&qkv, self.heads)?;
         let n = qkv.size()[0];
         let o = if cache.len() == n {
-            attention::forward(&qkv, self.heads, &[0, n as usize])?.0
+            attention::forward(&qkv, self.heads, &Documents::new(vec![0, n as usize], qkv.device())?)?.0
         } else {
             let (k, v) = cache.keys_values()?;
             attention::one_token(&qkv.f_narrow(1, 0, self.heads.q_width())?, &k, &v, self.heads)?
@@ -148,7 +148,7 @@ impl Block {
         let mut do_ = self.o.backward_input(&dx2_nd)?;
         self.add_adapters(&self.o, &mut do_, ds.as_ref(), Site::Output, batch)?;
         self.accumulate_a(&self.o, ds, saved.o.shallow_clone(), Site::Output, batch, grads)?;
-        let dqkv = attention::backward(&do_, &saved.qkv, &saved.o, self.heads, &batch.cu_seqlens, &saved.attention)?;
+        let dqkv = attention::backward(&do_, &saved.qkv, &saved.o, self.heads, &batch.documents, &saved.attention)?;
         rope::backward_(&self.heads.rotated(&dqkv)?, &batch.rotation)?;
 
         let ds = self.qkv.backward_b(&dqkv, saved.qkv_xa.as_ref(), grads)?;

@@ -10,6 +10,7 @@ use crate::model::kv_cache::KvCache;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Gradients, ParamBuffer, lora_key, padded_head_rows, table_key};
 use crate::model::weights::TensorFiles;
+use crate::ops::attention::Documents;
 use crate::ops::cross_entropy::{self, ScaledLoss};
 use crate::ops::dropout::{DropoutKey, RowOrigin};
 use crate::ops::rope::{RopeTable, Rotation, inverse_frequencies};
@@ -47,8 +48,8 @@ pub struct Batch {
     pub input_ids: Tensor,
     /// Rotations of the rows.
     pub rotation: Rotation,
-    /// Borders of the documents.
-    pub cu_seqlens: Vec<usize>,
+    /// The documents.
+    pub documents: Documents,
     /// The rows' origin, for the dropout masks.
     pub origin: RowOrigin,
     /// The update's dropout, none in evaluation.
@@ -154,7 +155,7 @@ impl Llama {
         Ok(Batch {
             input_ids: upload(input.input_ids)?,
             rotation: self.rope.at(&position_ids)?,
-            cu_seqlens: input.cu_seqlens.to_vec(),
+            documents: Documents::new(input.cu_seqlens.to_vec(), self.device)?,
             origin: RowOrigin { slot_n: upload(&slots)?, token_n: position_ids },
             dropout,
             learned_rows: upload(input.learned_rows)?,

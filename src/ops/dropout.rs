@@ -4,7 +4,7 @@
 //! and of (step, sample slot, site, token in sample, channel). Nothing is stored: backward draws the same mask again.
 //! One draw of 128 bits serves eight neighbouring channels with 16 bits each.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::torch::{self, MaskDraw};
@@ -20,7 +20,7 @@ pub struct DropoutKey {
     pub step: u32,
 }
 
-/// Where the rows of a micro-batch come from: `[N]` each, i64 on the CPU.
+/// Where the rows of a micro-batch come from: `[N]` each, i64 on the device of the rows.
 #[derive(Debug)]
 pub struct RowOrigin {
     /// The sample's slot in the run's sequence of samples.
@@ -36,10 +36,77 @@ pub fn apply(x_nc: &Tensor, key: DropoutKey, site: u32, origin: &RowOrigin) -> R
         return Ok(x_nc.shallow_clone());
     }
     let draw = MaskDraw { seed: key.seed, step: key.step, site, drop_below };
-    torch::dropout(x_nc, &origin.slot_n, &origin.token_n, draw)
+    match x_nc.device() {
+        Device::Cpu => torch::dropout(x_nc, &origin.slot_n, &origin.token_n, draw),
+        _ => plain_apply(x_nc, origin, draw),
+    }
 }
 
 /// A 16-bit draw below this is dropped.
 fn threshold(p: f64) -> u32 {
     (p * 65536.0).round() as u32
+}
+
+/// Philox calls made at a time: each of the tensors on the way holds so many 64-bit numbers.
+const CALLS_AT_ONCE: i64 = 1 << 21;
+
+/// The same bits by libtorch's integer ops, some rows at a time: every device, if slowly, and equal to the CPU's kernel bit
+/// for bit.
+pub fn plain_apply(x_nc: &Tensor, origin: &RowOrigin, draw: MaskDraw) -> Result<Tensor> {
+    let (n_rows, channels) = x_nc.size2()?;
+    let n_calls = (channels + 7) / 8;
+    // As the CPU's kernel has it: an fp32 number, whatever the dtype.
+    let kept = 65536.0f32 / (65536 - draw.drop_below) as f32;
+    let out = x_nc.f_mul_scalar(f64::from(kept))?;
+    let calls_1b = Tensor::f_arange(n_calls, (Kind::Int64, x_nc.device()))?.f_unsqueeze(0)?;
+    let at_once = (CALLS_AT_ONCE / n_calls.max(1)).max(1);
+    let mut first = 0;
+    while first < n_rows {
+        let n = at_once.min(n_rows - first);
+        let row = |t: &Tensor| -> Result<Tensor> { Ok(t.f_narrow(0, first, n)?.f_bitwise_and(U32)?.f_unsqueeze(1)?) };
+        let counter = [
+            calls_1b.f_bitwise_or(i64::from(draw.site) << 16)?.f_bitwise_and(U32)?,
+            row(&origin.token_n)?,
+            row(&origin.slot_n)?,
+            Tensor::f_full([1, 1], i64::from(draw.step), (Kind::Int64, x_nc.device()))?,
+        ];
+        // Word i of a call holds the draws of channels 2i (its lower half) and 2i + 1.
+        let draws = philox(counter, draw.seed)?.map(|word| -> Result<[Tensor; 2]> {
+            let is_dropped = |half: Tensor| half.f_bitwise_and(0xffff)?.f_lt(i64::from(draw.drop_below));
+            let high = word.f_bitwise_right_shift_tensor_scalar(16)?;
+            Ok([is_dropped(word)?, is_dropped(high)?])
+        });
+        let mut dropped = Vec::with_capacity(8);
+        for halves in draws {
+            dropped.extend(halves?);
+        }
+        let dropped_nc = Tensor::f_stack(&dropped, -1)?.f_view([n, 8 * n_calls])?.f_narrow(1, 0, channels)?;
+        let _ = out.f_narrow(0, first, n)?.f_masked_fill_(&dropped_nc, 0.0)?;
+        first += n;
+    }
+    Ok(out)
+}
+
+/// The lower 32 bits.
+const U32: i64 = 0xffff_ffff;
+
+/// Philox 4x32 with ten rounds. The words of the counter have shapes that broadcast; each is the lower half of a 64-bit
+/// number, of which the first and third have nothing above it.
+///
+/// A product of two 32-bit numbers wraps around as the unsigned one does, so its bits are right.
+fn philox(mut c: [Tensor; 4], seed: u64) -> Result<[Tensor; 4]> {
+    const FACTORS: [i64; 2] = [0xD251_1F53, 0xCD9E_8D57];
+    const KEY_STEPS: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+    let mut key = [seed as u32, (seed >> 32) as u32];
+    for _ in 0..10 {
+        let [c0, c1, c2, c3] = c;
+        let (from_c0, from_c2) = (c0.f_mul_scalar(FACTORS[0])?, c2.f_mul_scalar(FACTORS[1])?);
+        let mixed = |product: &Tensor, other: Tensor, key: u32| -> Result<Tensor> {
+            let high = product.f_bitwise_right_shift_tensor_scalar(32)?;
+            Ok(high.f_bitwise_xor_tensor(&other)?.f_bitwise_xor(i64::from(key))?.f_bitwise_and(U32)?)
+        };
+        c = [mixed(&from_c2, c1, key[0])?, from_c2, mixed(&from_c0, c3, key[1])?, from_c0];
+        key = [key[0].wrapping_add(KEY_STEPS[0]), key[1].wrapping_add(KEY_STEPS[1])];
+    }
+    Ok(c)
 }

@@ -6,7 +6,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::torch::{self, addmm_};
+use crate::torch::{self, addmm_, cuda};
 
 /// Computes `x wᵀ`: `[N, I] x [O, I] -> [N, O]`.
 pub fn nt(x_ni: &Tensor, w_oi: &Tensor) -> Result<Tensor> {
@@ -44,12 +44,15 @@ fn add_product_(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
 
 /// Adds `dyᵀ x` to a gradient in the flat buffer: `[N, O] x [N, I] -> [O, I]` in its own (wider) dtype.
 ///
-/// libtorch's CPU library has no product with an fp32 result from half-precision operands, so there the product of
-/// one micro-batch is rounded to the operands' dtype and accumulated in fp32.
+/// On a GPU nothing is rounded on the way. libtorch's CPU library has no product with an fp32 result from half-precision
+/// operands, so there the product of one micro-batch is rounded to the operands' dtype and accumulated in fp32.
 pub fn accumulate_tn_(grad_oi: &Tensor, dy_no: &Tensor, x_ni: &Tensor) -> Result<()> {
     let dy_on = dy_no.f_tr()?;
     if grad_oi.kind() == dy_no.kind() {
         return addmm_(grad_oi, &dy_on, x_ni, 1.0, 1.0);
+    }
+    if grad_oi.device().is_cuda() {
+        return cuda::addmm_fp32_(grad_oi, &dy_on, x_ni);
     }
     let _ = grad_oi.shallow_clone().f_add_(&dy_on.f_mm(x_ni)?)?;
     Ok(())

@@ -3,6 +3,9 @@
 //! Everything here is a safe function over tensors; `unsafe` stays inside.
 #![expect(unsafe_code, reason = "the FFI room")]
 
+pub mod cuda;
+pub mod driver;
+pub mod memory;
 pub mod transfer;
 
 use std::ffi::{CStr, c_char, c_int};

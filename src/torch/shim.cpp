@@ -15,6 +15,7 @@
 #include <c10/util/Half.h>
 
 #include "cpu_rows.h"
+#include "shim.h"
 
 #include <malloc.h>
 
@@ -22,25 +23,7 @@
 #include <climits>
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
-
-using T = at::Tensor*;
-
-static thread_local std::string last_error;
-
-template <typename F>
-static int guarded(F&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& e) {
-    last_error = e.what();
-  } catch (...) {
-    last_error = "unknown C++ exception";
-  }
-  return -1;
-}
 
 // ---- dropout: Philox 4x32-10, eight 16-bit draws a call ----
 

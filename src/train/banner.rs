@@ -29,6 +29,9 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
             shown(model.config.model.dtype, |d| d.as_str()),
             shown(model.config.model.device, |d| d.as_str()),
         ),
+    ];
+    lines.extend(model.device_note.iter().map(|note| format!("device      {note}")));
+    lines.push(
         format!(
             "data        {} samples, {} tokens, {} learned ({} of {} rows dropped, {} cut, {} bad, {} with special tokens{})",
             grouped(stats.samples as i64),
@@ -41,7 +44,7 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
             stats.rows_with_special_tokens,
             if stats.from_cache { "; from the token cache" } else { "" },
         ),
-    ];
+    );
     lines.extend(stats.dropped_places.iter().map(|place| format!("  dropped   {place}: longer than data.max_length")));
     lines.extend(stats.bad_row_faults.iter().map(|fault| format!("  bad row   {fault}")));
     if stats.with_nothing_to_learn > 0 {

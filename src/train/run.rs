@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use safetensors::Dtype;
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::checkpoint::manifest::{MANIFEST_FILE, Newest, newest_good, replace_whole, sweep_incomplete, verify};
 use crate::checkpoint::save::{self, Adapter};
@@ -385,13 +385,13 @@ fn not_stopped(stop: &AtomicUsize) -> Result<()> {
 /// What the user should know before a run starts, though it is no fault.
 pub fn warnings(job: &Job) -> Vec<String> {
     let mut warnings = Vec::new();
-    let kind = job.model.kind();
-    if kind == Kind::Half {
+    let (kind, is_cpu) = (job.model.kind(), job.model.device() == Device::Cpu);
+    if kind == Kind::Half && is_cpu {
         warnings
             .push("fp16 on a CPU is several times slower than fp32: dtype = \"bf16\" or \"fp32\" is quicker".into());
     }
     #[cfg(target_arch = "x86_64")]
-    if kind == Kind::BFloat16 && !std::arch::is_x86_feature_detected!("avx512bf16") {
+    if kind == Kind::BFloat16 && is_cpu && !std::arch::is_x86_feature_detected!("avx512bf16") {
         warnings.push("this CPU has no bf16 products, so bf16 is slow here: dtype = \"fp32\" is quicker".into());
     }
     let (max_length, trained_for) = (job.model.config.data.max_length as i64, job.model.base.max_position_embeddings);

@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::checkpoint::state::Identity;
 use crate::config::{self, Auto, Config, Duration, TemplateChoice, Warmup};
 use crate::data::{self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, Tokenizer, Truncation};
+use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Fault, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
 use crate::model::config::LlamaConfig;
@@ -19,6 +20,7 @@ use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::TensorFiles;
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
+use crate::torch::cuda::set_numerics;
 use crate::train::step::StepSettings;
 
 /// Micro-batches on a CPU hold this many tokens where the config says `auto`.
@@ -42,6 +44,8 @@ pub struct ModelSetup {
     pub tokenizer: Tokenizer,
     /// The text around instruction and answer.
     pub template: Template,
+    /// What is worth a word about the device: the GPU that is used, or why one is not.
+    pub device_note: Option<String>,
     /// The adapter to start from.
     init: Option<TensorFiles>,
 }
@@ -87,7 +91,7 @@ impl ModelSetup {
     /// Checks the model, tokenizer and template of a config and settles its `auto` values. Reads headers, not weights.
     pub fn inspect(mut config: Config) -> Result<Self> {
         let mut faults = Gather::default();
-        faults.take(settle_autos(&mut config))?;
+        let device_note = faults.take(settle_autos(&mut config))?.flatten();
         let lora = lora_spec(&config);
         let base = faults.take(LlamaConfig::load(&config.model.base))?;
         let files = match &base {
@@ -111,7 +115,7 @@ impl ModelSetup {
         faults.finish()?;
         match (base, files, tokenizer, template, vocab_size, layout) {
             (Some(base), Some(files), Some(tokenizer), Some(template), Some(vocab_size), Some(layout)) => {
-                Ok(Self { config, base, files, lora, vocab_size, layout, tokenizer, template, init })
+                Ok(Self { config, base, files, lora, vocab_size, layout, tokenizer, template, device_note, init })
             }
             _ => Err(Error::failed("setup", "a part is missing though no fault was found")),
         }
@@ -126,6 +130,11 @@ impl ModelSetup {
         }
     }
 
+    /// Where the model computes.
+    pub fn device(&self) -> Device {
+        if self.config.model.device == Auto::Is(config::Device::Cuda) { Device::Cuda(0) } else { Device::Cpu }
+    }
+
     /// Tokens a micro-batch may hold.
     pub fn micro_batch_tokens(&self) -> usize {
         match self.config.train.micro_batch_tokens {
@@ -136,7 +145,7 @@ impl ModelSetup {
 
     /// Allocates the parameters and sets them to their start: drawn, copied from the base, or the initial adapter's.
     pub fn initial_params(&self) -> Result<ParamBuffer> {
-        let mut params = ParamBuffer::new(self.layout.clone(), self.kind(), Device::Cpu)?;
+        let mut params = ParamBuffer::new(self.layout.clone(), self.kind(), self.device())?;
         let new_rows = match self.config.model.new_rows {
             config::NewRows::Normal => NewRows::Normal,
             config::NewRows::Mean => NewRows::Mean,
@@ -148,10 +157,11 @@ impl ModelSetup {
         Ok(params)
     }
 
-    /// Loads the base and puts the adapters on it.
+    /// Loads the base and puts the adapters on it; products are computed from now on as the config has it.
     pub fn load(&self, params: &ParamBuffer) -> Result<Llama> {
+        set_numerics(self.config.train.deterministic)?;
         let max_positions = self.config.data.max_length as i64;
-        let compute = Compute { kind: self.kind(), device: Device::Cpu, max_positions };
+        let compute = Compute { kind: self.kind(), device: self.device(), max_positions };
         Llama::load(&self.base, &self.files, &self.lora, params, compute)
     }
 
@@ -298,21 +308,56 @@ impl Job {
     }
 }
 
-/// Replaces every `auto` by the program's choice on this machine.
-fn settle_autos(config: &mut Config) -> Result<()> {
-    if config.model.device == Auto::Is(config::Device::Cuda) {
-        return Err(Error::invalid("model.device", "\"cuda\" is asked for, but this version computes on the CPU only")
-            .hint("write device = \"auto\" or \"cpu\""));
-    }
-    config.model.device = Auto::Is(config::Device::Cpu);
-    if config.model.dtype == Auto::Auto {
-        config.model.dtype = Auto::Is(config::Dtype::Fp32);
-    }
+/// Replaces every `auto` by the program's choice on this machine; gives what is worth a word about the device.
+fn settle_autos(config: &mut Config) -> Result<Option<String>> {
+    let note = settle_device(config)?;
+    settle_dtype(config)?;
     if config.train.micro_batch_tokens == Auto::Auto {
         config.train.micro_batch_tokens = Auto::Is(CPU_MICRO_BATCH_TOKENS.max(config.data.max_length));
     }
     if config.train.recompute == Auto::Auto {
         config.train.recompute = Auto::Is(config::Recompute::Nothing);
+    }
+    Ok(note)
+}
+
+fn settle_device(config: &mut Config) -> Result<Option<String>> {
+    if config.model.device == Auto::Is(config::Device::Cpu) {
+        return Ok(None);
+    }
+    match device::cuda() {
+        Cuda::Usable(gpu) => {
+            config.model.device = Auto::Is(config::Device::Cuda);
+            let cost =
+                "; deterministic: sums in one order, which is slower and takes more memory in attention's backward";
+            Ok(Some(format!("{gpu}{}", if config.train.deterministic { cost } else { "" })))
+        }
+        Cuda::Missing { what, hint } if config.model.device == Auto::Auto => {
+            config.model.device = Auto::Is(config::Device::Cpu);
+            Ok(device::has_driver().then(|| format!("cpu, not cuda: {what}; {hint}")))
+        }
+        Cuda::Missing { what, hint } => {
+            let what = format!("\"cuda\" is asked for, but {what}");
+            Err(Error::invalid("model.device", what).hint(format!("{hint}; or write device = \"auto\" or \"cpu\"")))
+        }
+    }
+}
+
+fn settle_dtype(config: &mut Config) -> Result<()> {
+    let is_cuda = config.model.device == Auto::Is(config::Device::Cuda);
+    let (major, minor) = if is_cuda { device::capability() } else { (0, 0) };
+    let has_bf16 = (major, minor) >= BF16_CAPABILITY;
+    if is_cuda && !has_bf16 && config.model.dtype == Auto::Is(config::Dtype::Bf16) {
+        let what =
+            format!("\"bf16\" is asked for, and a GPU of compute capability {major}.{minor} has no products in it");
+        return Err(Error::invalid("model.dtype", what).hint("write dtype = \"auto\" or \"fp16\""));
+    }
+    if config.model.dtype == Auto::Auto {
+        config.model.dtype = Auto::Is(match (is_cuda, has_bf16) {
+            (true, true) => config::Dtype::Bf16,
+            (true, false) => config::Dtype::Fp16,
+            (false, _) => config::Dtype::Fp32,
+        });
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! In fp64 the two differ by rounding alone: a few hundred additions of numbers near 1 leave less than 1e-12, so the
 //! bound of 1e-10 fails on any wrong term. The bounds in narrower dtypes stand beside their tests.
 
-use bellora::ops::attention::{self, Heads};
+use bellora::ops::attention::{self, Documents, Heads};
 use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::{self, DropoutKey, RowOrigin};
 use bellora::ops::rope::{self, RopeScaling, RopeTable};
@@ -150,8 +150,9 @@ fn attention_backward_over_ragged_documents() {
             let judge = plain_attention(&l, heads, &cu_seqlens);
             let dqkv_judge = &autograd(&judge, &do_, &[&l])[0];
             no_grad(|| {
-                let (o, saved) = attention::forward(&qkv, heads, &cu_seqlens).unwrap();
-                let dqkv = attention::backward(&do_, &qkv, &o, heads, &cu_seqlens, &saved).unwrap();
+                let documents = Documents::new(cu_seqlens.to_vec(), Device::Cpu).unwrap();
+                let (o, saved) = attention::forward(&qkv, heads, &documents).unwrap();
+                let dqkv = attention::backward(&do_, &qkv, &o, heads, &documents, &saved).unwrap();
                 assert_close(&format!("attention o {kind:?} {heads:?}"), &o, &judge, bound);
                 assert_close(&format!("attention dqkv {kind:?} {heads:?}"), &dqkv, dqkv_judge, bound);
             });

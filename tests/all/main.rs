@@ -2,10 +2,12 @@
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing has failed, and says where")]
 #![expect(clippy::print_stdout, reason = "a test says the largest difference it met")]
 
+mod attention;
 mod bad_input;
 mod cli;
 mod config;
 mod data;
+mod device;
 mod fp16;
 mod golden;
 mod gradcheck;

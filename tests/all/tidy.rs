@@ -7,7 +7,7 @@ use std::process::Command;
 ///
 /// A module uses lower layers; those of one layer do not know each other, but for what [`SIBLINGS`] says.
 const LAYERS: [&[&str]; 6] = [
-    &["error", "torch"],
+    &["error", "torch", "device"],
     &["ops"],
     &["model", "data"],
     &["optim", "checkpoint"],
@@ -16,8 +16,9 @@ const LAYERS: [&[&str]; 6] = [
 ];
 
 /// Who may use whom within a layer.
-const SIBLINGS: [(&str, &[&str]); 5] = [
+const SIBLINGS: [(&str, &[&str]); 6] = [
     ("torch", &["error"]),
+    ("device", &["torch"]),
     // A checkpoint keeps the loss scale.
     ("checkpoint", &["optim"]),
     ("train", &["config", "log", "plan", "eval"]),

@@ -1,0 +1,126 @@
+//! How much memory a device has and uses: on a GPU by libtorch's allocator, on a CPU by the resident memory of the process.
+
+use std::ffi::c_int;
+use std::path::Path;
+
+use tch::Device;
+
+use super::cuda::check_op;
+use crate::error::{Error, Result};
+
+unsafe extern "C" {
+    fn bellora_cuda_memory(device_index: c_int, out: *mut i64) -> c_int;
+    fn bellora_cuda_reset_peak(device_index: c_int) -> c_int;
+    fn bellora_cuda_release_cached() -> c_int;
+    fn bellora_cuda_synchronize(device_index: c_int) -> c_int;
+}
+
+/// The allocator of a GPU, in bytes.
+struct CudaMemory {
+    allocated: u64,
+    allocated_peak: u64,
+    reserved: u64,
+    free: u64,
+}
+
+fn cuda_memory(index: usize) -> Result<CudaMemory> {
+    let mut out = [0; 4];
+    // SAFETY: the shim writes the four numbers.
+    check_op("CUDA allocator", unsafe { bellora_cuda_memory(index as c_int, out.as_mut_ptr()) })?;
+    let [allocated, allocated_peak, reserved, free] = out.map(|bytes| u64::try_from(bytes).unwrap_or(0));
+    Ok(CudaMemory { allocated, allocated_peak, reserved, free })
+}
+
+/// Bytes in use: those of live tensors on a GPU, the resident memory of the process on a CPU.
+///
+/// # Errors
+/// A GPU or system that does not say.
+pub fn in_use_bytes(device: Device) -> Result<u64> {
+    match device {
+        Device::Cuda(index) => Ok(cuda_memory(index)?.allocated),
+        _ => proc_bytes("/proc/self/status", "VmRSS:"),
+    }
+}
+
+/// The most that [`in_use_bytes`] has been since [`reset_peak`] (or the start).
+///
+/// # Errors
+/// A GPU or system that does not say.
+pub fn peak_bytes(device: Device) -> Result<u64> {
+    match device {
+        Device::Cuda(index) => Ok(cuda_memory(index)?.allocated_peak),
+        _ => proc_bytes("/proc/self/status", "VmHWM:"),
+    }
+}
+
+/// Has [`peak_bytes`] begin anew from what is in use now.
+///
+/// # Errors
+/// A GPU or system that does not do so.
+pub fn reset_peak(device: Device) -> Result<()> {
+    match device {
+        Device::Cuda(index) => {
+            // SAFETY: it takes a number.
+            check_op("CUDA allocator", unsafe { bellora_cuda_reset_peak(index as c_int) })
+        }
+        _ => {
+            // Linux: 5 resets the peak of the resident set.
+            let path = Path::new("/proc/self/clear_refs");
+            std::fs::write(path, "5").map_err(Error::io("write", path))
+        }
+    }
+}
+
+/// Bytes that can still be allocated: on a GPU what the device has free and what the allocator holds without using it;
+/// on a CPU what the system can spare.
+///
+/// # Errors
+/// A GPU or system that does not say.
+pub fn free_bytes(device: Device) -> Result<u64> {
+    match device {
+        Device::Cuda(index) => {
+            let memory = cuda_memory(index)?;
+            Ok(memory.free + memory.reserved.saturating_sub(memory.allocated))
+        }
+        _ => proc_bytes("/proc/meminfo", "MemAvailable:"),
+    }
+}
+
+/// Gives memory that the allocator keeps without using it back to the device; on a CPU nothing is kept by libtorch.
+///
+/// # Errors
+/// A GPU that refuses.
+pub fn release_cached(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: it takes nothing.
+        Device::Cuda(_) => check_op("CUDA allocator", unsafe { bellora_cuda_release_cached() }),
+        _ => Ok(()),
+    }
+}
+
+/// Waits until everything that was queued on a device is done.
+///
+/// # Errors
+/// Work that failed on the device.
+pub fn synchronize(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: it takes a number.
+        Device::Cuda(index) => check_op("CUDA device", unsafe { bellora_cuda_synchronize(index as c_int) }),
+        _ => Ok(()),
+    }
+}
+
+/// Whether an error says that a device's memory ran out, in the words of libtorch's allocators, CUDA and cuBLAS.
+pub fn is_out_of_memory(error: &Error) -> bool {
+    const WORDS: [&str; 4] =
+        ["out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED"];
+    matches!(error, Error::Torch(what) if WORDS.iter().any(|words| what.contains(words)))
+}
+
+/// A line of one of Linux's files of `NAME: KILOBYTES kB`, in bytes.
+fn proc_bytes(path: &str, name: &str) -> Result<u64> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", Path::new(path)))?;
+    let kilobytes =
+        text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
+    kilobytes.map(|kb| kb << 10).ok_or_else(|| Error::failed(path, format!("has no number for {name}")))
+}
