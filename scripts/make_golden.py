@@ -73,7 +73,7 @@ LLAMA = dict(
 )  # fmt: skip
 LORA = dict(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=ALL_SEVEN)
 # What tells an overflow of fp16 from none must be beyond this factor.
-OVERFLOW_MARGIN = 1.25
+OVERFLOW_MARGIN = 1.3
 FP16_LARGEST = 65504.0
 # Keys and defaults of bellora's [train]; the loop below reads nothing else.
 TRAIN = dict(
@@ -137,16 +137,16 @@ CASES = {
     ),
     "fp16_overflows": dict(
         about="mixed precision: fp16 base and products, fp32 masters, a loss scale that overflows at first and once "
-        "more, both tables trained",
+        "more, the head trained",
         bos=True,
         dtype="fp16",
         base_dtype=torch.float16,
-        head_gain=14.0,
+        head_gain=52.0,
         rows=[*ROWS[:8], *SHORT_ROWS],
         llama=dict(
-            hidden_size=24, intermediate_size=56, num_attention_heads=3, num_key_value_heads=3, initializer_range=0.03,
+            hidden_size=24, intermediate_size=56, num_attention_heads=3, num_key_value_heads=3, initializer_range=0.01,
         ),
-        lora=dict(r=4, lora_alpha=8, modules_to_save=["embed_tokens", "lm_head"]),
+        lora=dict(r=4, lora_alpha=4, modules_to_save=["lm_head"]),
         train=dict(max_steps=12, warmup_steps=2, weight_decay=0.02),
         keep=[],
     ),

@@ -39,7 +39,7 @@ const FP32: Bounds = Bounds { loss: 1e-5, grad_norm: 2e-5, update: 1e-4 };
 /// leaves a part; a norm likewise; Adam makes a full step of a gradient whose sign is rounding's. The bounds are about
 /// four times what is seen. Half-precision masters, a forgotten loss scale, a schedule or an Adam that moves with
 /// skipped updates are all beyond them.
-const FP16: Bounds = Bounds { loss: 4e-3, grad_norm: 1e-2, update: 2e-2 };
+const FP16: Bounds = Bounds { loss: 6e-3, grad_norm: 1e-3, update: 5e-3 };
 /// Learning rates are computed in fp64 on both sides.
 const LR_BOUND: f64 = 1e-6;
 /// Gradients and logits pass through one forward and backward only: rounding alone, in units of the tensor's largest
