@@ -123,8 +123,8 @@ struct Build {
 }
 
 const BUILDS: [Build; 2] = [
-    Build { runtimes: 12_000..=12_799, capabilities: (5, 0)..=(9, u32::MAX) },
-    Build { runtimes: 12_800..=u32::MAX, capabilities: (7, 5)..=(u32::MAX, u32::MAX) },
+    Build { runtimes: 12_000..=12_079, capabilities: (5, 0)..=(9, u32::MAX) },
+    Build { runtimes: 12_080..=u32::MAX, capabilities: (7, 5)..=(u32::MAX, u32::MAX) },
 ];
 
 /// The way to the build for GPUs that are older than what the default build serves.

@@ -22,9 +22,13 @@ pub mod plan;
 pub mod eval;
 pub mod train;
 
+pub mod bench;
+
 pub mod generate;
 pub mod trained;
 
 pub mod export;
+
+pub mod selftest;
 
 pub mod cli;

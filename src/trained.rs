@@ -14,7 +14,7 @@ use crate::model::config::LlamaConfig;
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{Layout, ParamBuffer, table_key};
-use crate::model::weights::TensorFiles;
+use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::torch::cuda::set_numerics;
 use crate::train::run::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run, verify_adapter};
 
@@ -168,7 +168,7 @@ impl Trained {
     pub fn load(&self, params: &ParamBuffer, kind: Kind, max_positions: i64) -> Result<Llama> {
         set_numerics(false)?;
         let compute = Compute { kind, device: params.master().device(), max_positions };
-        Llama::load(&self.base, &self.base_files, &self.lora(), params, compute)
+        Llama::load(&self.base, BaseWeights::Files(&self.base_files), &self.lora(), params, compute)
     }
 
     /// The folders that files may lie in beside the model: the adapter's before the base's.

@@ -1,11 +1,14 @@
 //! The command line: a file a subcommand. Standard output is data; everything else goes to standard error.
 
+mod bench;
 mod check;
 mod defects;
 mod eval;
 mod export;
 mod generate;
+mod plan;
 mod prepare;
+mod selftest;
 mod signals;
 mod train;
 
@@ -35,6 +38,13 @@ enum Command {
     ///
     /// Example: bellora check configs/quickstart.toml
     Check(check::CheckArgs),
+    /// Say what a run needs: memory, micro-batches, time, disk
+    ///
+    /// For this machine, or for a GPU that is not here. With --shape neither the model's files nor samples are needed. Times
+    /// are estimates.
+    ///
+    /// Example: bellora plan run.toml --gpu A100-80
+    Plan(plan::PlanArgs),
     /// Turn the samples into tokens and keep them in the cache
     ///
     /// Example: bellora prepare run.toml --dump tokens.jsonl
@@ -58,16 +68,30 @@ enum Command {
     ///
     /// Example: bellora export runs/mine --format merged --out merged
     Export(export::ExportArgs),
+    /// Measure how fast this machine trains
+    ///
+    /// Tokens a second, the share of the fastest product of this machine, time by part and memory. A shape needs no files:
+    /// its weights are random, and so are the samples, of the lengths of real ones.
+    ///
+    /// Example: bellora bench --shape llama-2-7b --set model.dtype=bf16
+    Bench(bench::BenchArgs),
     /// Answer a prompt
     ///
     /// Example: bellora generate runs/mine --prompt "你是谁？"
     Generate(generate::GenerateArgs),
+    /// Check what this machine computes
+    ///
+    /// Tries every operation of a training step in every dtype of the device, and a tiny training run, against the same in
+    /// higher precision on the CPU. Needs no files. Exit code 1 if a result is not in order, 2 if the device is not there.
+    ///
+    /// Example: bellora selftest --device cuda
+    Selftest(selftest::SelftestArgs),
 }
 
 impl Command {
     /// Whether the command runs the model.
     fn computes(&self) -> bool {
-        !matches!(self, Self::Check(_) | Self::Prepare(_))
+        !matches!(self, Self::Check(_) | Self::Plan(_) | Self::Prepare(_))
     }
 }
 
@@ -115,7 +139,7 @@ pub fn main() -> ExitCode {
         set_what_libraries_read();
         crate::torch::keep_freed_memory();
     }
-    if cli.command.computes() || matches!(cli.command, Command::Check(_)) {
+    if cli.command.computes() || matches!(cli.command, Command::Check(_) | Command::Plan(_)) {
         // Opens CUDA where it is, before libtorch is used.
         let _ = crate::device::cuda();
     }
@@ -123,12 +147,15 @@ pub fn main() -> ExitCode {
     let _no_grad = tch::no_grad_guard();
     let result = defects::caught(|| match cli.command {
         Command::Check(args) => check::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Resume(args) => train::resume(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Selftest(args) => selftest::run(&args),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -252,6 +252,18 @@ const EXECUTION_KEYS: [&str; 13] = [
     "train.save_dtype",
 ];
 
+/// The keys that name files and folders.
+const FILE_KEYS: [&str; 8] = [
+    "model.base",
+    "model.tokenizer",
+    "model.init_adapter",
+    "data.train",
+    "data.validation",
+    "data.template",
+    "data.cache_dir",
+    "train.output",
+];
+
 /// Gives every key there is, as `section.key`.
 fn known_keys() -> impl Iterator<Item = &'static str> {
     DEFINING_KEYS.into_iter().chain(EXECUTION_KEYS)
@@ -266,20 +278,7 @@ impl Config {
     /// [`Error::Invalid`] with all faults: an unreadable file, TOML that does not parse, unknown and missing keys,
     /// wrong types and ranges, contradictions, and paths that do not exist.
     pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
-        let place = path.display().to_string();
-        let text = std::fs::read(path).map_err(|source| {
-            let fault = Error::invalid(&place, format!("the config file cannot be read: {source}"));
-            match path.is_dir() {
-                true if path.join("config.toml").is_file() => {
-                    fault.hint(format!("this is a folder: name the file in it, {}", path.join("config.toml").display()))
-                }
-                true => fault.hint("this is a folder: name a TOML file"),
-                false => fault.hint("the first argument is the path of a TOML file, relative to the working folder"),
-            }
-        })?;
-        let text = String::from_utf8(text)
-            .map_err(|_| Error::invalid(&place, "not a text in UTF-8").hint("save the config as UTF-8"))?;
-        Self::parse(&text, &place, sets)
+        Self::parse(&read(path)?, &path.display().to_string(), sets)
     }
 
     /// Resolves the text of a config file; `name` stands for the file in messages.
@@ -290,9 +289,54 @@ impl Config {
         let mut faults = Faults::default();
         let mut raw = raw::read(text, name, &mut faults)?;
         raw.apply_sets(sets, &mut faults);
-        let config = resolve::resolve(raw, &mut faults);
+        let config = resolve::resolve(raw, FileKeys::Required, &mut faults);
         faults.into_result(config)
     }
+
+    /// Reads a config for a model and samples that are not on disk: the keys that name files are passed over, the
+    /// others say what they always do. Without a file they are `sets` over the defaults.
+    ///
+    /// # Errors
+    /// As [`Config::load`], of the keys that count.
+    pub fn load_without_files(path: Option<&Path>, sets: &[String]) -> Result<Self> {
+        let (text, name) = match path {
+            Some(path) => (read(path)?, path.display().to_string()),
+            None => (String::new(), "the defaults".to_owned()),
+        };
+        let mut faults = Faults::default();
+        let mut raw = raw::read(&text, &name, &mut faults)?;
+        raw.apply_sets(sets, &mut faults);
+        for key in FILE_KEYS {
+            raw.remove(key);
+        }
+        let config = resolve::resolve(raw, FileKeys::PassedOver, &mut faults);
+        faults.into_result(config)
+    }
+}
+
+/// Reads the text of a config file.
+fn read(path: &Path) -> Result<String> {
+    let place = path.display().to_string();
+    let text = std::fs::read(path).map_err(|source| {
+        let fault = Error::invalid(&place, format!("the config file cannot be read: {source}"));
+        match path.is_dir() {
+            true if path.join("config.toml").is_file() => {
+                fault.hint(format!("this is a folder: name the file in it, {}", path.join("config.toml").display()))
+            }
+            true => fault.hint("this is a folder: name a TOML file"),
+            false => fault.hint("the first argument is the path of a TOML file, relative to the working folder"),
+        }
+    })?;
+    String::from_utf8(text).map_err(|_| Error::invalid(&place, "not a text in UTF-8").hint("save the config as UTF-8"))
+}
+
+/// What becomes of the keys that name files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FileKeys {
+    /// Those that have no default must be given.
+    Required,
+    /// None is there, and none is missed.
+    PassedOver,
 }
 
 /// What a run's own config says of its model, read without looking for the files that it names: they may have moved.

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use super::choices::Choice;
 use super::raw::{Given, Raw, Value};
-use super::{Auto, Config, Faults, TemplateChoice, foreign, paths};
+use super::{Auto, Config, Faults, FileKeys, TemplateChoice, foreign, paths};
 use crate::error::Fault;
 
 /// Reads single keys. Each method gives `None` for a key that was not given, and for one at fault after noting it.
 pub(super) struct Reader<'a> {
     pub(super) raw: Raw,
+    pub(super) file_keys: FileKeys,
     pub(super) faults: &'a mut Faults,
     /// The keys at fault so far.
     pub(super) faulty: BTreeSet<String>,
@@ -64,9 +65,10 @@ impl Reader<'_> {
         None
     }
 
-    /// Notes that a required key is missing, unless it is there and faulty or a hint has already named it.
+    /// Notes that a required file is missing, unless it is there and faulty or a hint has already named it.
     pub(super) fn missing(&mut self, key: &'static str, example: &str) {
-        if self.raw.get(key).is_none() && !self.faults.proposed.contains(key) {
+        let is_required = self.file_keys == FileKeys::Required && !self.faults.proposed.contains(key);
+        if self.raw.get(key).is_none() && is_required {
             let section = key.split_once('.').map_or(key, |(section, _)| section);
             let fault = Fault::new(self.raw.place(key), "this key is required and was not given");
             self.fault(key, fault.hint(format!("write {example} under [{section}]")));

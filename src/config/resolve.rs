@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::raw::{Given, Raw};
 use super::reader::Reader;
 use super::{
-    Auto, Config, DataConfig, Duration, Faults, LoraConfig, LossAverage, ModelConfig, NewRows, SAVED_MODULES,
+    Auto, Config, DataConfig, Duration, Faults, FileKeys, LoraConfig, LossAverage, ModelConfig, NewRows, SAVED_MODULES,
     SaveDtype, Schedule, SpecialTokens, TARGET_MODULES, TemplateChoice, TrainConfig, Truncation, Warmup, paths,
 };
 use crate::error::Fault;
@@ -17,8 +17,8 @@ const LARGEST_RANK: u64 = 1 << 16;
 const LONGEST_SAMPLE: u64 = 1 << 20;
 
 /// Makes the config; what is at fault is replaced by its default, so that the rest can be judged too.
-pub(super) fn resolve(raw: Raw, faults: &mut Faults) -> Config {
-    let mut reader = Reader { raw, faults, faulty: BTreeSet::new(), without_hint: Vec::new() };
+pub(super) fn resolve(raw: Raw, file_keys: FileKeys, faults: &mut Faults) -> Config {
+    let mut reader = Reader { raw, file_keys, faults, faulty: BTreeSet::new(), without_hint: Vec::new() };
     let model = model(&mut reader);
     let lora = lora(&mut reader);
     let data = data(&mut reader);

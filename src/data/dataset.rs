@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::cache::Table;
+use super::cache::{Ids, Table};
 use super::encode::{Encoder, Truncation};
-use super::order;
+use super::lengths::Length;
+use super::order::{self, SplitMix64};
 use super::record::place;
 use super::samples::{self, Summary};
 use super::template::Template;
@@ -99,6 +100,26 @@ impl Dataset {
             truncation: spec.truncation,
         };
         let (table, summary, from_cache) = samples::load(spec, &encoder, cache_folder)?;
+        Ok(Self::new(spec.files.clone(), table, summary, from_cache))
+    }
+
+    /// Makes samples of given lengths out of ids that the seed defines, each of the vocabulary equally likely.
+    pub fn random(lengths: &[Length], vocab_size: u32, seed: u64) -> Self {
+        let mut table = Table::default();
+        let (mut ids, mut generator) = (Vec::new(), SplitMix64(seed));
+        for (line, length) in (1..).zip(lengths) {
+            table.lengths.push(length.tokens);
+            table.n_prompt.push(length.tokens - length.learned);
+            table.files.push(0);
+            table.lines.push(line);
+            ids.extend((0..length.tokens).map(|_| generator.below(u64::from(vocab_size)) as u32));
+        }
+        table.ids = Ids::Memory(ids);
+        let summary = Summary { rows: lengths.len(), ..Summary::default() };
+        Self::new(vec![PathBuf::from("random samples")], table, summary, false)
+    }
+
+    fn new(paths: Vec<PathBuf>, table: Table, summary: Summary, from_cache: bool) -> Self {
         let mut end = 0;
         let offsets = std::iter::once(0)
             .chain(table.lengths.iter().map(|&length| {
@@ -106,8 +127,8 @@ impl Dataset {
                 end
             }))
             .collect();
-        let shared = Shared { paths: spec.files.clone(), table, offsets, summary, from_cache };
-        Ok(Self { shared: Arc::new(shared), selected: None })
+        let shared = Shared { paths, table, offsets, summary, from_cache };
+        Self { shared: Arc::new(shared), selected: None }
     }
 
     /// Samples.

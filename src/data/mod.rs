@@ -1,6 +1,6 @@
 //! From data files to batches of tokens: [`rows`] and [`record`] read rows, [`template`] makes prompts of them, [`tokenizer`] and
 //! [`encode`] make samples, [`dataset`] holds them (through the token cache), [`order`] says which samples an update is
-//! made of, [`pack`] and [`batch`] spread them over micro-batches.
+//! made of, [`pack`] and [`batch`] spread them over micro-batches. [`lengths`] stands in for files where only speed counts.
 //!
 //! Nothing here knows the model, prints, or reads the environment.
 
@@ -14,6 +14,8 @@ pub mod encode;
 mod cache;
 mod samples;
 
+pub mod lengths;
+
 pub mod dataset;
 
 pub mod batch;
@@ -23,6 +25,7 @@ pub mod pack;
 pub use batch::{LossAverage, PackedBatch, build_batches};
 pub use dataset::{DataSpec, Dataset, Stats};
 pub use encode::{Encoder, Truncation, prompt_ids};
+pub use lengths::Lengths;
 pub use order::EpochOrder;
 pub use record::Record;
 pub use template::{Template, TemplateFile};

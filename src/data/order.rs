@@ -8,7 +8,7 @@ use std::ops::Range;
 /// SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
 ///
 /// Orders made with it are part of what a seed means, so it never changes.
-struct SplitMix64(u64);
+pub(super) struct SplitMix64(pub(super) u64);
 
 impl SplitMix64 {
     fn next(&mut self) -> u64 {
@@ -20,7 +20,7 @@ impl SplitMix64 {
     }
 
     /// A number below `n`, each equally likely: draws above the highest multiple of `n` are thrown away.
-    fn below(&mut self, n: u64) -> u64 {
+    pub(super) fn below(&mut self, n: u64) -> u64 {
         let beyond = u64::MAX - u64::MAX % n;
         loop {
             let draw = self.next();
@@ -33,7 +33,7 @@ impl SplitMix64 {
 
 /// The numbers below `n` in an order that `seed` and `stream` define: Fisher-Yates from the end, drawing from
 /// SplitMix64. The generator starts at the first output for `seed`, plus `stream` times an odd constant.
-fn permutation(n: usize, seed: u64, stream: u64) -> Vec<u32> {
+pub(super) fn permutation(n: usize, seed: u64, stream: u64) -> Vec<u32> {
     let mut generator = SplitMix64(seed);
     let mut generator = SplitMix64(generator.next().wrapping_add(stream.wrapping_mul(0xD1B5_4A32_D192_ED03)));
     let mut order: Vec<u32> = (0u32..).take(n).collect();

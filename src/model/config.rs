@@ -51,11 +51,21 @@ impl LlamaConfig {
     /// Every fault at once: a missing or malformed key, or a feature that this program does not compute.
     pub fn load(base: &Path) -> Result<Self> {
         let path = base.join("config.json");
+        if let Some(other) = other_kind(base).filter(|_| !path.exists()) {
+            return Err(other);
+        }
+        let mut config = Self::read(&path)?;
+        config.eos_token_ids.extend(generation_eos(base));
+        Ok(config)
+    }
+
+    /// Reads a `config.json`, whatever its name and whatever lies beside it.
+    ///
+    /// # Errors
+    /// As [`LlamaConfig::load`].
+    pub fn read(path: &Path) -> Result<Self> {
         let place = path.display().to_string();
-        let text = std::fs::read_to_string(&path).map_err(|e| {
-            if let Some(other) = other_kind(base).filter(|_| e.kind() == std::io::ErrorKind::NotFound) {
-                return other;
-            }
+        let text = std::fs::read_to_string(path).map_err(|e| {
             Error::invalid(&place, format!("cannot be read: {e}"))
                 .hint("a base is a folder of Hugging Face's kind, with config.json and model.safetensors")
         })?;
@@ -63,8 +73,7 @@ impl LlamaConfig {
             Error::invalid(&place, format!("is not a JSON object: {e}")).hint("download this file of the model again")
         })?;
         let mut reader = Reader { map: &map, place, faults: Vec::new() };
-        let mut config = reader.config();
-        config.eos_token_ids.extend(generation_eos(base));
+        let config = reader.config();
         if reader.faults.is_empty() { Ok(config) } else { Err(Error::Invalid(reader.faults)) }
     }
 

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::model::config::LlamaConfig;
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{ParamBuffer, table_key};
-use crate::model::weights::TensorFiles;
+use crate::model::weights::BaseWeights;
 
 /// What the rows of a grown vocabulary begin as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub fn initialise(
     params: &mut ParamBuffer,
     config: &LlamaConfig,
     lora: &LoraSpec,
-    files: &TensorFiles,
+    base: BaseWeights<'_>,
     new_rows: NewRows,
     seed: u64,
 ) -> Result<()> {
@@ -35,7 +35,7 @@ pub fn initialise(
         let mut tensor = params.master_view(index)?;
         let cpu = (Kind::Float, Device::Cpu);
         match lora.modules_to_save.iter().find(|t| table_key(**t) == entry.name) {
-            Some(table) => fill_table(&tensor, *table, config, files, new_rows)?,
+            Some(table) => fill_table(&tensor, *table, config, base, new_rows)?,
             None if entry.name.contains("lora_A") => {
                 let bound = 1.0 / (entry.shape[1] as f64).sqrt();
                 tensor.f_copy_(&Tensor::f_empty(entry.shape, cpu)?.f_uniform_(-bound, bound)?)?;
@@ -53,12 +53,12 @@ fn fill_table(
     tensor: &Tensor,
     table: Table,
     config: &LlamaConfig,
-    files: &TensorFiles,
+    base: BaseWeights<'_>,
     new_rows: NewRows,
 ) -> Result<()> {
     let source = if config.tie_word_embeddings { Table::Embed } else { table };
     let old = tensor.f_narrow(0, 0, config.vocab_size)?;
-    files.copy_into(source.base_key(), &old)?;
+    base.fill(source.base_key(), config, &old)?;
     let n_new = tensor.size()[0] - config.vocab_size;
     if n_new == 0 {
         return Ok(());

@@ -9,7 +9,7 @@ use crate::model::config::LlamaConfig;
 use crate::model::kv_cache::KvCache;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Gradients, ParamBuffer, lora_key, padded_head_rows, table_key};
-use crate::model::weights::TensorFiles;
+use crate::model::weights::BaseWeights;
 use crate::ops::attention::Documents;
 use crate::ops::cross_entropy::{self, ScaledLoss};
 use crate::ops::dropout::{DropoutKey, RowOrigin};
@@ -106,25 +106,25 @@ pub struct Compute {
 }
 
 impl Llama {
-    /// Loads the frozen weights and puts the adapters on them; views of `params` stay inside.
+    /// Loads (or draws) the frozen weights and puts the adapters on them; views of `params` stay inside.
     pub fn load(
         config: &LlamaConfig,
-        files: &TensorFiles,
+        base: BaseWeights<'_>,
         lora: &LoraSpec,
         params: &ParamBuffer,
         compute: Compute,
     ) -> Result<Self> {
         let Compute { kind, device, max_positions } = compute;
         let inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling);
-        let Tables { embed, head, vocab_size } = load_tables(config, files, lora, params, compute)?;
+        let Tables { embed, head, vocab_size } = load_tables(config, base, lora, params, compute)?;
         let blocks = (0..config.num_hidden_layers)
-            .map(|layer| load_block(config, files, lora, params, compute, layer))
+            .map(|layer| load_block(config, base, lora, params, compute, layer))
             .collect::<Result<_>>()?;
         Ok(Self {
             config: config.clone(),
             embed,
             blocks,
-            norm_d: files.load("model.norm.weight", kind, device)?,
+            norm_d: base.tensor("model.norm.weight", &[config.hidden_size], config, (kind, device))?,
             head,
             vocab_size,
             rope: RopeTable::new(&inv_freq, max_positions, kind, device)?,
@@ -293,7 +293,7 @@ struct Tables {
 /// Loads the two tables; a tied model whose tables are both frozen shares one.
 fn load_tables(
     config: &LlamaConfig,
-    files: &TensorFiles,
+    base: BaseWeights<'_>,
     lora: &LoraSpec,
     params: &ParamBuffer,
     compute: Compute,
@@ -314,7 +314,7 @@ fn load_tables(
         }
         let source = if config.tie_word_embeddings { Table::Embed } else { table };
         let weight_pd = Tensor::f_zeros([n_rows, config.hidden_size], (kind, device))?;
-        files.copy_into(source.base_key(), &weight_pd.f_narrow(0, 0, config.vocab_size)?)?;
+        base.fill(source.base_key(), config, &weight_pd.f_narrow(0, 0, config.vocab_size)?)?;
         Ok(TableWeight { weight_pd, param: None })
     };
     let padded = padded_head_rows(config.vocab_size, kind);
@@ -330,7 +330,7 @@ fn load_tables(
 
 fn load_block(
     config: &LlamaConfig,
-    files: &TensorFiles,
+    base: BaseWeights<'_>,
     lora: &LoraSpec,
     params: &ParamBuffer,
     compute: Compute,
@@ -344,7 +344,7 @@ fn load_block(
         let mut start = 0;
         for p in projections {
             let width = p.shape(config)[0];
-            files.copy_into(&format!("{}.weight", p.module(layer)), &weight_oi.f_narrow(0, start, width)?)?;
+            base.fill(&format!("{}.weight", p.module(layer)), config, &weight_oi.f_narrow(0, start, width)?)?;
             let index = |matrix| params.layout().index_of(&lora_key(*p, layer, matrix));
             if let (Some(a_index), Some(b_index)) = (index("lora_A"), index("lora_B")) {
                 places.push(AdapterPlace { start, width, a_index, b_index });
@@ -353,7 +353,10 @@ fn load_block(
         }
         AdaptedLinear::new(weight_oi, None, &places, lora.scale(), params)
     };
-    let norm = |name: &str| files.load(&format!("model.layers.{layer}.{name}.weight"), kind, device);
+    let norm = |name: &str| {
+        let name = format!("model.layers.{layer}.{name}.weight");
+        base.tensor(&name, &[config.hidden_size], config, (kind, device))
+    };
     Ok(Block {
         layer,
         heads: config.heads(),

@@ -302,6 +302,67 @@ impl TensorFiles {
     }
 }
 
+/// Where the frozen weights of a base come from.
+#[derive(Debug, Clone, Copy)]
+pub enum BaseWeights<'a> {
+    /// The files of a model.
+    Files(&'a TensorFiles),
+    /// Draws: for measuring a shape without its files.
+    Random {
+        /// Each tensor's draws depend on this and on its name alone.
+        seed: u64,
+    },
+    /// Tensors in memory, by name: the same on every device.
+    Memory(&'a BTreeMap<String, Tensor>),
+}
+
+impl BaseWeights<'_> {
+    /// Fills `to` with a tensor of the base, in the dtype and on the device of `to`.
+    ///
+    /// Drawn matrices are N(0, `initializer_range`²) and drawn vectors, which are the norms' weights, ones. They are made
+    /// where they stay, by the device's own generator, which begins anew with each: the host holds no copy, and draws
+    /// that are made afterwards depend on the seed alone, too.
+    ///
+    /// # Errors
+    /// As [`TensorFiles::copy_into`].
+    pub fn fill(self, name: &str, config: &LlamaConfig, to: &Tensor) -> Result<()> {
+        let mut to = to.shallow_clone();
+        match self {
+            Self::Files(files) => return files.copy_into(name, &to),
+            Self::Random { seed } if to.dim() == 2 => {
+                // libtorch takes a signed seed; the bits are what counts.
+                tch::manual_seed(xxhash_rust::xxh3::xxh3_64_with_seed(name.as_bytes(), seed) as i64);
+                let _ = to.f_normal_(0.0, config.initializer_range)?;
+            }
+            Self::Random { .. } => {
+                let _ = to.f_fill_(1.0)?;
+            }
+            Self::Memory(tensors) => {
+                let tensor =
+                    tensors.get(name).ok_or_else(|| Error::failed(name, "is not among the tensors in memory"))?;
+                to.f_copy_(tensor)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a tensor of the base.
+    ///
+    /// # Errors
+    /// As [`BaseWeights::fill`].
+    pub fn tensor(
+        self,
+        name: &str,
+        shape: &[i64],
+        config: &LlamaConfig,
+        (kind, device): (Kind, Device),
+    ) -> Result<Tensor> {
+        let to = Tensor::f_empty(shape, (kind, device))?;
+        self.fill(name, config, &to)?;
+        Ok(to)
+    }
+}
+
 fn contiguous_strides(shape: &[i64]) -> Vec<i64> {
     let mut strides = vec![1; shape.len()];
     for i in (0..shape.len().saturating_sub(1)).rev() {

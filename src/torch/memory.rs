@@ -9,6 +9,7 @@ use super::cuda::check_op;
 use crate::error::{Error, Result};
 
 unsafe extern "C" {
+    fn bellora_release_freed_memory();
     fn bellora_cuda_memory(device_index: c_int, out: *mut i64) -> c_int;
     fn bellora_cuda_reset_peak(device_index: c_int) -> c_int;
     fn bellora_cuda_release_cached() -> c_int;
@@ -86,7 +87,7 @@ pub fn free_bytes(device: Device) -> Result<u64> {
     }
 }
 
-/// Gives memory that the allocator keeps without using it back to the device; on a CPU nothing is kept by libtorch.
+/// Gives memory that the allocator keeps without using it back to the device, or to the system.
 ///
 /// # Errors
 /// A GPU that refuses.
@@ -94,7 +95,11 @@ pub fn release_cached(device: Device) -> Result<()> {
     match device {
         // SAFETY: it takes nothing.
         Device::Cuda(_) => check_op("CUDA allocator", unsafe { bellora_cuda_release_cached() }),
-        _ => Ok(()),
+        _ => {
+            // SAFETY: it takes nothing.
+            unsafe { bellora_release_freed_memory() };
+            Ok(())
+        }
     }
 }
 

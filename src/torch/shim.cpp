@@ -117,6 +117,13 @@ void bellora_keep_freed_memory() {
 #endif
 }
 
+// Gives what is kept so back to the system.
+void bellora_release_freed_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
 // out = beta * out + alpha * a b
 int bellora_addmm(T out, T a, T b, double beta, double alpha) {
   return guarded([&] { at::addmm_out(*out, *out, *a, *b, beta, alpha); });

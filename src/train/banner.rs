@@ -2,9 +2,10 @@
 
 use std::fmt::Write as _;
 
-use crate::config::Auto;
+use crate::config::{Auto, Recompute};
 use crate::error::Result;
-use crate::plan::{self, Memory};
+use crate::plan::memory::{frozen_params, sum};
+use crate::plan::{MemoryModel, Part, gib};
 use crate::train::setup::Job;
 
 /// Describes a job: base, parameters, samples, updates, memory, and the first sample with its learned part marked.
@@ -12,7 +13,7 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
     let model = &job.model;
     let settings = &model.config.train;
     let trainable = model.layout.n_params();
-    let all = trainable + plan::frozen_params(&model.base, &model.lora);
+    let all = trainable + frozen_params(&model.base, &model.lora);
     let stats = job.train.stats();
     let mut lines = vec![
         format!(
@@ -66,15 +67,7 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
         job.schedule.warmup,
         settings.learning_rate,
     ));
-    let Memory { weights, trainable, activations } = estimate(job);
-    lines.push(format!(
-        "memory      about {} (weights {}, trainable {}, activations at most {}; micro-batches of up to {} tokens)",
-        size(weights + trainable + activations),
-        size(weights),
-        size(trainable),
-        size(activations),
-        grouped(model.micro_batch_tokens() as i64),
-    ));
+    lines.push(memory_line(job));
     if !job.train.is_empty() {
         lines.push("first sample, with what is learned between ⟦ and ⟧:".to_string());
         lines.push(first_sample(job)?);
@@ -82,15 +75,35 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// The job's memory by part.
-pub fn estimate(job: &Job) -> Memory {
+/// The memory that a step needs at its peak, and what for.
+fn memory_line(job: &Job) -> String {
+    let tokens = largest_micro_batch(job);
+    let parts = memory(job).by_part(tokens);
+    let of = |which: &[Part]| sum(&parts.iter().filter(|p| which.contains(&p.part)).copied().collect::<Vec<_>>());
+    let weights = of(&[Part::FrozenWeights]);
+    let trained = of(&[Part::Masters, Part::Gradients, Part::Moments, Part::ComputeCopy]);
+    format!(
+        "memory      about {} at the peak of a step (weights {}, trainable {}, micro-batches {}: up to {} tokens)",
+        gib(sum(&parts)),
+        gib(weights),
+        gib(trained),
+        gib(sum(&parts) - weights - trained),
+        grouped(tokens),
+    )
+}
+
+/// The memory model of a job.
+pub fn memory(job: &Job) -> MemoryModel {
     let model = &job.model;
-    let recompute = model.config.train.recompute == Auto::Is(crate::config::Recompute::All);
+    let recompute = model.config.train.recompute == Auto::Is(Recompute::All);
+    MemoryModel::new(&model.base, &model.lora, &model.layout, model.kind(), model.device(), recompute)
+}
+
+/// Tokens of the largest micro-batch that the job can have.
+fn largest_micro_batch(job: &Job) -> i64 {
     let stats = job.train.stats();
-    let update = (model.config.train.global_batch * stats.max_len) as i64;
-    let largest = (model.micro_batch_tokens() as i64).min(stats.tokens as i64).min(update);
-    let element = model.kind().elt_size_in_bytes() as i64;
-    plan::memory(&model.base, &model.lora, &model.layout, largest, element, recompute)
+    let update = (job.model.config.train.global_batch * stats.max_len) as i64;
+    (job.model.micro_batch_tokens() as i64).min(stats.tokens as i64).min(update)
 }
 
 fn first_sample(job: &Job) -> Result<String> {
@@ -110,7 +123,7 @@ fn shown<T>(value: Auto<T>, name: impl Fn(T) -> &'static str) -> &'static str {
 }
 
 /// A number with its digits in groups of three.
-fn grouped(n: i64) -> String {
+pub fn grouped(n: i64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, c) in digits.chars().enumerate() {
@@ -120,10 +133,4 @@ fn grouped(n: i64) -> String {
         out.push(c);
     }
     out
-}
-
-/// Bytes as people read them.
-fn size(bytes: i64) -> String {
-    let gib = bytes as f64 / f64::from(1 << 30);
-    if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20)) }
 }

@@ -18,9 +18,12 @@ use crate::model::init::{NewRows, initialise};
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
-use crate::model::weights::TensorFiles;
+use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
+use crate::plan::MemoryModel;
+use crate::plan::solve::{self, Bounds, Solved, Wanted};
 use crate::torch::cuda::set_numerics;
+use crate::torch::memory;
 use crate::train::step::StepSettings;
 
 /// Micro-batches on a CPU hold this many tokens where the config says `auto`.
@@ -46,6 +49,8 @@ pub struct ModelSetup {
     pub template: Template,
     /// What is worth a word about the device: the GPU that is used, or why one is not.
     pub device_note: Option<String>,
+    /// Whether the memory model chose the size of micro-batches for this GPU, so that it is worth a trial.
+    pub micro_batch_is_solved: bool,
     /// The adapter to start from.
     init: Option<TensorFiles>,
 }
@@ -91,7 +96,7 @@ impl ModelSetup {
     /// Checks the model, tokenizer and template of a config and settles its `auto` values. Reads headers, not weights.
     pub fn inspect(mut config: Config) -> Result<Self> {
         let mut faults = Gather::default();
-        let device_note = faults.take(settle_autos(&mut config))?.flatten();
+        let device_note = faults.take(settle_device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
         let base = faults.take(LlamaConfig::load(&config.model.base))?;
         let files = match &base {
@@ -108,39 +113,48 @@ impl ModelSetup {
             _ => None,
         };
         let layout = base.as_ref().zip(vocab_size).map(|(base, vocab)| Layout::new(base, &lora, vocab));
+        let mut micro_batch_is_solved = false;
+        // Without a device there is no memory to ask for.
+        if let (Some(base), Some(layout), true) = (&base, &layout, faults.0.is_empty()) {
+            let solved = settle_micro_batches(&mut config, base, &lora, layout);
+            micro_batch_is_solved = faults.take(solved)?.unwrap_or_default();
+        }
         let mut init = None;
         if let (Some(dir), Some(layout)) = (&config.model.init_adapter, &layout) {
             init = faults.take(open_init_adapter(dir, &lora, layout))?;
         }
         faults.finish()?;
         match (base, files, tokenizer, template, vocab_size, layout) {
-            (Some(base), Some(files), Some(tokenizer), Some(template), Some(vocab_size), Some(layout)) => {
-                Ok(Self { config, base, files, lora, vocab_size, layout, tokenizer, template, device_note, init })
-            }
+            (Some(base), Some(files), Some(tokenizer), Some(template), Some(vocab_size), Some(layout)) => Ok(Self {
+                config,
+                base,
+                files,
+                lora,
+                vocab_size,
+                layout,
+                tokenizer,
+                template,
+                device_note,
+                micro_batch_is_solved,
+                init,
+            }),
             _ => Err(Error::failed("setup", "a part is missing though no fault was found")),
         }
     }
 
     /// The dtype of weights, activations and products.
     pub fn kind(&self) -> Kind {
-        match self.config.model.dtype {
-            Auto::Is(config::Dtype::Bf16) => Kind::BFloat16,
-            Auto::Is(config::Dtype::Fp16) => Kind::Half,
-            Auto::Is(config::Dtype::Fp32) | Auto::Auto => Kind::Float,
-        }
+        kind(&self.config)
     }
 
     /// Where the model computes.
     pub fn device(&self) -> Device {
-        if self.config.model.device == Auto::Is(config::Device::Cuda) { Device::Cuda(0) } else { Device::Cpu }
+        device(&self.config)
     }
 
     /// Tokens a micro-batch may hold.
     pub fn micro_batch_tokens(&self) -> usize {
-        match self.config.train.micro_batch_tokens {
-            Auto::Is(tokens) => tokens,
-            Auto::Auto => CPU_MICRO_BATCH_TOKENS,
-        }
+        micro_batch_tokens(&self.config)
     }
 
     /// Allocates the parameters and sets them to their start: drawn, copied from the base, or the initial adapter's.
@@ -150,7 +164,8 @@ impl ModelSetup {
             config::NewRows::Normal => NewRows::Normal,
             config::NewRows::Mean => NewRows::Mean,
         };
-        initialise(&mut params, &self.base, &self.lora, &self.files, new_rows, self.config.train.seed)?;
+        let base = BaseWeights::Files(&self.files);
+        initialise(&mut params, &self.base, &self.lora, base, new_rows, self.config.train.seed)?;
         if let Some(init) = &self.init {
             adapter_file::load_into(init, &mut params)?;
         }
@@ -162,7 +177,7 @@ impl ModelSetup {
         set_numerics(self.config.train.deterministic)?;
         let max_positions = self.config.data.max_length as i64;
         let compute = Compute { kind: self.kind(), device: self.device(), max_positions };
-        Llama::load(&self.base, &self.files, &self.lora, params, compute)
+        Llama::load(&self.base, BaseWeights::Files(&self.files), &self.lora, params, compute)
     }
 
     /// Loads and encodes data files; with a cache folder the tokens are kept there.
@@ -221,12 +236,15 @@ impl ModelSetup {
         files
     }
 
+    /// The memory of this model's training.
+    pub fn memory_model(&self) -> MemoryModel {
+        let recompute = self.config.train.recompute == Auto::Is(config::Recompute::All);
+        MemoryModel::new(&self.base, &self.lora, &self.layout, self.kind(), self.device(), recompute)
+    }
+
     /// How the losses of an update are averaged.
     pub fn loss_average(&self) -> LossAverage {
-        match self.config.train.loss_average {
-            config::LossAverage::Tokens => LossAverage::Tokens,
-            config::LossAverage::Samples => LossAverage::Samples { group: self.config.train.loss_group_samples },
-        }
+        loss_average(&self.config)
     }
 }
 
@@ -280,18 +298,7 @@ impl Job {
 
     /// What every update depends on.
     pub fn step_settings(&self) -> StepSettings {
-        let settings = &self.model.config.train;
-        StepSettings {
-            seed: settings.seed,
-            global_batch: settings.global_batch,
-            shuffle: self.model.config.data.shuffle,
-            micro_batch_tokens: self.model.micro_batch_tokens(),
-            recompute: settings.recompute == Auto::Is(config::Recompute::All),
-            loss_average: self.model.loss_average(),
-            dropout: self.model.lora.dropout,
-            max_grad_norm: settings.max_grad_norm,
-            schedule: self.schedule,
-        }
+        step_settings(&self.model.config, self.schedule)
     }
 
     /// Checksums of what the run reads.
@@ -308,17 +315,90 @@ impl Job {
     }
 }
 
-/// Replaces every `auto` by the program's choice on this machine; gives what is worth a word about the device.
-fn settle_autos(config: &mut Config) -> Result<Option<String>> {
+/// The dtype of weights, activations and products of a settled config.
+pub fn kind(config: &Config) -> Kind {
+    match config.model.dtype {
+        Auto::Is(config::Dtype::Bf16) => Kind::BFloat16,
+        Auto::Is(config::Dtype::Fp16) => Kind::Half,
+        Auto::Is(config::Dtype::Fp32) | Auto::Auto => Kind::Float,
+    }
+}
+
+/// Where a settled config computes.
+pub fn device(config: &Config) -> Device {
+    if config.model.device == Auto::Is(config::Device::Cuda) { Device::Cuda(0) } else { Device::Cpu }
+}
+
+/// What every update of a settled config depends on.
+pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
+    StepSettings {
+        seed: config.train.seed,
+        global_batch: config.train.global_batch,
+        shuffle: config.data.shuffle,
+        micro_batch_tokens: micro_batch_tokens(config),
+        recompute: config.train.recompute == Auto::Is(config::Recompute::All),
+        loss_average: loss_average(config),
+        dropout: config.lora.dropout,
+        max_grad_norm: config.train.max_grad_norm,
+        schedule,
+    }
+}
+
+fn micro_batch_tokens(config: &Config) -> usize {
+    match config.train.micro_batch_tokens {
+        Auto::Is(tokens) => tokens,
+        Auto::Auto => CPU_MICRO_BATCH_TOKENS,
+    }
+}
+
+fn loss_average(config: &Config) -> LossAverage {
+    match config.train.loss_average {
+        config::LossAverage::Tokens => LossAverage::Tokens,
+        config::LossAverage::Samples => LossAverage::Samples { group: config.train.loss_group_samples },
+    }
+}
+
+/// Settles device and dtype where they are `auto`; gives what is worth a word about the device.
+pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
     let note = settle_device(config)?;
     settle_dtype(config)?;
-    if config.train.micro_batch_tokens == Auto::Auto {
-        config.train.micro_batch_tokens = Auto::Is(CPU_MICRO_BATCH_TOKENS.max(config.data.max_length));
-    }
-    if config.train.recompute == Auto::Auto {
-        config.train.recompute = Auto::Is(config::Recompute::Nothing);
-    }
     Ok(note)
+}
+
+/// Settles the size of micro-batches and recompute where they are `auto`: on a CPU fixed values, on a GPU by the memory
+/// model and the memory that is free. Whether the memory model chose the size is what comes back.
+///
+/// # Errors
+/// A GPU that has no room for a sample of `data.max_length`.
+pub fn settle_micro_batches(config: &mut Config, base: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<bool> {
+    fn settled<T: Copy>(value: Auto<T>) -> Option<T> {
+        match value {
+            Auto::Is(value) => Some(value),
+            Auto::Auto => None,
+        }
+    }
+    let (device, kind, max_length) = (device(config), kind(config), config.data.max_length);
+    let (tokens, recompute) = (settled(config.train.micro_batch_tokens), settled(config.train.recompute));
+    let solved = match device.is_cuda() {
+        false => Solved {
+            tokens: tokens.unwrap_or(CPU_MICRO_BATCH_TOKENS.max(max_length)) as i64,
+            recompute: recompute == Some(config::Recompute::All),
+        },
+        true => {
+            let model = |recompute| MemoryModel::new(base, lora, layout, kind, device, recompute);
+            let wanted = Wanted {
+                tokens: tokens.map(|tokens| tokens as i64),
+                recompute: recompute.map(|which| which == config::Recompute::All),
+            };
+            let update = config.train.global_batch.saturating_mul(max_length) as i64;
+            let bounds = Bounds { max_length: max_length as i64, update };
+            solve::settle(model, wanted, memory::free_bytes(device)? as i64, bounds)?
+        }
+    };
+    config.train.micro_batch_tokens = Auto::Is(solved.tokens as usize);
+    config.train.recompute =
+        Auto::Is(if solved.recompute { config::Recompute::All } else { config::Recompute::Nothing });
+    Ok(device.is_cuda() && tokens.is_none())
 }
 
 fn settle_device(config: &mut Config) -> Result<Option<String>> {
@@ -363,7 +443,7 @@ fn settle_dtype(config: &mut Config) -> Result<()> {
 }
 
 /// The adapters of a config, whose names it has checked.
-fn lora_spec(config: &Config) -> LoraSpec {
+pub fn lora_spec(config: &Config) -> LoraSpec {
     let lora = &config.lora;
     let mut target_modules: Vec<Projection> =
         lora.target_modules.iter().filter_map(|n| Projection::from_name(n)).collect();

@@ -15,7 +15,9 @@ use crate::optim::adamw::AdamW;
 use crate::optim::control::{Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
+use crate::plan::MemoryModel;
 use crate::torch::memory;
+use crate::train::probe::{Probed, Trial, probe};
 
 /// What an update depends on besides its samples and the run's state.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,6 +40,21 @@ pub struct StepSettings {
     pub max_grad_norm: f64,
     /// The learning rate.
     pub schedule: LrSchedule,
+}
+
+/// The parts of a step, in the order in which each micro-batch goes through them; the last is of the step as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Packing, upload, gradients set to zero.
+    Input,
+    /// Embedding and blocks.
+    Forward,
+    /// The head over the learned rows, the loss, both with their backward.
+    Head,
+    /// Back through the blocks.
+    Backward,
+    /// The gradient's norm, the decision, AdamW, the compute copy.
+    Optimizer,
 }
 
 /// Everything an update reads and changes.
@@ -119,9 +136,17 @@ impl Trainer {
     /// # Errors
     /// A loss or gradient that is not finite where no loss scale could mend it; that update was not applied.
     pub fn step(&mut self) -> Result<Option<StepMetrics>> {
+        self.step_by_part(&mut |_| Ok(()))
+    }
+
+    /// [`Self::step`], with `after` called when a part of it is done: queued at least, on a GPU.
+    ///
+    /// # Errors
+    /// As [`Self::step`], and those of `after`.
+    pub fn step_by_part(&mut self, after: &mut dyn FnMut(Part) -> Result<()>) -> Result<Option<StepMetrics>> {
         let started = Instant::now();
         let samples = self.order.step_samples(self.state.step);
-        let reading = self.update(&samples)?;
+        let reading = self.update(&samples, after)?;
         self.state.step += 1;
         self.outstanding.push_back(Begun { step: self.state.step, samples, started, reading });
         if self.outstanding.len() > self.steps_ahead { self.oldest_outcome() } else { Ok(None) }
@@ -136,14 +161,14 @@ impl Trainer {
     }
 
     /// One update over samples; `None` when there is nothing in them to learn.
-    fn update(&mut self, samples: &[u32]) -> Result<Option<Reading>> {
+    fn update(&mut self, samples: &[u32], after: &mut dyn FnMut(Part) -> Result<()>) -> Result<Option<Reading>> {
         loop {
             let StepSettings { loss_average, micro_batch_tokens, .. } = self.settings;
             let batches = build_batches(&self.samples, samples, loss_average, micro_batch_tokens);
             if batches.is_empty() {
                 return Ok(None);
             }
-            match self.accumulate(&batches) {
+            match self.accumulate(&batches, after) {
                 Ok(()) => break,
                 // Nothing has been applied yet: the update begins again.
                 Err(error) if memory::is_out_of_memory(&error) => self.halve_micro_batches(&batches, &error)?,
@@ -153,21 +178,49 @@ impl Trainer {
         let outstanding = self.outstanding.len() as u64;
         let (decision, reading) = self.control.decide(self.grads.flat(), self.state.updates, outstanding)?;
         self.optimizer.step(&mut self.params, &self.grads, &decision)?;
+        after(Part::Optimizer)?;
         Ok(Some(reading))
     }
 
     /// Loss and gradients over the micro-batches of an update.
-    fn accumulate(&mut self, batches: &[PackedBatch]) -> Result<()> {
+    fn accumulate(&mut self, batches: &[PackedBatch], after: &mut dyn FnMut(Part) -> Result<()>) -> Result<()> {
         self.grads.zero()?;
         self.control.loss.reset()?;
         for packed in batches {
             let batch = self.model.batch(input(packed), self.dropout())?;
+            after(Part::Input)?;
             let (hidden_nd, saved) = self.model.forward(&batch, self.settings.recompute)?;
+            after(Part::Forward)?;
             let dhidden_nd = self.model.head_loss(&hidden_nd, &batch, &self.grads, &self.control.loss)?;
+            after(Part::Head)?;
             drop(hidden_nd);
             self.model.backward(saved, dhidden_nd, &batch, &self.grads)?;
+            after(Part::Backward)?;
         }
         Ok(())
+    }
+
+    /// Tries a micro-batch of the greatest size before the first step, halving it while memory runs out.
+    ///
+    /// # Errors
+    /// Not even one document of `max_length` fits.
+    pub fn try_largest(&mut self, predicted: &MemoryModel, max_length: usize) -> Result<Probed> {
+        let device = self.params.master().device();
+        loop {
+            let StepSettings { micro_batch_tokens: tokens, recompute, dropout, .. } = self.settings;
+            let trial = Trial { tokens, max_length, recompute, dropout };
+            match probe(&self.model, &mut self.grads, predicted, trial, device) {
+                Err(error) if memory::is_out_of_memory(&error) && tokens / 2 >= max_length => {
+                    memory::release_cached(device)?;
+                    self.settings.micro_batch_tokens = tokens / 2;
+                    self.note = Some(format!(
+                        "out of memory on trial with a micro-batch of {tokens} tokens: they hold {} at most",
+                        tokens / 2
+                    ));
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Halves the micro-batches of an update that did not fit into memory, for the rest of the run.

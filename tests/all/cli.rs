@@ -330,7 +330,8 @@ fn usage_errors_are_exit_code_2() {
     for call in [
         &[][..],
         &["chat"],
-        &["bench", "c.toml"],
+        &["bench"],
+        &["bench", "c.toml", "--vocab-size", "512"],
         &["train"],
         &["train", "c.toml", "--nproc", "2"],
         &["export", "adapter", "--format", "gguf", "--out", "out"],

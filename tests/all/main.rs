@@ -4,6 +4,7 @@
 
 mod attention;
 mod bad_input;
+mod bench;
 mod cli;
 mod config;
 mod data;
@@ -17,7 +18,9 @@ mod manifest;
 mod model_gradcheck;
 mod out_of_memory;
 mod place;
+mod plan;
 mod resume;
+mod selftest;
 mod support;
 mod tidy;
 mod tokens;

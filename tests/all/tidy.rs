@@ -11,12 +11,12 @@ const LAYERS: [&[&str]; 6] = [
     &["ops"],
     &["model", "data"],
     &["optim", "checkpoint"],
-    &["config", "log", "plan", "eval", "train", "trained", "generate", "export"],
+    &["config", "log", "plan", "eval", "train", "trained", "generate", "export", "bench", "selftest"],
     &["cli"],
 ];
 
 /// Who may use whom within a layer.
-const SIBLINGS: [(&str, &[&str]); 6] = [
+const SIBLINGS: [(&str, &[&str]); 8] = [
     ("torch", &["error"]),
     ("device", &["torch"]),
     // A checkpoint keeps the loss scale.
@@ -25,6 +25,8 @@ const SIBLINGS: [(&str, &[&str]); 6] = [
     // What is opened for use is what training wrote.
     ("trained", &["config", "train"]),
     ("export", &["trained"]),
+    ("bench", &["config", "log", "plan", "train"]),
+    ("selftest", &["train"]),
 ];
 
 fn root() -> &'static Path {

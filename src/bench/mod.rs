@@ -1,0 +1,220 @@
+//! How fast this machine trains a model: updates of the engine itself, over samples of given lengths.
+//!
+//! The updates that count run as they do in training, timed from one known outcome to the next. The parts of a step are
+//! timed afterwards in updates of their own, because to wait for the device between them slows it down.
+
+mod ceiling;
+mod clock;
+pub mod report;
+
+use std::ops::Range;
+
+use tch::{Device, Kind};
+
+use crate::checkpoint::state::{Identity, RunState};
+use crate::config::{Auto, Config, Recompute};
+use crate::data::{Dataset, EpochOrder, Lengths, build_batches};
+use crate::error::{Error, Result};
+use crate::model::config::LlamaConfig;
+use crate::model::flops::TokenMix;
+use crate::model::init::{NewRows, initialise};
+use crate::model::llama::{Compute, Llama};
+use crate::model::lora::LoraSpec;
+use crate::model::params::{Layout, ParamBuffer};
+use crate::model::weights::BaseWeights;
+use crate::optim::adamw::{AdamW, AdamWConfig};
+use crate::optim::scaler::LossScale;
+use crate::optim::schedule::{LrSchedule, Shape};
+use crate::plan::{MemoryModel, gib};
+use crate::torch::cuda::set_numerics;
+use crate::torch::memory;
+use crate::train::setup::{self, ModelSetup};
+use crate::train::step::{StepSettings, Trainer};
+use report::{Measured, MemoryReport, Report};
+
+/// Updates whose parts are timed, at most.
+const UPDATES_BY_PART: u64 = 3;
+
+/// What to measure.
+pub struct Bench {
+    /// Adapters, dtype, batch and the like; base and data as well, where no others are given.
+    pub config: Config,
+    /// A shape by its name, to be filled with random weights.
+    pub shape: Option<(String, LlamaConfig)>,
+    /// The lengths of samples of random ids.
+    pub lengths: Option<Lengths>,
+    /// Updates that are timed.
+    pub updates: u64,
+    /// Updates before them.
+    pub warmup: u64,
+}
+
+/// What is trained, in words and numbers.
+pub struct Subject {
+    /// A shape's name, or the folder of a base.
+    pub name: String,
+    /// Whether the weights were drawn.
+    pub is_random: bool,
+    /// The base's shape, with as many rows in its tables as are trained.
+    pub shape: LlamaConfig,
+    /// The adapters.
+    pub lora: LoraSpec,
+    /// Where the trained parameters lie.
+    pub layout: Layout,
+    /// What the samples are.
+    pub samples: String,
+    /// The config, nothing in it left to the machine.
+    pub config: Config,
+    /// The dtype of weights, activations and products.
+    pub kind: Kind,
+    /// Where it is trained.
+    pub device: Device,
+}
+
+/// Parameters, the model that reads them, and samples for it.
+type Trainable = (ParamBuffer, Llama, Dataset);
+
+impl Bench {
+    /// Measures; `tell` hears what is being done.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for what the config and the files that it names have wrong; else whatever ends a training.
+    pub fn run(mut self, tell: &dyn Fn(&str)) -> Result<Report> {
+        if let Some(note) = self.settle()? {
+            tell(&note);
+        }
+        set_numerics(self.config.train.deterministic)?;
+        let (warmup, updates) = (self.warmup, self.updates);
+        let (kind, device) = (setup::kind(&self.config), setup::device(&self.config));
+        tell("measuring the fastest product");
+        let ceiling = ceiling::measure(kind, device)?;
+        memory::release_cached(device)?;
+
+        tell("making the model");
+        let before_bytes = memory::in_use_bytes(device)?;
+        memory::reset_peak(device)?;
+        let (subject, (params, model, samples)) = self.subject(kind, device)?;
+        let mut trainer = trainer(&subject, params, model, samples, warmup + updates)?;
+        let is_warming_up = |done| tell(&format!("update {done} of {warmup} before those that count"));
+        clock::time_updates(&mut trainer, warmup, device, &is_warming_up)?;
+        let is_timed = |done| tell(&format!("update {done} of {updates}"));
+        let timed = clock::time_updates(&mut trainer, updates, device, &is_timed)?;
+        if let Some(note) = trainer.take_note() {
+            tell(&note);
+        }
+        let peak_bytes = memory::peak_bytes(device)?;
+        tell("timing the parts of a step");
+        let parts = clock::time_parts(&mut trainer, updates.min(UPDATES_BY_PART), device)?;
+
+        let (mix, largest) = batches_of(&trainer, warmup..warmup + updates);
+        let recompute = trainer.settings.recompute;
+        let model = MemoryModel::new(&subject.shape, &subject.lora, &subject.layout, kind, device, recompute);
+        let predicted = model.by_part(largest as i64);
+        let predicted_bytes = predicted.iter().map(|part| part.bytes).sum();
+        let memory =
+            MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch: largest, predicted };
+        Ok(Report::new(&subject, &trainer.settings, Measured { ceiling, warmup, timed, parts, mix, memory }))
+    }
+
+    /// Fits the config to the lengths, and settles what it leaves to the machine; gives what is worth a word about the device.
+    fn settle(&mut self) -> Result<Option<String>> {
+        if self.shape.is_some() && self.lengths.is_none() {
+            self.lengths = Some(Lengths::belle()?);
+        }
+        if let Some(lengths) = &self.lengths {
+            let longest = lengths.longest();
+            self.config.data.max_length = longest;
+            // They are in a drawn order already: updates take them as they were drawn.
+            self.config.data.shuffle = false;
+            if let Auto::Is(tokens) = self.config.train.micro_batch_tokens
+                && tokens < longest
+            {
+                let what = format!("{tokens} do not hold the longest sample, which has {longest}");
+                return Err(Error::invalid("train.micro_batch_tokens", what)
+                    .hint(format!("give --micro-batch-tokens {longest} or more, or shorter --lengths")));
+            }
+        }
+        setup::settle_device_and_dtype(&mut self.config)
+    }
+
+    /// Makes the model and the samples.
+    fn subject(self, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
+        let n_samples =
+            (self.warmup + self.updates.saturating_add(UPDATES_BY_PART)) as usize * self.config.train.global_batch;
+        let seed = self.config.train.seed;
+        let drawn = |lengths: &Lengths, vocab_size: i64| {
+            Dataset::random(&lengths.draw(n_samples, seed), u32::try_from(vocab_size).unwrap_or(u32::MAX), seed)
+        };
+        let Self { mut config, shape, lengths, .. } = self;
+        if let (Some((name, shape)), Some(lengths)) = (shape, &lengths) {
+            let lora = setup::lora_spec(&config);
+            let layout = Layout::new(&shape, &lora, shape.vocab_size);
+            setup::settle_micro_batches(&mut config, &shape, &lora, &layout)?;
+            refuse_what_does_not_fit(&config, &shape, &lora, &layout)?;
+            let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
+            let base = BaseWeights::Random { seed };
+            initialise(&mut params, &shape, &lora, base, NewRows::Normal, seed)?;
+            let compute = Compute { kind, device, max_positions: config.data.max_length as i64 };
+            let model = Llama::load(&shape, base, &lora, &params, compute)?;
+            let samples = drawn(lengths, shape.vocab_size);
+            let about = lengths.about.clone();
+            let subject = Subject { name, is_random: true, shape, lora, layout, samples: about, config, kind, device };
+            return Ok((subject, (params, model, samples)));
+        }
+        let setup = ModelSetup::inspect(config)?;
+        let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
+        refuse_what_does_not_fit(&setup.config, &shape, &setup.lora, &setup.layout)?;
+        let (samples, about) = match &lengths {
+            Some(lengths) => (drawn(lengths, setup.vocab_size), lengths.about.clone()),
+            None => {
+                let data = &setup.config.data;
+                let names: Vec<String> = data.train.iter().map(|path| path.display().to_string()).collect();
+                (setup.dataset(&data.train, Some(&data.cache_dir))?, names.join(", "))
+            }
+        };
+        let params = setup.initial_params()?;
+        let model = setup.load(&params)?;
+        let ModelSetup { config, lora, layout, .. } = setup;
+        let name = config.model.base.display().to_string();
+        let subject = Subject { name, is_random: false, shape, lora, layout, samples: about, config, kind, device };
+        Ok((subject, (params, model, samples)))
+    }
+}
+
+/// Refuses a model that this machine's memory does not hold; on a GPU the size of micro-batches was settled by that.
+fn refuse_what_does_not_fit(config: &Config, shape: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<()> {
+    let (device, recompute) = (setup::device(config), config.train.recompute == Auto::Is(Recompute::All));
+    let model = MemoryModel::new(shape, lora, layout, setup::kind(config), device, recompute);
+    let needed = model.total(config.data.max_length as i64);
+    let free = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
+    if needed <= free {
+        return Ok(());
+    }
+    let what = format!("needs {} of memory, and {} are free", gib(needed), gib(free));
+    Err(Error::invalid("bellora bench", what)
+        .hint("measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory"))
+}
+
+/// A trainer before its first step, with a learning rate that stays the same.
+fn trainer(subject: &Subject, params: ParamBuffer, model: Llama, samples: Dataset, total: u64) -> Result<Trainer> {
+    let train = &subject.config.train;
+    let schedule = LrSchedule { learning_rate: train.learning_rate, shape: Shape::Constant, warmup: 0, total };
+    let settings = setup::step_settings(&subject.config, schedule);
+    let optimizer =
+        AdamW::new(AdamWConfig { betas: train.betas, eps: train.eps, weight_decay: train.weight_decay }, &params)?;
+    let scale = if subject.kind == Kind::Half { LossScale::dynamic() } else { LossScale::none() };
+    let nobodys = Identity { base: String::new(), data: String::new() };
+    Trainer::new(settings, samples, model, params, optimizer, RunState::start(scale, nobodys))
+}
+
+/// What the tokens of some steps were like, and how many the largest micro-batch held.
+fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, usize) {
+    let StepSettings { global_batch, shuffle, seed, loss_average, micro_batch_tokens, .. } = trainer.settings;
+    let mut order = EpochOrder::new(trainer.samples.len(), global_batch, shuffle, seed);
+    let taken: Vec<Vec<u32>> = steps.map(|step| order.step_samples(step)).collect();
+    let length =
+        |sample: &u32| (trainer.samples.ids(*sample as usize).len(), trainer.samples.label_tokens(*sample as usize));
+    let mix = TokenMix::of(taken.iter().flatten().map(length));
+    let batches = taken.iter().flat_map(|s| build_batches(&trainer.samples, s, loss_average, micro_batch_tokens));
+    (mix, batches.map(|batch| batch.input_ids.len()).max().unwrap_or_default())
+}

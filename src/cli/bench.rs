@@ -1,0 +1,65 @@
+//! `bellora bench`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::bench::Bench;
+use crate::cli::{print, say, signals};
+use crate::config::{Auto, Config};
+use crate::data::Lengths;
+use crate::error::{Error, Result};
+use crate::model::shapes;
+
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// A config file: its base and its data are measured, or what --shape and --lengths put in their place
+    config: Option<PathBuf>,
+    /// Override a key: section.key=value, the value in TOML or as plain text [repeatable]
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// A model with random weights: a name (tiny, llama-2-7b, ...) or the path of a config.json
+    #[arg(long, value_name = "NAME|FILE")]
+    shape: Option<String>,
+    /// Rows of the shape's tables, in place of its own number
+    #[arg(long, value_name = "N", requires = "shape")]
+    vocab_size: Option<i64>,
+    /// Lengths of the samples: a file of lengths, or one length for all [default with --shape: those of BELLE's]
+    #[arg(long, value_name = "FILE|N")]
+    lengths: Option<String>,
+    /// Updates to time
+    #[arg(long, value_name = "K", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    updates: u64,
+    /// Updates before those
+    #[arg(long, value_name = "K", default_value_t = 2, value_parser = clap::value_parser!(u64).range(..=100_000))]
+    warmup: u64,
+    /// Tokens a micro-batch may hold [default: train.micro_batch_tokens]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 31))]
+    micro_batch_tokens: Option<u64>,
+    /// Print one line of JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &BenchArgs) -> Result<()> {
+    signals::end_at_once()?;
+    let shape = match &args.shape {
+        Some(name) => Some((name.clone(), shapes::open(name, args.vocab_size)?)),
+        None => None,
+    };
+    let lengths = args.lengths.as_deref().map(Lengths::of_argument).transpose()?;
+    let mut config = match (&args.config, &shape) {
+        (config, Some(_)) => Config::load_without_files(config.as_deref(), &args.sets)?,
+        (Some(config), None) => Config::load(config, &args.sets)?,
+        (None, None) => {
+            return Err(Error::invalid("bellora bench", "neither a config nor a shape is given")
+                .hint(format!("name a config file, or --shape with one of {}", shapes::NAMES.join(", "))));
+        }
+    };
+    if let Some(tokens) = args.micro_batch_tokens {
+        config.train.micro_batch_tokens = Auto::Is(tokens as usize);
+    }
+    let bench = Bench { config, shape, lengths, updates: args.updates, warmup: args.warmup };
+    let report = bench.run(&|doing| say(&format!("{doing}\n")))?;
+    if args.json { print(&(report.to_json() + "\n")) } else { print(&report.to_table()) }
+}

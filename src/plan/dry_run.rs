@@ -1,0 +1,582 @@
+//! A micro-batch's passes with bytes in place of tensors.
+//!
+//! The functions follow `model/block.rs`, `model/llama.rs`, `model/adapted_linear.rs` and `ops/` line by line: a tensor there
+//! is a [`Held`] here, made where it is made and dropped where it is dropped (a shadowed name lives on to the end of its
+//! function). Views take nothing. What libtorch's own kernels allocate besides their results is counted where it grows with
+//! the tokens; scratch of fixed size is not.
+//!
+//! Legend: `N` tokens, all of them learned; widths are elements a row.
+
+use std::cell::Cell;
+
+use tch::{Device, Kind};
+
+use crate::model::llama::rows_per_chunk;
+use crate::model::params::padded_head_rows;
+use crate::plan::memory::{Part, PartBytes, Passes, Stage};
+
+/// Bytes of an fp32 element.
+const FP32: i64 = 4;
+
+/// Bytes of an i64 element.
+const I64: i64 = 8;
+
+/// What cuBLAS and cuBLASLt keep for themselves on a stream: 32 MiB each on the GPUs where it is most.
+const CUDA_WORKSPACES: i64 = 64 << 20;
+
+/// What attention's backward on a GPU holds in fp32, as multiples of the queries' width. The memory-efficient kernel sums
+/// the gradients of q, k and v there; flash attention that of q, with up to 128 rows more for every document, and documents
+/// are taken to have 64 tokens or more on average.
+const CUDA_ACCUMULATORS: i64 = 3;
+
+/// Philox calls that `ops/dropout.rs` makes at a time on a GPU, and the i64 tensors of that size that it holds while it mixes.
+const CUDA_MASK_CALLS: i64 = 1 << 21;
+const CUDA_MASK_TENSORS: i64 = 11;
+
+/// The projections of a block that share an input.
+#[derive(Debug, Clone)]
+pub(super) struct InputGroup {
+    /// Columns of the input.
+    pub(super) input: i64,
+    /// Columns of all outputs.
+    pub(super) output: i64,
+    /// Columns of each adapted projection's output.
+    pub(super) adapted: Vec<i64>,
+}
+
+/// What the memory of a run depends on.
+#[derive(Debug, Clone)]
+pub(super) struct Dims {
+    pub(super) hidden: i64,
+    pub(super) q_width: i64,
+    pub(super) kv_width: i64,
+    pub(super) n_heads: i64,
+    pub(super) head_dim: i64,
+    /// Rows of the tables, grown ones included.
+    pub(super) vocab: i64,
+    pub(super) layers: usize,
+    pub(super) max_positions: i64,
+    pub(super) rank: i64,
+    pub(super) qkv: InputGroup,
+    pub(super) o: InputGroup,
+    pub(super) gate_up: InputGroup,
+    pub(super) down: InputGroup,
+    pub(super) drops: bool,
+    pub(super) trains_embed: bool,
+    pub(super) trains_head: bool,
+    pub(super) frozen_params: i64,
+    /// Elements of a flat buffer.
+    pub(super) buffer_len: i64,
+    pub(super) kind: Kind,
+    pub(super) is_cuda: bool,
+    pub(super) recompute: bool,
+}
+
+impl Dims {
+    /// Bytes of an element of weights and activations.
+    fn element(&self) -> i64 {
+        self.kind.elt_size_in_bytes() as i64
+    }
+
+    fn is_half_precision(&self) -> bool {
+        self.element() < FP32
+    }
+
+    /// Whether norms, SwiGLU, RoPE and cross entropy are single passes, and not libtorch's ops one after the other.
+    fn has_row_kernels(&self) -> bool {
+        !self.is_cuda && matches!(self.kind, Kind::Float | Kind::BFloat16)
+    }
+
+    /// Rows that pad the head.
+    fn padding(&self) -> i64 {
+        padded_head_rows(self.vocab, self.kind) - self.vocab
+    }
+}
+
+/// Bytes by part; the index is the part's own.
+type Bytes = [i64; Part::ALL.len()];
+
+/// Counts what is held, and remembers the most.
+#[derive(Debug, Default)]
+struct Meter {
+    live: Cell<Bytes>,
+    peak: Cell<Bytes>,
+}
+
+impl Meter {
+    fn change(&self, part: Part, bytes: i64) {
+        let mut live = self.live.get();
+        live[part as usize] += bytes;
+        self.live.set(live);
+        if total(&live) > total(&self.peak.get()) {
+            self.peak.set(live);
+        }
+    }
+
+    fn hold(&self, part: Part, bytes: i64) -> Held<'_> {
+        self.change(part, bytes);
+        Held { meter: self, part, bytes }
+    }
+
+    /// The most since the last call.
+    fn take_peak(&self) -> Bytes {
+        self.peak.replace(self.live.get())
+    }
+}
+
+fn total(bytes: &Bytes) -> i64 {
+    bytes.iter().sum()
+}
+
+/// A tensor of which only the size is known.
+#[derive(Debug)]
+struct Held<'m> {
+    meter: &'m Meter,
+    part: Part,
+    bytes: i64,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.meter.change(self.part, -self.bytes);
+    }
+}
+
+/// Follows one micro-batch of `tokens` tokens.
+pub(super) fn passes(dims: &Dims, tokens: i64) -> Passes {
+    let meter = Meter::default();
+    let dry = DryRun { dims, n: tokens, meter: &meter };
+    let _lasting = dry.lasting();
+    let lasting = total(&meter.live.get());
+    let _batch = dry.batch();
+    meter.take_peak();
+
+    let (hidden, saved) = dry.forward();
+    let forward = meter.take_peak();
+    let kept = total(&meter.live.get());
+    let dhidden = dry.head_loss();
+    drop(hidden);
+    let head = meter.take_peak();
+    dry.backward(saved, dhidden);
+    let backward = meter.take_peak();
+
+    let by_part =
+        |bytes: Bytes| Part::ALL.into_iter().map(|part| PartBytes { part, bytes: bytes[part as usize] }).collect();
+    let peaks =
+        [(Stage::Forward, by_part(forward)), (Stage::Head, by_part(head)), (Stage::Backward, by_part(backward))];
+    Passes { lasting, kept, peaks }
+}
+
+/// `BlockSaved` of `model/block.rs`.
+struct BlockSaved<'m> {
+    x: Held<'m>,
+    _rest: [Option<Held<'m>>; 11],
+}
+
+/// `SavedBlock` of `model/llama.rs`.
+enum SavedBlock<'m> {
+    All(BlockSaved<'m>),
+    Input(Held<'m>),
+}
+
+/// One micro-batch of `n` tokens.
+struct DryRun<'m> {
+    dims: &'m Dims,
+    n: i64,
+    meter: &'m Meter,
+}
+
+impl<'m> DryRun<'m> {
+    /// `[N, width]` in the compute dtype.
+    fn rows(&self, part: Part, width: i64) -> Held<'m> {
+        self.meter.hold(part, self.dims.element() * width * self.n)
+    }
+
+    /// `[N, width]` in the compute dtype, gone before the block is left.
+    fn passing(&self, width: i64) -> Held<'m> {
+        self.rows(Part::Temporaries, width)
+    }
+
+    /// `[N, width]` in fp32.
+    fn wide(&self, part: Part, width: i64) -> Held<'m> {
+        self.meter.hold(part, FP32 * width * self.n)
+    }
+
+    /// The fp32 form of something passing; in fp32 it is the thing itself.
+    fn widened(&self, width: i64) -> Option<Held<'m>> {
+        self.dims.is_half_precision().then(|| self.wide(Part::Temporaries, width))
+    }
+
+    // ---- what a run holds ----
+
+    fn lasting(&self) -> Vec<Held<'m>> {
+        let dims = self.dims;
+        let params = |n: i64| FP32 * n;
+        let padding = dims.element() * dims.padding() * dims.hidden;
+        let (frozen_padding, copy_padding) = if dims.trains_head { (0, padding) } else { (padding, 0) };
+        let copy = if dims.is_half_precision() { dims.element() * dims.buffer_len + copy_padding } else { 0 };
+        let workspaces = if dims.is_cuda { CUDA_WORKSPACES } else { 0 };
+        // Cosines and sines of every position; no document is longer than the micro-batch.
+        let rotations = FP32 * dims.head_dim * self.n.min(dims.max_positions);
+        vec![
+            self.meter.hold(Part::FrozenWeights, dims.element() * dims.frozen_params + frozen_padding),
+            self.meter.hold(Part::Masters, params(dims.buffer_len)),
+            self.meter.hold(Part::Gradients, params(dims.buffer_len)),
+            self.meter.hold(Part::Moments, 2 * params(dims.buffer_len)),
+            self.meter.hold(Part::ComputeCopy, copy),
+            self.meter.hold(Part::Workspaces, workspaces),
+            self.meter.hold(Part::Batch, rotations),
+        ]
+    }
+
+    /// `Llama::batch`: five columns of i64, the weights, the rotations. On the CPU the plain numbers lie there too.
+    fn batch(&self) -> Held<'m> {
+        let numbers = 5 * I64 + FP32;
+        let copies = if self.dims.is_cuda { 1 } else { 2 };
+        self.meter.hold(Part::Batch, (copies * numbers + FP32 * self.dims.head_dim) * self.n)
+    }
+
+    // ---- model/llama.rs ----
+
+    fn forward(&self) -> (Held<'m>, Vec<SavedBlock<'m>>) {
+        let mut x_nd = self.rows(Part::KeptActivations, self.dims.hidden);
+        let mut blocks = Vec::with_capacity(self.dims.layers);
+        for _ in 0..self.dims.layers {
+            let (out_nd, saved) = self.block_forward(x_nd);
+            blocks.push(match self.dims.recompute {
+                true => SavedBlock::Input(saved.x),
+                false => SavedBlock::All(saved),
+            });
+            x_nd = out_nd;
+        }
+        (x_nd, blocks)
+    }
+
+    /// `Llama::head_loss`, all rows learned.
+    fn head_loss(&self) -> Held<'m> {
+        let d = self.dims.hidden;
+        let head = |width: i64| self.rows(Part::Head, width);
+        let _rows_md = head(d);
+        let (_h_md, _rstd) = self.rms_norm_forward(Part::Head);
+        let _dh_md = head(d);
+        self.head_chunk();
+        let _no_residual = head(d);
+        let _drows_md = self.rms_norm_backward(Part::Head).0;
+        self.rows(Part::KeptActivations, d)
+    }
+
+    /// One chunk: logits, their gradient, what it gives the rows and the table.
+    fn head_chunk(&self) {
+        let dims = self.dims;
+        let device = if dims.is_cuda { Device::Cuda(0) } else { Device::Cpu };
+        let chunk = rows_per_chunk(dims.vocab, device).min(self.n);
+        let padded = padded_head_rows(dims.vocab, dims.kind);
+        let hold = |bytes: i64| self.meter.hold(Part::Head, bytes);
+        let logits = hold(dims.element() * padded * chunk);
+        let _dlogits = match dims.has_row_kernels() {
+            // Overwritten by their gradient.
+            true => logits,
+            false => {
+                // The softmax takes no slice of columns as it lies, and on the CPU nothing but fp32.
+                let copied = if dims.is_cuda { dims.element() * i64::from(padded > dims.vocab) } else { FP32 };
+                let copy = hold(copied * dims.vocab * chunk);
+                let log_softmax = hold(FP32 * dims.vocab * chunk);
+                drop(copy);
+                let dlogits = hold(dims.element() * padded * chunk);
+                drop((log_softmax, logits));
+                dlogits
+            }
+        };
+        drop(hold(dims.element() * dims.hidden * chunk));
+        if dims.trains_head {
+            self.accumulate(Part::Head, dims.vocab, dims.hidden);
+        }
+    }
+
+    fn backward(&self, saved: Vec<SavedBlock<'m>>, dhidden_nd: Held<'m>) {
+        let mut dx_nd = dhidden_nd;
+        for (layer, saved) in saved.into_iter().enumerate().rev() {
+            let saved = match saved {
+                SavedBlock::All(saved) => saved,
+                SavedBlock::Input(x_nd) => self.block_forward(x_nd).1,
+            };
+            let need_dx = layer > 0 || self.dims.trains_embed;
+            match self.block_backward(saved, dx_nd, need_dx) {
+                Some(dx) => dx_nd = dx,
+                None => return,
+            }
+        }
+        drop(self.widened(self.dims.hidden));
+    }
+
+    // ---- model/block.rs ----
+
+    fn block_forward(&self, x_nd: Held<'m>) -> (Held<'m>, BlockSaved<'m>) {
+        let Dims { hidden: d, n_heads, qkv, o: o_group, gate_up, down, .. } = self.dims;
+        let (d, kept) = (*d, Part::KeptActivations);
+        let (_h_nd, rstd) = self.rms_norm_forward(Part::Temporaries);
+        let (qkv, qkv_xa) = self.linear(qkv, kept);
+        self.rotate();
+        let o = self.rows(kept, self.dims.q_width);
+        let lse = self.wide(kept, *n_heads);
+        self.attention_forward();
+        let (x2_nd, o_xa) = self.linear(o_group, kept);
+
+        let (_h_nd, mlp_rstd) = self.rms_norm_forward(Part::Temporaries);
+        let (gu_n2f, gate_up_xa) = self.linear(gate_up, kept);
+        let _h_nf = self.swiglu_forward();
+        let (out_nd, down_xa) = self.linear(down, kept);
+        debug_assert_eq!(out_nd.bytes, self.dims.element() * d * self.n);
+
+        let rest = [
+            Some(rstd),
+            qkv_xa,
+            Some(qkv),
+            Some(lse),
+            Some(o),
+            o_xa,
+            Some(x2_nd),
+            Some(mlp_rstd),
+            gate_up_xa,
+            Some(gu_n2f),
+            down_xa,
+        ];
+        (out_nd, BlockSaved { x: x_nd, _rest: rest })
+    }
+
+    fn block_backward(&self, saved: BlockSaved<'m>, dout_nd: Held<'m>, need_dx: bool) -> Option<Held<'m>> {
+        let Dims { hidden: d, q_width, kv_width, qkv, o, gate_up, down, .. } = self.dims;
+        let (d, f) = (*d, down.input);
+
+        let ds = self.backward_b(down);
+        let dh_nf = self.backward_input(down);
+        self.add_adapters(down);
+        let (dgu_n2f, h_nf) = self.swiglu_backward();
+        drop(dh_nf);
+        self.accumulate_a(down, ds, Some(h_nf));
+        debug_assert_eq!(dgu_n2f.bytes, self.dims.element() * 2 * f * self.n);
+
+        let ds = self.backward_b(gate_up);
+        let _dh_nd = self.backward_input(gate_up);
+        drop(dgu_n2f);
+        self.add_adapters(gate_up);
+        let (dx2_nd, h_nd) = self.rms_norm_backward(Part::Temporaries);
+        self.accumulate_a(gate_up, ds, Some(h_nd));
+
+        let ds = self.backward_b(o);
+        let _do = self.backward_input(o);
+        self.add_adapters(o);
+        self.accumulate_a(o, ds, None);
+        let _dqkv = self.passing(q_width + 2 * kv_width);
+        self.attention_backward();
+        self.rotate();
+
+        let ds = self.backward_b(qkv);
+        let _held = (saved, dout_nd, dx2_nd);
+        if !need_dx {
+            let h_nd = self.rms_norm_again();
+            self.accumulate_a(qkv, ds, Some(h_nd));
+            return None;
+        }
+        let _dh_nd = self.backward_input(qkv);
+        self.add_adapters(qkv);
+        let (dx_nd, h_nd) = self.rms_norm_backward(Part::Temporaries);
+        self.accumulate_a(qkv, ds, Some(h_nd));
+        debug_assert_eq!(dx_nd.bytes, self.dims.element() * d * self.n);
+        Some(dx_nd)
+    }
+
+    /// An input with its mask applied. A GPU draws the mask by integer operations, some rows at a time.
+    fn dropped(&self, width: i64) -> Option<Held<'m>> {
+        if !self.dims.drops {
+            return None;
+        }
+        let dropped = self.rows(Part::Dropout, width);
+        if self.dims.is_cuda {
+            let calls = (self.n * width / 8).min(CUDA_MASK_CALLS);
+            drop(self.meter.hold(Part::Dropout, CUDA_MASK_TENSORS * I64 * calls));
+        }
+        Some(dropped)
+    }
+
+    fn accumulate_a(&self, group: &InputGroup, ds: Option<Held<'m>>, x: Option<Held<'m>>) {
+        if ds.is_some() {
+            let _dropped = self.dropped(group.input);
+            self.accumulate(Part::Temporaries, self.dims.rank * group.adapted.len() as i64, group.input);
+        }
+        drop((ds, x));
+    }
+
+    // ---- model/adapted_linear.rs ----
+
+    fn linear(&self, group: &InputGroup, part: Part) -> (Held<'m>, Option<Held<'m>>) {
+        let _dropped = if group.adapted.is_empty() { None } else { self.dropped(group.input) };
+        let y_no = self.rows(part, group.output);
+        if group.adapted.is_empty() {
+            return (y_no, None);
+        }
+        let xa_nr = self.rows(Part::KeptActivations, self.ranks(group));
+        for width in &group.adapted {
+            self.add_product(*width);
+        }
+        (y_no, Some(xa_nr))
+    }
+
+    fn backward_b(&self, group: &InputGroup) -> Option<Held<'m>> {
+        if group.adapted.is_empty() {
+            return None;
+        }
+        let ds_nr = self.passing(self.ranks(group));
+        for width in &group.adapted {
+            // oneDNN takes no slice of columns as it lies.
+            let is_slice = *width < group.output;
+            let copy = (self.is_fp32_on_cpu() && is_slice).then(|| self.passing(*width));
+            drop((copy, self.passing(self.dims.rank)));
+            self.accumulate(Part::Temporaries, *width, self.dims.rank);
+        }
+        Some(ds_nr)
+    }
+
+    fn backward_input(&self, group: &InputGroup) -> Held<'m> {
+        self.passing(group.input)
+    }
+
+    fn add_adapters(&self, group: &InputGroup) {
+        match (group.adapted.is_empty(), self.dims.drops) {
+            (true, _) => {}
+            (false, true) => drop((self.passing(group.input), self.dropped(group.input))),
+            (false, false) => self.add_product(group.input),
+        }
+    }
+
+    /// Columns of the stacked `x Aᵀ`.
+    fn ranks(&self, group: &InputGroup) -> i64 {
+        self.dims.rank * group.adapted.len() as i64
+    }
+
+    // ---- ops/gemm.rs ----
+
+    fn is_fp32_on_cpu(&self) -> bool {
+        !self.dims.is_cuda && self.dims.kind == Kind::Float
+    }
+
+    /// `add_nt_` or `add_nn_` onto `[N, width]`.
+    fn add_product(&self, width: i64) {
+        if self.dims.is_half_precision() && !self.dims.is_cuda {
+            drop(self.passing(width));
+        }
+    }
+
+    /// `accumulate_tn_` onto a gradient `[rows, columns]`.
+    fn accumulate(&self, part: Part, rows: i64, columns: i64) {
+        // A GPU's product goes into the fp32 gradient itself.
+        if self.dims.is_half_precision() && !self.dims.is_cuda {
+            drop(self.meter.hold(part, self.dims.element() * rows * columns));
+        }
+    }
+
+    // ---- ops/rms_norm.rs ----
+
+    /// The normed rows and their statistics, which alone are kept.
+    fn rms_norm_forward(&self, part: Part) -> (Held<'m>, Held<'m>) {
+        let d = self.dims.hidden;
+        let rstd = self.wide(if part == Part::Head { part } else { Part::KeptActivations }, 1);
+        if self.dims.has_row_kernels() {
+            return (self.rows(part, d), rstd);
+        }
+        let _x = self.widened(d);
+        drop(self.wide(Part::Temporaries, d));
+        let _scaled = [self.wide(Part::Temporaries, d), self.wide(Part::Temporaries, d)];
+        (self.rows(part, d), rstd)
+    }
+
+    /// The gradient of the rows, and the normed rows again.
+    fn rms_norm_backward(&self, part: Part) -> (Held<'m>, Held<'m>) {
+        let d = self.dims.hidden;
+        if self.dims.has_row_kernels() {
+            return (self.rows(part, d), self.rows(part, d));
+        }
+        let wide = || self.wide(Part::Temporaries, d);
+        let _x = self.widened(d);
+        let dy = self.widened(d);
+        let _g = wide();
+        drop(dy);
+        let terms = [wide(), wide()];
+        let _dx = wide();
+        drop(terms);
+        let _sum = wide();
+        let dx = self.rows(part, d);
+        (dx, self.rms_norm_again_as(part))
+    }
+
+    fn rms_norm_again(&self) -> Held<'m> {
+        self.rms_norm_again_as(Part::Temporaries)
+    }
+
+    /// `recompute`, which is made of libtorch's ops everywhere.
+    fn rms_norm_again_as(&self, part: Part) -> Held<'m> {
+        let d = self.dims.hidden;
+        let _x = self.widened(d);
+        let _scaled = [self.wide(Part::Temporaries, d), self.wide(Part::Temporaries, d)];
+        self.rows(part, d)
+    }
+
+    // ---- ops/rope.rs, ops/swiglu.rs ----
+
+    fn rotate(&self) {
+        if self.dims.has_row_kernels() {
+            return;
+        }
+        let half = (self.dims.q_width + self.dims.kv_width) / 2;
+        let _halves = [self.widened(half), self.widened(half)];
+        // Four products and two sums, none freed before the last is made.
+        let _made = [(); 6].map(|()| self.wide(Part::Temporaries, half));
+    }
+
+    fn swiglu_forward(&self) -> Held<'m> {
+        let f = self.dims.down.input;
+        let _silu = (!self.dims.has_row_kernels()).then(|| self.passing(f));
+        self.passing(f)
+    }
+
+    fn swiglu_backward(&self) -> (Held<'m>, Held<'m>) {
+        let f = self.dims.down.input;
+        if self.dims.has_row_kernels() {
+            return (self.passing(2 * f), self.passing(f));
+        }
+        let _silu = self.passing(f);
+        let dgu = self.passing(2 * f);
+        drop([self.passing(f), self.passing(f)]);
+        (dgu, self.passing(f))
+    }
+
+    // ---- ops/attention.rs ----
+
+    /// What attention makes besides the `o` and `lse` that are kept: on the CPU its own output, and keys and values repeated
+    /// for their group of query heads (as one of a GPU's two kernels wants them).
+    fn attention_forward(&self) {
+        let _repeated = self.repeated();
+        let _o_bhte = (!self.dims.is_cuda).then(|| self.passing(self.dims.q_width));
+    }
+
+    /// Gradients of q, k and v apart, before they go into `dqkv`.
+    fn attention_backward(&self) {
+        let Dims { q_width, kv_width, .. } = *self.dims;
+        let _repeated = self.repeated();
+        let _apart = self.passing(3 * q_width);
+        if self.dims.is_cuda {
+            drop(self.wide(Part::Temporaries, CUDA_ACCUMULATORS * q_width));
+        }
+        if q_width > kv_width {
+            // The sums over the groups in fp32, rounded, and on the CPU as rows.
+            let sums = || self.passing(2 * kv_width);
+            let _sums = (sums(), (!self.dims.is_cuda).then(sums));
+            drop(self.wide(Part::Temporaries, kv_width));
+        }
+    }
+
+    fn repeated(&self) -> Option<Held<'m>> {
+        let Dims { q_width, kv_width, .. } = *self.dims;
+        (q_width > kv_width).then(|| self.passing(2 * q_width))
+    }
+}

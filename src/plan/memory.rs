@@ -1,0 +1,209 @@
+//! The memory of a training run, by part, as a function of the tokens in a micro-batch.
+//!
+//! Every number is derived from what the engine allocates and keeps: see `dry_run`. Bytes are those that the program asks
+//! for; how an allocator rounds them and what it cannot reuse is the business of the margin in [`super::solve`].
+
+use serde::Serialize;
+use tch::{Device, Kind};
+
+use crate::model::config::LlamaConfig;
+use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::params::{INPUT_GROUPS, Layout, table_key};
+use crate::plan::dry_run::{self, Dims, InputGroup};
+
+/// What bytes are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// Frozen weights in the compute dtype.
+    FrozenWeights,
+    /// The trained parameters in fp32.
+    Masters,
+    /// Their gradients in fp32.
+    Gradients,
+    /// AdamW's two moments in fp32.
+    Moments,
+    /// The half-precision copy of the trained parameters that products read.
+    ComputeCopy,
+    /// What the blocks keep of a micro-batch for backward.
+    KeptActivations,
+    /// The head: learned rows, one chunk of logits with its gradient, the gradient of the rows.
+    Head,
+    /// Masked inputs of the adapters.
+    Dropout,
+    /// Everything else that comes and goes within a pass.
+    Temporaries,
+    /// Ids, positions, targets, weights, rotations.
+    Batch,
+    /// Workspaces of the device's libraries.
+    Workspaces,
+}
+
+impl Part {
+    /// All of them, the lasting ones first.
+    pub const ALL: [Self; 11] = [
+        Self::FrozenWeights,
+        Self::Masters,
+        Self::Gradients,
+        Self::Moments,
+        Self::ComputeCopy,
+        Self::Workspaces,
+        Self::Batch,
+        Self::KeptActivations,
+        Self::Head,
+        Self::Dropout,
+        Self::Temporaries,
+    ];
+
+    /// The part as tables name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FrozenWeights => "frozen weights",
+            Self::Masters => "master weights",
+            Self::Gradients => "gradients",
+            Self::Moments => "moments",
+            Self::ComputeCopy => "compute copy",
+            Self::KeptActivations => "kept activations",
+            Self::Head => "head",
+            Self::Dropout => "dropout",
+            Self::Temporaries => "temporaries",
+            Self::Batch => "batch",
+            Self::Workspaces => "workspaces",
+        }
+    }
+}
+
+/// The bytes of one part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PartBytes {
+    /// What for.
+    pub part: Part,
+    /// How many.
+    pub bytes: i64,
+}
+
+/// The passes of a micro-batch. The update after the last of them needs less than any: nothing is kept any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Through the blocks.
+    Forward,
+    /// The head with its loss and gradient.
+    Head,
+    /// Back through the blocks.
+    Backward,
+}
+
+impl Stage {
+    /// All of them, in order.
+    pub const ALL: [Self; 3] = [Self::Forward, Self::Head, Self::Backward];
+}
+
+/// The memory of one micro-batch's passes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Passes {
+    /// What is held before the micro-batch comes: weights, parameters, gradients, moments.
+    pub lasting: i64,
+    /// What is held between forward and the head.
+    pub kept: i64,
+    /// Each stage's peak, by part.
+    pub peaks: [(Stage, Vec<PartBytes>); 3],
+}
+
+impl Passes {
+    /// The peak of a stage.
+    pub fn peak(&self, stage: Stage) -> i64 {
+        let (_, parts) = &self.peaks[stage as usize];
+        sum(parts)
+    }
+}
+
+/// The memory of a run, for every size of its micro-batches.
+///
+/// It grows with the tokens in straight lines: what is kept and the widest temporaries are so many bytes a token, the
+/// logits alone come in chunks that stop growing. The worst case is assumed where samples differ: every position learned,
+/// all documents of one length (so that attention takes them in one call).
+#[derive(Debug, Clone)]
+pub struct MemoryModel {
+    dims: Dims,
+}
+
+impl MemoryModel {
+    /// Takes down what the memory of a run depends on; `layout` is that of its trained parameters.
+    pub fn new(
+        shape: &LlamaConfig,
+        lora: &LoraSpec,
+        layout: &Layout,
+        kind: Kind,
+        device: Device,
+        recompute: bool,
+    ) -> Self {
+        let heads = shape.heads();
+        let group = |projections: &[Projection]| InputGroup {
+            input: projections[0].shape(shape)[1],
+            output: projections.iter().map(|p| p.shape(shape)[0]).sum(),
+            adapted: projections.iter().filter(|p| lora.adapts(**p)).map(|p| p.shape(shape)[0]).collect(),
+        };
+        let [qkv, o, gate_up, down] = INPUT_GROUPS.map(group);
+        let table = layout.index_of(&table_key(Table::Head)).map(|index| layout.entries()[index].shape[0]);
+        let dims = Dims {
+            hidden: shape.hidden_size,
+            q_width: heads.q_width(),
+            kv_width: heads.kv_width(),
+            n_heads: heads.n_heads,
+            head_dim: heads.head_dim,
+            vocab: table.unwrap_or(shape.vocab_size),
+            layers: shape.num_hidden_layers,
+            max_positions: shape.max_position_embeddings,
+            rank: lora.r,
+            qkv,
+            o,
+            gate_up,
+            down,
+            drops: lora.dropout > 0.0,
+            trains_embed: lora.trains(Table::Embed),
+            trains_head: lora.trains(Table::Head),
+            frozen_params: frozen_params(shape, lora),
+            buffer_len: layout.buffer_len(),
+            kind,
+            is_cuda: device.is_cuda(),
+            recompute,
+        };
+        Self { dims }
+    }
+
+    /// Runs a micro-batch of so many tokens without running it.
+    pub fn passes(&self, tokens: i64) -> Passes {
+        dry_run::passes(&self.dims, tokens)
+    }
+
+    /// The bytes of every part at the peak of a step, for micro-batches of so many tokens; they add up to [`Self::total`].
+    pub fn by_part(&self, tokens: i64) -> Vec<PartBytes> {
+        let peaks = self.passes(tokens).peaks;
+        peaks.into_iter().map(|(_, parts)| parts).max_by_key(|parts| sum(parts)).unwrap_or_default()
+    }
+
+    /// The peak of a step, for micro-batches of so many tokens.
+    pub fn total(&self, tokens: i64) -> i64 {
+        sum(&self.by_part(tokens))
+    }
+
+    /// What a run holds whatever its micro-batches are.
+    pub fn lasting(&self) -> i64 {
+        self.passes(0).lasting
+    }
+}
+
+/// The bytes of all parts.
+pub fn sum(parts: &[PartBytes]) -> i64 {
+    parts.iter().map(|part| part.bytes).sum()
+}
+
+/// Parameters of the frozen base, tables that are trained apart.
+pub fn frozen_params(shape: &LlamaConfig, lora: &LoraSpec) -> i64 {
+    let d = shape.hidden_size;
+    let per_block: i64 = Projection::ALL.iter().map(|p| p.shape(shape).iter().product::<i64>()).sum::<i64>() + 2 * d;
+    let table = shape.vocab_size * d;
+    let frozen = Table::ALL.iter().filter(|t| !lora.trains(**t)).count() as i64;
+    let tables = if shape.tie_word_embeddings { frozen.min(1) } else { frozen };
+    shape.num_hidden_layers as i64 * per_block + d + tables * table
+}

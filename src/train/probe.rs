@@ -1,0 +1,176 @@
+//! One synthetic micro-batch before the first step: does the memory model tell the truth on this device?
+//!
+//! It has the size that the run's micro-batches may have, documents of the greatest length, and every position learned:
+//! no micro-batch of the run will need more. What the device's allocator hands out for it stays with the program, so that
+//! nothing grows afterwards.
+
+use tch::Device;
+
+use crate::error::{Error, Result};
+use crate::model::llama::{BatchInput, Llama};
+use crate::model::params::Gradients;
+use crate::ops::cross_entropy::ScaledLoss;
+use crate::ops::dropout::DropoutKey;
+use crate::plan::{MemoryModel, Stage, gib};
+use crate::torch::memory;
+
+/// The micro-batch to try.
+#[derive(Debug, Clone, Copy)]
+pub struct Trial {
+    /// Exactly so many tokens.
+    pub tokens: usize,
+    /// Documents have so many, the last one what is left.
+    pub max_length: usize,
+    /// Whether activations are computed again in backward.
+    pub recompute: bool,
+    /// The run's dropout.
+    pub dropout: f64,
+}
+
+/// What was predicted and what was found, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// What it is.
+    pub name: &'static str,
+    /// By the memory model.
+    pub predicted: i64,
+    /// By the device's allocator; on the CPU the memory resident.
+    pub real: i64,
+}
+
+/// The outcome of a trial.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probed {
+    /// Tokens of the micro-batch.
+    pub tokens: i64,
+    /// What was held before it, what was kept for backward, and the peak of each pass.
+    pub found: Vec<Found>,
+}
+
+impl Probed {
+    /// The peak over all passes.
+    pub fn peak(&self) -> Found {
+        let largest = |value: fn(&Found) -> i64| self.found.iter().map(value).max().unwrap_or_default();
+        Found { name: "peak", predicted: largest(|f| f.predicted), real: largest(|f| f.real) }
+    }
+
+    /// The lines for the log: predicted and real side by side.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = vec![format!("memory      of a micro-batch of {} tokens, predicted and real", self.tokens)];
+        let all = self.found.iter().copied().chain([self.peak()]);
+        lines.extend(all.map(|f| format!("  {:<20} {:>10} {:>10}", f.name, gib(f.predicted), gib(f.real))));
+        lines
+    }
+}
+
+/// Runs the micro-batch forward, through the head and back, and measures.
+///
+/// Parameters, moments and the run's state are not touched; the gradients come out zero.
+///
+/// # Errors
+/// Memory that runs out ([`memory::is_out_of_memory`]), like any other fault of libtorch.
+pub fn probe(
+    model: &Llama,
+    grads: &mut Gradients,
+    predicted: &MemoryModel,
+    trial: Trial,
+    device: Device,
+) -> Result<Probed> {
+    let outcome = passes(model, grads, predicted, trial, device);
+    grads.zero()?;
+    outcome
+}
+
+fn passes(model: &Llama, grads: &Gradients, predicted: &MemoryModel, trial: Trial, device: Device) -> Result<Probed> {
+    let expected = predicted.passes(trial.tokens as i64);
+    let mut found = Vec::new();
+    let now = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+    let in_use = || -> Result<i64> {
+        memory::synchronize(device)?;
+        Ok(now(memory::in_use_bytes(device)?))
+    };
+    let peak = || -> Result<i64> {
+        memory::synchronize(device)?;
+        let peak = now(memory::peak_bytes(device)?);
+        memory::reset_peak(device)?;
+        Ok(peak)
+    };
+
+    found.push(Found { name: "held before", predicted: expected.lasting, real: in_use()? });
+    let plain = Plain::new(trial, model.config().vocab_size)?;
+    let dropout = (trial.dropout > 0.0).then_some(DropoutKey { p: trial.dropout, seed: 0, step: 0 });
+    let loss = ScaledLoss::new(1.0, device)?;
+    memory::reset_peak(device)?;
+    let batch = model.batch(plain.input(), dropout)?;
+
+    let (hidden_nd, saved) = model.forward(&batch, trial.recompute)?;
+    let forward = peak()?;
+    let kept = in_use()?;
+    let dhidden_nd = model.head_loss(&hidden_nd, &batch, grads, &loss)?;
+    drop(hidden_nd);
+    let head = peak()?;
+    model.backward(saved, dhidden_nd, &batch, grads)?;
+    let backward = peak()?;
+
+    found.push(Found { name: "kept for backward", predicted: expected.kept, real: kept });
+    for (stage, real) in Stage::ALL.into_iter().zip([forward, head, backward]) {
+        let name = match stage {
+            Stage::Forward => "peak of forward",
+            Stage::Head => "peak of the head",
+            Stage::Backward => "peak of backward",
+        };
+        found.push(Found { name, predicted: expected.peak(stage), real });
+    }
+    Ok(Probed { tokens: trial.tokens as i64, found })
+}
+
+/// The micro-batch as plain numbers.
+struct Plain {
+    input_ids: Vec<i64>,
+    position_ids: Vec<i64>,
+    cu_seqlens: Vec<usize>,
+    slots: Vec<u64>,
+    learned_rows: Vec<i64>,
+    targets: Vec<i64>,
+    weights: Vec<f32>,
+}
+
+impl Plain {
+    fn new(trial: Trial, vocab_size: i64) -> Result<Self> {
+        let Trial { tokens, max_length, .. } = trial;
+        if tokens == 0 || max_length == 0 {
+            return Err(Error::failed("memory", format!("no micro-batch of {tokens} tokens can be tried")));
+        }
+        let starts = (0..tokens).step_by(max_length);
+        let mut cu_seqlens: Vec<usize> = starts.collect();
+        let slots = (0..cu_seqlens.len() as u64).collect();
+        cu_seqlens.push(tokens);
+        // Any ids will do, as long as they are spread over the table.
+        let id = |row: usize| (row as i64 * 7919 + 1) % vocab_size;
+        let position_ids: Vec<i64> = (0..tokens).map(|row| (row % max_length) as i64).collect();
+        // The last row of a document has no next token.
+        let is_learned = |row: &usize| row + 1 < tokens && position_ids[row + 1] > 0;
+        let learned: Vec<usize> = (0..tokens).filter(is_learned).collect();
+        Ok(Self {
+            input_ids: (0..tokens).map(id).collect(),
+            cu_seqlens,
+            slots,
+            learned_rows: learned.iter().map(|&row| row as i64).collect(),
+            targets: learned.iter().map(|&row| id(row + 1)).collect(),
+            weights: vec![1.0 / tokens as f32; learned.len()],
+            position_ids,
+        })
+    }
+
+    fn input(&self) -> BatchInput<'_> {
+        BatchInput {
+            input_ids: &self.input_ids,
+            position_ids: &self.position_ids,
+            cu_seqlens: &self.cu_seqlens,
+            slots: &self.slots,
+            learned_rows: &self.learned_rows,
+            targets: &self.targets,
+            weights: &self.weights,
+        }
+    }
+}

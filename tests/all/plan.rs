@@ -1,0 +1,472 @@
+//! The memory model against the real memory of the program, and what is planned with it for models of known shape.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use bellora::model::config::LlamaConfig;
+use bellora::model::flops::{Flops, TokenMix};
+use bellora::model::lora::{LoraSpec, Projection, Table};
+use bellora::model::params::{Gradients, Layout};
+use bellora::model::shapes;
+use bellora::model::tensor_file_out::{Planned, TensorFileWriter};
+use bellora::plan::memory::{MemoryModel, Part, sum};
+use bellora::plan::solve::{Bounds, largest_micro_batch, usable};
+use bellora::plan::{Solved, Stage, gib};
+use bellora::train::probe::{Trial, probe};
+use safetensors::Dtype;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::support::{Lab, Shape, bellora, golden_dir, snapshot, trainer};
+
+/// The reference job: r 64 on all seven projections, both tables trained, no dropout.
+fn reference_lora() -> LoraSpec {
+    LoraSpec {
+        r: 64,
+        alpha: 128.0,
+        dropout: 0.0,
+        use_rslora: false,
+        target_modules: Projection::ALL.to_vec(),
+        modules_to_save: Table::ALL.to_vec(),
+    }
+}
+
+/// The shape of the reference job: Llama-2-7B (or 13B) with its grown vocabulary.
+fn reference_shape(name: &str) -> LlamaConfig {
+    shapes::open(name, Some(49_954)).unwrap()
+}
+
+fn model_of(shape: &LlamaConfig, lora: &LoraSpec, kind: Kind, device: Device, recompute: bool) -> MemoryModel {
+    MemoryModel::new(shape, lora, &Layout::new(shape, lora, shape.vocab_size), kind, device, recompute)
+}
+
+const GPU: Device = Device::Cuda(0);
+
+#[test]
+fn the_reference_job_has_its_published_numbers() {
+    let lora = reference_lora();
+    let shape = reference_shape("llama-2-7b");
+    let layout = Layout::new(&shape, &lora, shape.vocab_size);
+    assert_eq!(layout.n_params(), 159_907_840 + 2 * 204_611_584);
+    let memory = model_of(&shape, &lora, Kind::Half, GPU, false);
+
+    let parts = memory.by_part(0);
+    let bytes = |part: Part| parts.iter().find(|p| p.part == part).unwrap().bytes;
+    // 6,476,005,376 elements of seven projections, 65 norms; no table is frozen.
+    assert_eq!(bytes(Part::FrozenWeights), 2 * (32 * 202_375_168 + 65 * 4096));
+    assert_eq!(bytes(Part::Masters), 4 * layout.n_params());
+    assert_eq!(bytes(Part::Moments), 8 * layout.n_params());
+    // 30 rows fill the half-precision head up to 49,984.
+    assert_eq!(bytes(Part::ComputeCopy), 2 * (layout.n_params() + 30 * 4096));
+    let lasting = (memory.lasting() - bytes(Part::Workspaces)) as f64 / 1e9;
+    assert!((lasting - 23.2).abs() < 0.05, "{lasting} GB");
+
+    // x, qkv, o, x2, gate and up, `x Aᵀ` of seven adapters; in fp32 the log-sum-exp and the statistics of two norms. 94 KB.
+    let kept_a_layer = 2 * (4096 + 3 * 4096 + 4096 + 4096 + 2 * 11_008 + 7 * 64) + 4 * 32 + 2 * 4;
+    let per_token = memory.passes(2000).kept - memory.passes(1000).kept;
+    let batch = 5 * 8 + 4 + 2 * 4 * 128;
+    assert_eq!(per_token, 1000 * (32 * kept_a_layer + 2 * 4096 + batch));
+
+    let mix = TokenMix { learned_share: 1.0, attended: 175.0 };
+    let flops = Flops::a_token(&shape, &lora, mix, false);
+    assert!((flops.total() / 1e9 - 28.2).abs() < 0.05, "{} GFLOP", flops.total() / 1e9);
+}
+
+#[test]
+fn a_13b_job_has_its_numbers() {
+    let lora = reference_lora();
+    let shape = reference_shape("llama-2-13b");
+    let layout = Layout::new(&shape, &lora, shape.vocab_size);
+    // r (in + out) of 4 x 5120², 3 x 5120 x 13824 in 40 layers.
+    assert_eq!(layout.n_params(), 40 * 64 * (4 * 2 * 5120 + 3 * (5120 + 13_824)) + 2 * 49_954 * 5120);
+    let memory = model_of(&shape, &lora, Kind::BFloat16, GPU, false);
+    let frozen = 2 * (40 * (4 * 5120 * 5120 + 3 * 5120 * 13_824 + 2 * 5120) + 5120);
+    let trained = layout.n_params() * 18 + 2 * 30 * 5120;
+    assert_eq!(memory.lasting(), frozen + trained + (64 << 20));
+}
+
+#[test]
+fn memory_grows_in_straight_lines() {
+    let lora = LoraSpec { dropout: 0.05, ..reference_lora() };
+    for (device, kind) in [(GPU, Kind::Half), (Device::Cpu, Kind::Float), (Device::Cpu, Kind::BFloat16)] {
+        for recompute in [false, true] {
+            let memory = model_of(&reference_shape("llama-2-7b"), &lora, kind, device, recompute);
+            // Beyond the largest chunk of logits and the longest document that the base knows.
+            let total = |tokens: i64| memory.total(tokens);
+            assert_eq!(total(14_000) - total(10_000), total(10_000) - total(6_000), "{device:?} {kind:?} {recompute}");
+            assert!(total(10_000) > total(6_000));
+            assert_eq!(sum(&memory.by_part(5_000)), total(5_000));
+        }
+    }
+}
+
+#[test]
+fn the_largest_micro_batch_fills_the_memory_and_recomputes_only_where_it_must() {
+    let lora = reference_lora();
+    let shape = reference_shape("llama-2-7b");
+    let bounds = Bounds { max_length: 512, update: 64 * 512 };
+    let [keeping, recomputing] = [false, true].map(|r| model_of(&shape, &lora, Kind::Half, GPU, r));
+    let solve = |gb: i64| largest_micro_batch(Some(&keeping), Some(&recomputing), gb * 1_000_000_000, bounds);
+
+    for gb in [28, 32, 40, 80] {
+        let available = gb * 1_000_000_000;
+        let Solved { tokens, recompute } = solve(gb).unwrap();
+        let model = if recompute { &recomputing } else { &keeping };
+        assert!(model.total(tokens) <= usable(available), "{gb} GB: {tokens} tokens do not fit");
+        assert!(
+            tokens == bounds.update || model.total(tokens + 64) > usable(available),
+            "{gb} GB: {tokens} is too few"
+        );
+        assert!(tokens >= bounds.max_length);
+    }
+    // 28 GB hold 512 tokens without recompute, but many more with it.
+    assert!(solve(28).unwrap().recompute);
+    assert!(!solve(33).unwrap().recompute);
+    assert!(!solve(80).unwrap().recompute);
+    // The whole update fits: no more is taken.
+    assert_eq!(solve(400).unwrap(), Solved { tokens: bounds.update, recompute: false });
+    // A choice that has been made is kept.
+    let given = largest_micro_batch(Some(&keeping), None, 28_000_000_000, bounds).unwrap();
+    assert!(!given.recompute && given.tokens < 1024, "{given:?}");
+
+    let error = solve(25).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    let what = error.to_string();
+    for part in ["512 tokens", &gib(25_000_000_000), &gib(keeping.lasting())] {
+        assert!(what.contains(part), "{what}");
+    }
+    assert!(error.faults()[0].hint.contains("lower"), "{error:?}");
+}
+
+/// A base that memory can be measured on, and the job that trains it.
+struct Case {
+    name: &'static str,
+    shape: Value,
+    /// Whole samples of this many tokens.
+    max_length: i64,
+    samples: i64,
+    sets: &'static [&'static str],
+}
+
+fn shape(hidden: i64, intermediate: i64, layers: i64, kv_heads: i64, vocab: i64) -> Value {
+    json!({
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": kv_heads, "vocab_size": vocab,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": false, "bos_token_id": 1,
+        "eos_token_id": 2,
+    })
+}
+
+/// Within 10 %: the model counts what is asked for, and the C library's heap, where tensors below 32 MB lie, cannot always
+/// give a freed piece to the next tensor of another size. What is the same in every run of the program (its code, the
+/// threads, the products' compiled kernels) is taken off by a run of the same job on a tiny model.
+const TOLERANCE: f64 = 0.10;
+
+#[test]
+fn predicted_memory_is_the_real_peak_of_a_run() {
+    let cases = [
+        Case {
+            name: "fp32",
+            shape: shape(512, 1408, 6, 8, 2048),
+            max_length: 256,
+            samples: 8,
+            sets: &["model.dtype=fp32"],
+        },
+        Case {
+            name: "bf16, grouped heads, dropout, tables trained",
+            shape: shape(512, 1408, 6, 2, 8192),
+            max_length: 256,
+            samples: 12,
+            sets: &["model.dtype=bf16", "lora.dropout=0.05", "lora.modules_to_save=[\"embed_tokens\", \"lm_head\"]"],
+        },
+        Case {
+            name: "fp32, recompute, attention alone adapted",
+            shape: shape(512, 1408, 6, 8, 2048),
+            max_length: 512,
+            samples: 8,
+            sets: &["train.recompute=all", "lora.target_modules=[\"q_proj\", \"v_proj\"]"],
+        },
+        Case {
+            name: "fp16, whose ops are those of a GPU",
+            shape: shape(256, 704, 6, 4, 2048),
+            max_length: 256,
+            samples: 16,
+            sets: &["model.dtype=fp16"],
+        },
+    ];
+    let mut off = Vec::new();
+    for case in &cases {
+        let (real, predicted) = (peak_above_start(case), predicted_above_start(case));
+        let ratio = predicted as f64 / real as f64;
+        println!("{}: predicted {}, real {} ({ratio:.3})", case.name, gib(predicted), gib(real));
+        if (ratio - 1.0).abs() > TOLERANCE {
+            off.push(format!("{}: predicted {}, real {}", case.name, gib(predicted), gib(real)));
+        }
+    }
+    assert!(off.is_empty(), "{}", off.join("\n"));
+}
+
+/// A job of the same kind that needs next to nothing.
+fn tiny(case: &Case) -> Case {
+    let mut shape = case.shape.clone();
+    for (key, value) in [("hidden_size", 64), ("intermediate_size", 64), ("num_hidden_layers", 2), ("vocab_size", 320)]
+    {
+        shape[key] = value.into();
+    }
+    Case { name: "tiny", shape, max_length: 16, samples: 2, sets: case.sets }
+}
+
+fn peak_above_start(case: &Case) -> i64 {
+    peak_of_training(case) - peak_of_training(&tiny(case))
+}
+
+fn predicted_above_start(case: &Case) -> i64 {
+    predicted(case) - predicted(&tiny(case))
+}
+
+fn predicted(case: &Case) -> i64 {
+    let dir = tempfile::tempdir().unwrap();
+    let config = bellora::config::Config::load(&write_job(case, dir.path()), &[]).unwrap();
+    let job = bellora::train::setup::Job::inspect(config, None).unwrap();
+    assert_eq!(job.train.n_tokens() as i64, case.max_length * case.samples, "{}: tokens", case.name);
+    bellora::train::banner::memory(&job).total(case.max_length * case.samples)
+}
+
+/// Trains in a process of its own and gives the most memory that was resident.
+fn peak_of_training(case: &Case) -> i64 {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command: Command = bellora();
+    command.arg("train").arg(write_job(case, dir.path())).stderr(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    // The high-water mark only rises, and the last step reaches it long before the process ends.
+    while child.try_wait().unwrap().is_none() {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let mark = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = mark.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<i64>().ok());
+        peak = peak.max(kib.unwrap_or_default() << 10);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}: {}", case.name, String::from_utf8_lossy(&output.stderr));
+    peak
+}
+
+/// Writes base, samples and config of a case: samples that are cut to exactly `max_length` tokens, all learned but the
+/// first few.
+fn write_job(case: &Case, dir: &Path) -> std::path::PathBuf {
+    let base = dir.join("base");
+    write_base(&base, &case.shape);
+    let row = json!({ "instruction": "a", "output": "the river runs ".repeat(case.max_length as usize) }).to_string();
+    std::fs::write(dir.join("rows.jsonl"), format!("{row}\n").repeat(case.samples as usize)).unwrap();
+    std::fs::write(dir.join("bare.toml"), "user = [\"\", \"\"]\nreply = [\"\", \"\"]\n").unwrap();
+    let mut config: toml::Table = toml::from_str(&format!(
+        r#"
+[model]
+device = "cpu"
+[lora]
+r = 16
+alpha = 16
+dropout = 0.0
+[data]
+max_length = {}
+truncation = "cut"
+[train]
+max_steps = 2
+global_batch = {}
+micro_batch_tokens = {}
+recompute = "none"
+checkpoint_every = 0
+"#,
+        case.max_length,
+        case.samples,
+        case.max_length * case.samples
+    ))
+    .unwrap();
+    let mut set = |key: &str, value: toml::Value| {
+        let (section, key) = key.split_once('.').unwrap();
+        config[section].as_table_mut().unwrap().insert(key.to_string(), value);
+    };
+    let path = |name: &str| toml::Value::String(dir.join(name).display().to_string());
+    set("model.base", path("base"));
+    set("data.train", toml::Value::Array(vec![path("rows.jsonl")]));
+    set("data.template", path("bare.toml"));
+    set("data.cache_dir", path("cache"));
+    set("train.output", path("run"));
+    for given in case.sets {
+        let (key, value) = given.split_once('=').unwrap();
+        let parsed = toml::from_str::<toml::Table>(&format!("value = {value}"));
+        set(
+            key,
+            parsed.map_or_else(|_| toml::Value::String(value.to_string()), |mut table| table.remove("value").unwrap()),
+        );
+    }
+    let path = dir.join("config.toml");
+    std::fs::write(&path, config.to_string()).unwrap();
+    path
+}
+
+fn write_base(dir: &Path, shape: &Value) {
+    std::fs::create_dir(dir).unwrap();
+    std::fs::write(dir.join("config.json"), shape.to_string()).unwrap();
+    let tokenizer = golden_dir().join("attention_rslora_uneven/tokenizer");
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(tokenizer.join(name), dir.join(name)).unwrap();
+    }
+    let llama = LlamaConfig::load(dir).unwrap();
+    let (d, vocab) = (llama.hidden_size, llama.vocab_size);
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_string(), vec![vocab, d]),
+        ("lm_head.weight".to_string(), vec![vocab, d]),
+        ("model.norm.weight".to_string(), vec![d]),
+    ];
+    for layer in 0..llama.num_hidden_layers {
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            tensors.push((format!("model.layers.{layer}.{norm}.weight"), vec![d]));
+        }
+        let weight = |p: Projection| (format!("{}.weight", p.module(layer)), p.shape(&llama).to_vec());
+        tensors.extend(Projection::ALL.map(weight));
+    }
+    let planned =
+        |(name, shape): &(String, Vec<i64>)| Planned { name: name.clone(), dtype: Dtype::F32, shape: shape.clone() };
+    let mut file =
+        TensorFileWriter::create(&dir.join("model.safetensors"), tensors.iter().map(planned).collect()).unwrap();
+    for (name, shape) in &tensors {
+        let scale = if shape.len() == 1 { 1.0 } else { 0.02 };
+        file.write(name, &(Tensor::ones(shape, (Kind::Float, Device::Cpu)) * scale)).unwrap();
+    }
+    file.finish().unwrap();
+}
+
+#[test]
+fn a_probe_leaves_everything_as_it_was() {
+    let lab = Lab::new(Shape::default()).with_init_adapter();
+    let mut trainer = trainer(lab.config(&["lora.dropout=0.1"]));
+    trainer.step().unwrap();
+    let before = snapshot(&trainer.params);
+    let state = trainer.state.clone();
+    let job_lora = LoraSpec { r: 4, dropout: 0.1, modules_to_save: Vec::new(), ..reference_lora() };
+    let predicted = model_of(trainer.model.config(), &job_lora, Kind::Float, Device::Cpu, false);
+    let mut grads = Gradients::new(trainer.params.layout(), Device::Cpu).unwrap();
+    let _ = grads.flat().shallow_clone().fill_(1.0);
+
+    let trial = Trial { tokens: 150, max_length: 64, recompute: false, dropout: 0.1 };
+    let probed = probe(&trainer.model, &mut grads, &predicted, trial, Device::Cpu).unwrap();
+
+    assert_eq!(grads.flat().abs().max().double_value(&[]), 0.0, "gradients");
+    assert_eq!(trainer.state, state);
+    for ((name, was), (_, is)) in before.iter().zip(snapshot(&trainer.params)) {
+        assert_eq!(was, &is, "{name}");
+    }
+    assert_eq!(probed.tokens, 150);
+    let backward = probed.found.iter().find(|found| found.name == "peak of backward").unwrap();
+    assert_eq!(backward.predicted, predicted.passes(150).peak(Stage::Backward));
+    assert!(backward.real > 0);
+    assert!(probed.lines().iter().any(|line| line.contains("kept for backward")), "{:?}", probed.lines());
+}
+
+/// The reference job's config, without files.
+const REFERENCE: &str = r#"
+[lora]
+r = 64
+dropout = 0.0
+modules_to_save = ["embed_tokens", "lm_head"]
+[train]
+epochs = 1
+global_batch = 64
+"#;
+
+fn plan(dir: &Path, arguments: &[&str]) -> std::process::Output {
+    let config = dir.join("reference.toml");
+    std::fs::write(&config, REFERENCE).unwrap();
+    bellora().arg("plan").arg(config).args(arguments).output().unwrap()
+}
+
+fn planned(arguments: &[&str]) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    let output = plan(dir.path(), &[arguments, &["--json"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn plans_the_reference_job_for_gpus_that_are_not_here() {
+    let of = |gpu: &str| planned(&["--shape", "llama-2-7b", "--vocab-size", "49954", "--gpu", gpu]);
+    let (v100, h100) = (of("V100-32"), of("h100"));
+    assert_eq!(h100["device"], "H100");
+    assert_eq!(h100["trainable_params"], 159_907_840 + 2 * 204_611_584_i64);
+    assert_eq!((&v100["dtype"], &h100["dtype"]), (&json!("fp16"), &json!("bf16")));
+    assert_eq!(h100["recompute"], false);
+    let number = |plan: &Value, pointer: &str| plan.pointer(pointer).unwrap().as_f64().unwrap();
+    // As ENGINE's budget has it: about 2k tokens on a V100 and 16k on an H100 with activations kept; samples of 175 tokens.
+    let keeping = (number(&v100, "/largest/keeping"), number(&h100, "/largest/keeping"));
+    assert!((1_500.0..3_000.0).contains(&keeping.0) && (14_000.0..18_000.0).contains(&keeping.1), "{keeping:?}");
+    let mean = number(&h100, "/samples/tokens") / number(&h100, "/samples/n_samples");
+    assert!((mean - 175.0).abs() < 3.0, "{mean}");
+    // The parts are the whole.
+    let parts = h100["memory"].as_array().unwrap().iter().map(|part| part["bytes"].as_i64().unwrap()).sum::<i64>();
+    assert_eq!(parts, h100["memory_bytes"].as_i64().unwrap());
+    assert!(parts <= h100["usable_bytes"].as_i64().unwrap());
+    // An estimate says that it is one, and what it rests on.
+    assert_eq!(h100.pointer("/speed/is_estimate"), Some(&json!(true)));
+    let flops = number(&h100, "/flops_a_token/base_forward");
+    assert!((flops / 1e9 - 12.95).abs() < 0.01, "{flops}");
+    let speed = number(&h100, "/speed/assumed_utilisation") * number(&h100, "/speed/peak_tflops") * 1e12;
+    assert!(number(&h100, "/speed/tokens_per_s") < speed / (2.0 * flops));
+    // fp32 parameters and both moments.
+    assert_eq!(h100.pointer("/disk/checkpoint_bytes").unwrap().as_i64().unwrap(), 12 * 569_131_008);
+
+    let two = planned(&["--shape", "llama-2-7b", "--vocab-size", "49954", "--gpu", "H100", "--n-gpus", "2"]);
+    assert!((number(&two, "/speed/hours") * 2.0 / number(&h100, "/speed/hours") - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn a_plan_is_a_table_that_marks_estimates() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = plan(dir.path(), &["--shape", "llama-2-7b", "--gpu", "V100-32", "--lengths", "175"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "trainable",
+        "159,907,840",
+        "frozen weights",
+        "kept activations",
+        "micro-batch",
+        "an estimate, not measured",
+        "disk",
+    ] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+}
+
+#[test]
+fn a_plan_refuses_what_cannot_be() {
+    let dir = tempfile::tempdir().unwrap();
+    for (arguments, expected) in [
+        (&["--shape", "llama-2-7b", "--gpu", "V200"][..], "name one of T4, V100-16"),
+        (&["--shape", "llama-3-7b", "--gpu", "H100"], "llama-3-8b"),
+        (&["--shape", "llama-2-7b", "--gpu", "V100-32", "--set", "model.dtype=bf16"], "fp16"),
+        (&["--shape", "llama-2-13b", "--gpu", "V100-32"], "use a GPU with more memory"),
+        (&["--shape", "llama-2-7b", "--gpu", "H100", "--n-gpus", "0"], "at least 1"),
+        (&["--vocab-size", "49954"], "--shape"),
+    ] {
+        let output = plan(dir.path(), arguments);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {text}");
+        assert!(text.contains(expected), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
+fn plans_a_job_of_files_for_a_gpu_and_for_this_machine() {
+    let lab = Lab::new(Shape::default());
+    for arguments in [&["--json"][..], &["--json", "--gpu", "L4", "--set", "train.micro_batch_tokens=auto"]] {
+        let output = lab.command("plan", arguments, &[]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(plan["samples"]["n_samples"], 18);
+        assert_eq!(plan["fits"], true);
+    }
+    assert!(!lab.path("run").exists() && !lab.path("cache").exists(), "a plan creates no file");
+}
