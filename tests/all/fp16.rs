@@ -4,6 +4,8 @@
 //! there but that of the token `~`. A place is made to overflow by a large weight on that channel, so that it does so
 //! in the micro-batches that hold a `~` and in no others. The tests look at which numbers overflow, and do so with loss
 //! scales a few times smaller (where an overflow is wanted) and larger (where none is) than those of the run.
+//!
+//! The gradients of weights are rounded to fp16 on a CPU alone; on a GPU their products come out in fp32.
 
 use std::collections::{BTreeMap, BTreeSet};
 
