@@ -47,13 +47,14 @@ def read_case(folder):
 
 def read_own_case(folder):
     lines = (folder / "expected" / "tokens.jsonl").read_text().splitlines()[:N_ROWS]
+    config = (folder / "config.toml").read_text(encoding="utf-8")
     return Case(
         name=folder.name,
         base=folder / "base",
         golden_adapter=folder / "expected" / "adapter",
         rows=[json.loads(line)["input_ids"] for line in lines],
-        config=(folder / "config.toml").read_text(encoding="utf-8").replace("{case}", str(folder)),
-        trained_in_fp32=True,
+        config=config.replace("{case}", str(folder)),
+        trained_in_fp32='dtype = "fp32"' in config,
     )
 
 

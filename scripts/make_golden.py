@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the project's golden cases, tests/golden/*/, with Transformers + PEFT in float32.
+"""Makes the project's golden cases, tests/golden/*/, with Transformers + PEFT in float32, one in mixed precision.
 
     make_golden.py [CASE...]      makes these cases anew, all by default
 
@@ -56,6 +56,13 @@ ROWS = [
     ("Give a word that rhymes with light.", "", "Night."),
 ]
 N_VALIDATION = 2
+# Answers of one token, so that each of the few labels has a large share in the loss, and a large gradient.
+SHORT_ROWS = [
+    ("Is snow cold? Y or N", "", "Y"),
+    ("一加一等于几？", "", "2"),
+    ("Which letter follows c?", "", "d"),
+    ("冰是热的吗？ Y or N", "", "N"),
+]
 # Its prompt alone is longer than the case's max_length: with truncation = "cut" there is nothing left to learn.
 LONG_ROW = ("请把这段话读一遍：" + "山高水长，" * 60, "", "好的。")
 
@@ -65,6 +72,9 @@ LLAMA = dict(
     rope_parameters=dict(rope_type="default", rope_theta=10000.0),
 )  # fmt: skip
 LORA = dict(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=ALL_SEVEN)
+# What tells an overflow of fp16 from none must be beyond this factor.
+OVERFLOW_MARGIN = 1.3
+FP16_LARGEST = 65504.0
 # Keys and defaults of bellora's [train]; the loop below reads nothing else.
 TRAIN = dict(
     epochs=1, max_steps=None, global_batch=4, learning_rate=2e-3, schedule="cosine", warmup_ratio=None,
@@ -125,6 +135,21 @@ CASES = {
         ),
         keep=["gradients"],
     ),
+    "fp16_overflows": dict(
+        about="mixed precision: fp16 base and products, fp32 masters, a loss scale that overflows at first and once "
+        "more, the head trained",
+        bos=True,
+        dtype="fp16",
+        base_dtype=torch.float16,
+        head_gain=52.0,
+        rows=[*ROWS[:8], *SHORT_ROWS],
+        llama=dict(
+            hidden_size=24, intermediate_size=56, num_attention_heads=3, num_key_value_heads=3, initializer_range=0.01,
+        ),
+        lora=dict(r=4, lora_alpha=4, modules_to_save=["lm_head"]),
+        train=dict(max_steps=12, warmup_steps=2, weight_decay=0.02),
+        keep=[],
+    ),
 }  # fmt: skip
 
 
@@ -175,6 +200,7 @@ def make_base(folder, case, vocab_size):
         for name, tensor in model.named_parameters():
             if "norm" in name:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
+        model.lm_head.weight.mul_(case.get("head_gain", 1.0))
     model.to(case.get("base_dtype", torch.float32))
     model.save_pretrained(folder, max_shard_size=case.get("shard_size", "1GB"))
     (folder / "generation_config.json").unlink()
@@ -280,6 +306,79 @@ def run_updates(model, samples, train):
     return steps, first_gradients
 
 
+def scaled_gradients(model, copies, samples, train, loss_scale):
+    """The loss of the global batch and the sums of its scaled gradients by name: fp16 within a sample, fp32 over them."""
+    sums = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in copies.items()}
+    loss = 0.0
+    counts = [sum(label != -100 for label in labels[1:]) for _, labels in samples]
+    for sample in samples:
+        part = sample_loss_sum(model, sample)[0] / sum(counts)
+        (part * loss_scale).backward()
+        loss += part.item()
+        for name, tensor in copies.items():
+            sums[name] += tensor.grad
+            tensor.grad = None
+    return loss, sums
+
+
+def norm_of(gradients):
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in gradients.values()))
+
+
+def assert_clear_outcome(model, copies, samples, train, loss_scale, gradients):
+    """Whether an update overflows must not hang on the rounding of one program, nor on how it packs its samples."""
+    for margin in (1 / OVERFLOW_MARGIN, OVERFLOW_MARGIN):
+        _, others = scaled_gradients(model, copies, samples, train, loss_scale * margin)
+        same = math.isfinite(norm_of(others)) == math.isfinite(norm_of(gradients))
+        assert same, f"at {margin:.2f} times the loss scale {loss_scale} it is another outcome"
+    if math.isfinite(norm_of(gradients)):
+        largest = max(float(tensor.abs().max()) for tensor in gradients.values())
+        assert largest * OVERFLOW_MARGIN < FP16_LARGEST, f"a sum over all samples reaches {largest}"
+
+
+def run_updates_fp16(model, samples, train):
+    """The updates in mixed precision, spelled out: the model's parameters become fp16 and are what its products read;
+    masters, sums of gradients over samples, clipping and AdamW are fp32. An update whose gradients overflow is skipped:
+    its samples are consumed, neither the schedule nor Adam moves, and the loss scale is halved. (It would be doubled
+    after 2000 good updates, more than a case has.) Returns the masters too."""
+    assert train["loss_average"] == "tokens"
+    copies = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    masters = {name: torch.nn.Parameter(tensor.detach().clone()) for name, tensor in copies.items()}
+    for tensor in model.parameters():  # not model.half(), which would round the rotary frequencies too
+        tensor.data = tensor.data.half()
+    optimizer = torch.optim.AdamW(
+        masters.values(), betas=train["betas"], eps=train["eps"], weight_decay=train["weight_decay"]
+    )
+    updates, steps, first_gradients = updates_of(samples, train), [], None
+    n_applied, loss_scale = 0, 2.0**16
+    for i, batch in enumerate(updates):
+        lr = train["learning_rate"] * lr_factor(n_applied, len(updates), train)
+        loss, gradients = scaled_gradients(model, copies, batch, train, loss_scale)
+        assert_clear_outcome(model, copies, batch, train, loss_scale, gradients)
+        skipped = not math.isfinite(norm_of(gradients))
+        step = dict(step=i + 1, loss=loss, grad_norm=None, lr=lr, loss_scale=loss_scale, skipped=skipped)
+        steps.append(step)
+        if skipped:
+            loss_scale = max(loss_scale / 2, 1.0)
+            continue
+        for name, master in masters.items():
+            master.grad = gradients[name] / loss_scale
+        if first_gradients is None:
+            names = peft_names(model)
+            first_gradients = {names[name]: tensor.grad.clone() for name, tensor in masters.items()}
+        limit = train["max_grad_norm"] or math.inf
+        step["grad_norm"] = torch.nn.utils.clip_grad_norm_(masters.values(), limit).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        n_applied += 1
+        for name, tensor in copies.items():
+            tensor.data.copy_(masters[name].data)
+    pattern = "".join("x" if step["skipped"] else "." for step in steps)
+    assert "xx" in pattern and ".x." in pattern, f"overflows at the start and later are wanted, not {pattern}"
+    return steps, first_gradients, masters
+
+
 def eval_loss(model, samples):
     with torch.no_grad():
         sums = [sample_loss_sum(model, sample) for sample in samples]
@@ -308,7 +407,7 @@ def toml_value(value):
 def write_config(path, name, case, lora, train):
     sections = {
         "model": dict(
-            base="{case}/base", tokenizer="{case}/tokenizer", dtype="fp32", device="cpu",
+            base="{case}/base", tokenizer="{case}/tokenizer", dtype=case.get("dtype", "fp32"), device="cpu",
             init_adapter="{case}/init_adapter", resize_vocab=bool(case.get("grown")),
         ),
         "lora": dict(
@@ -367,8 +466,14 @@ def make(name, seed):
         save_file({"input_ids": ids.to(torch.int32), "logits": logits.contiguous()}, expected / "logits.safetensors")
 
     result = dict(made_with={m.__name__: m.__version__ for m in (torch, transformers, peft, tokenizers)})
-    result["steps"], gradients = run_updates(model, samples, train)
+    masters = {}
+    if case.get("dtype") == "fp16":
+        result["steps"], gradients, masters = run_updates_fp16(model, samples, train)
+    else:
+        result["steps"], gradients = run_updates(model, samples, train)
     result["eval_loss"] = eval_loss(model, encoded["validation"])
+    for key, tensor in model.named_parameters():
+        tensor.data = masters.get(key, tensor).data.float()
     if "greedy" in case["keep"]:
         prompt_ids = [i for i, label in zip(*encoded["validation"][0]) if label == -100]
         result["greedy"] = greedy(model, prompt_ids, 24)
@@ -398,9 +503,10 @@ def report(name, result, gradients, folder):
     final = load_file(folder / "expected" / "adapter" / "adapter_model.safetensors")
     assert init.keys() == final.keys() == gradients.keys()
     first, last = result["steps"][0], result["steps"][-1]
+    norms = [step["grad_norm"] for step in result["steps"] if step["grad_norm"] is not None]
     print(
         f"{name}: {len(result['steps'])} updates, loss {first['loss']:.4f} to {last['loss']:.4f}, grad norm "
-        f"{min(s['grad_norm'] for s in result['steps']):.3f} to {max(s['grad_norm'] for s in result['steps']):.3f}, "
+        f"{min(norms):.3f} to {max(norms):.3f}, "
         f"eval loss {result['eval_loss']:.4f}, {len(files)} files, {sum(sizes) / 1000:.0f} kB"
     )
 

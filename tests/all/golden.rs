@@ -5,11 +5,14 @@
 //! the smallest gradients, so adapters are judged by the L2 length of the difference against that of the whole update.
 //! The bounds leave ten to a hundred times what is seen (8e-7, 3e-7, 1e-6 of the update), and a wrong term is far beyond
 //! them: leaving out the scale of an adapter or one token's label changes a loss in its third digit.
+//!
+//! One case is computed in fp16 by both, whose numbers have eleven bits, and the programs round at different places; see
+//! [`FP16`].
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use bellora::config::{Auto, Config, Recompute};
+use bellora::config::{Auto, Config, Dtype, Recompute};
 use bellora::eval::evaluate;
 use bellora::log::StepMetrics;
 use bellora::model::adapter_file::WEIGHTS_FILE;
@@ -23,11 +26,22 @@ use crate::support::{
     read_tensors, run, snapshot, trainer,
 };
 
-const LOSS_BOUND: f64 = 1e-5;
-const GRAD_NORM_BOUND: f64 = 2e-5;
+/// How far a run may be from its case: a loss as it is, a gradient norm as a share of itself, an adapter as a share of the
+/// whole update.
+struct Bounds {
+    loss: f64,
+    grad_norm: f64,
+    update: f64,
+}
+
+const FP32: Bounds = Bounds { loss: 1e-5, grad_norm: 2e-5, update: 1e-4 };
+/// A rounding is off by 2.5e-4 of a number on average, so a logit near 8 by 2e-3, of which a mean over an update's tokens
+/// leaves a part; a norm likewise; Adam makes a full step of a gradient whose sign is rounding's. The bounds are about
+/// four times what is seen. Half-precision masters, a forgotten loss scale, a schedule or an Adam that moves with
+/// skipped updates are all beyond them.
+const FP16: Bounds = Bounds { loss: 6e-3, grad_norm: 1e-3, update: 5e-3 };
 /// Learning rates are computed in fp64 on both sides.
 const LR_BOUND: f64 = 1e-6;
-const UPDATE_BOUND: f64 = 1e-4;
 /// Gradients and logits pass through one forward and backward only: rounding alone, in units of the tensor's largest
 /// element (1e-6 is seen).
 const TENSOR_BOUND: f64 = 2e-5;
@@ -87,10 +101,24 @@ impl Case {
     fn has(&self, name: &str) -> bool {
         self.dir.join(name).is_file()
     }
+
+    fn bounds(&self) -> &'static Bounds {
+        if self.config().model.dtype == Auto::Is(Dtype::Fp16) { &FP16 } else { &FP32 }
+    }
 }
 
 fn number(value: &Value, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("{key} of {value} is no number"))
+}
+
+/// A step as one of the programs did it.
+struct Step {
+    loss: f64,
+    /// `None` where it overflowed.
+    grad_norm: Option<f64>,
+    lr: f64,
+    loss_scale: f64,
+    skipped: bool,
 }
 
 /// Largest differences met in one comparison of runs.
@@ -103,8 +131,12 @@ struct Seen {
 
 impl Seen {
     #[track_caller]
-    fn compare(&mut self, what: &str, expected: &Value, loss: f64, grad_norm: f64, lr: f64) {
+    fn compare(&mut self, what: &str, bounds: &Bounds, expected: &Value, ours: &Step) {
         let step = &expected["step"];
+        // Cases in fp32 have neither.
+        let skipped = expected["skipped"].as_bool().unwrap_or(false);
+        let loss_scale = expected["loss_scale"].as_f64().unwrap_or(1.0);
+        assert_eq!((ours.skipped, ours.loss_scale), (skipped, loss_scale), "{what}: step {step}");
         let off = |seen: &mut f64, name: &str, ours: f64, judge: f64, scale: f64, bound: f64| {
             let difference = (ours - judge).abs() / scale;
             assert!(
@@ -113,11 +145,13 @@ impl Seen {
             );
             *seen = seen.max(difference);
         };
-        off(&mut self.loss, "loss", loss, number(expected, "loss"), 1.0, LOSS_BOUND);
-        let judge = number(expected, "grad_norm");
-        off(&mut self.grad_norm, "grad_norm", grad_norm, judge, judge, GRAD_NORM_BOUND);
+        off(&mut self.loss, "loss", ours.loss, number(expected, "loss"), 1.0, bounds.loss);
+        match (ours.grad_norm, expected["grad_norm"].as_f64()) {
+            (Some(norm), Some(judge)) => off(&mut self.grad_norm, "grad_norm", norm, judge, judge, bounds.grad_norm),
+            (ours, judge) => assert_eq!(ours, judge, "{what}: step {step}: grad_norm"),
+        }
         let judge = number(expected, "lr");
-        off(&mut self.lr, "lr", lr, judge, judge.max(f64::MIN_POSITIVE), LR_BOUND);
+        off(&mut self.lr, "lr", ours.lr, judge, judge.max(f64::MIN_POSITIVE), LR_BOUND);
     }
 
     fn print(&self, what: &str, update: f64, eval: f64) {
@@ -131,7 +165,7 @@ impl Seen {
 #[track_caller]
 fn assert_update(what: &str, ours: &Named, case: &Case) -> f64 {
     let off = distance_of_update(ours, &case.adapter(), &case.init());
-    assert!(off <= UPDATE_BOUND, "{what}: the final adapter is off by {off:.1e} of the update");
+    assert!(off <= case.bounds().update, "{what}: the final adapter is off by {off:.1e} of the update");
     off
 }
 
@@ -144,15 +178,17 @@ fn train(case: &Case, variant: &str, change: impl FnOnce(&mut Config)) -> Rig {
     assert_eq!(trainer.job.total_steps, case.steps().len() as u64, "{what}: updates");
     let mut seen = Seen::default();
     for expected in case.steps() {
-        let StepMetrics { step, loss, grad_norm, lr, skipped, .. } = trainer.step().unwrap();
-        assert_eq!((Some(step), skipped), (expected["step"].as_u64(), false), "{what}");
-        seen.compare(&what, expected, loss.unwrap(), grad_norm.unwrap(), lr);
+        let StepMetrics { step, loss, grad_norm, lr, loss_scale, skipped, .. } = trainer.step().unwrap();
+        assert_eq!(Some(step), expected["step"].as_u64(), "{what}");
+        let grad_norm = grad_norm.filter(|norm| norm.is_finite());
+        let ours = Step { loss: loss.unwrap(), grad_norm, lr, loss_scale, skipped };
+        seen.compare(&what, case.bounds(), expected, &ours);
     }
     let update = assert_update(&what, &snapshot(&trainer.params), case);
     let validation = trainer.job.validation.as_ref().unwrap();
     let ours = evaluate(&trainer.model, validation, trainer.job.model.micro_batch_tokens()).unwrap();
     let eval = (ours.eval_loss - number(&case.expected, "eval_loss")).abs();
-    assert!(eval <= LOSS_BOUND, "{what}: eval loss {} is off by {eval:.1e}", ours.eval_loss);
+    assert!(eval <= case.bounds().loss, "{what}: eval loss {} is off by {eval:.1e}", ours.eval_loss);
     seen.print(&what, update, eval);
     trainer
 }
@@ -303,12 +339,13 @@ fn the_program_itself_trains_and_exports_the_cases() {
         let mut seen = Seen::default();
         for (ours, expected) in steps.iter().zip(case.steps()) {
             assert_eq!(ours["step"], expected["step"], "{what}");
-            let [loss, grad_norm, lr] = ["loss", "grad_norm", "lr"].map(|key| number(ours, key));
-            seen.compare(&what, expected, loss, grad_norm, lr);
+            let [loss, lr, loss_scale] = ["loss", "lr", "loss_scale"].map(|key| number(ours, key));
+            let (grad_norm, skipped) = (ours["grad_norm"].as_f64(), ours["skipped"].as_bool().unwrap());
+            seen.compare(&what, case.bounds(), expected, &Step { loss, grad_norm, lr, loss_scale, skipped });
         }
         let last = lines.last().unwrap();
         let eval = (number(last, "eval_loss") - number(&case.expected, "eval_loss")).abs();
-        assert!(eval <= LOSS_BOUND, "{what}: {last}: off by {eval:.1e}");
+        assert!(eval <= case.bounds().loss, "{what}: {last}: off by {eval:.1e}");
         let adapter: Named = read_tensors(&run_dir.join("adapter").join(WEIGHTS_FILE)).into_iter().collect();
         seen.print(&what, assert_update(&what, &adapter, &case), eval);
         assert_same_adapter_config(&run_dir.join("adapter"), &case.dir.join("expected/adapter"));
@@ -316,7 +353,7 @@ fn the_program_itself_trains_and_exports_the_cases() {
         if case.has("expected/merged.safetensors") {
             let out = case.out.path().join("merged");
             run(bellora().arg("export").arg(&run_dir).args(["--format", "merged", "--out"]).arg(&out)).ok();
-            // Here the adapters differ too, as much as UPDATE_BOUND lets them.
+            // Here the adapters differ too, as much as the bound on an update lets them.
             let judge = case.tensors("expected/merged.safetensors");
             assert_tensors_close(&format!("{what}: merged"), &model_tensors(&out), &judge, 2e-5);
         }

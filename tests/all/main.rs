@@ -9,6 +9,7 @@ mod cli;
 mod config;
 mod data;
 mod device;
+mod fp16;
 mod golden;
 mod gradcheck;
 mod invariance;

@@ -91,7 +91,7 @@ fn resume(run_dir: &Path) -> Ran {
 }
 
 /// Trains straight through; then again from a copy that was killed shortly after each of the steps `kept`.
-fn straight_equals_resumed(what: &str, lab: &Lab, n_steps: u64, kept: &[u64]) {
+pub(crate) fn straight_equals_resumed(what: &str, lab: &Lab, n_steps: u64, kept: &[u64]) {
     lab.run("train", &[], &["train.keep_checkpoints=100"]).ok();
     let straight = lab.path("run");
     assert_eq!(logged_steps(&straight), (1..=n_steps).collect::<Vec<_>>(), "{what}");
