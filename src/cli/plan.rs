@@ -189,12 +189,7 @@ fn table(plan: &Plan) -> String {
     };
     line(
         "trainable",
-        format!(
-            "{} of {} parameters{in_tables}, {}",
-            grouped(plan.trainable_params),
-            grouped(plan.params),
-            plan.dtype
-        ),
+        format!("{} of {} parameters{in_tables}, {}", grouped(plan.trainable_params), grouped(plan.params), plan.dtype),
     );
     let samples = &plan.samples;
     line(
@@ -228,7 +223,10 @@ fn table(plan: &Plan) -> String {
             grouped(plan.largest.recomputing)
         ),
     );
-    line("memory", format!("{} at the peak of a step{}", gib(plan.memory_bytes), if plan.fits { "" } else { ": TOO MUCH" }));
+    line(
+        "memory",
+        format!("{} at the peak of a step{}", gib(plan.memory_bytes), if plan.fits { "" } else { ": TOO MUCH" }),
+    );
     for part in plan.memory.iter().filter(|part| part.bytes > 0) {
         line("", format!("{:<18}{:>10}", part.part.name(), gib(part.bytes)));
     }
@@ -250,11 +248,12 @@ fn table(plan: &Plan) -> String {
         Some(speed) => line(
             "time",
             format!(
-                "about {:.1} hours for {} tokens at {} tokens/s: an estimate, not measured, from {:.0} % of the data sheet's \
-                 {} TFLOP/s",
+                "about {} tokens/s: {:.1} hours for the {} tokens of the job, {:.1} for a million such samples (an estimate, \
+                 not measured: {:.0} % of the data sheet's {} TFLOP/s are assumed)",
+                grouped(speed.tokens_per_s as i64),
                 speed.hours,
                 grouped(speed.total_tokens as i64),
-                grouped(speed.tokens_per_s as i64),
+                speed.hours_a_million_samples,
                 100.0 * speed.assumed_utilisation,
                 speed.peak_tflops
             ),

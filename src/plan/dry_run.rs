@@ -162,7 +162,8 @@ pub(super) fn passes(dims: &Dims, tokens: i64) -> Passes {
 
     let by_part =
         |bytes: Bytes| Part::ALL.into_iter().map(|part| PartBytes { part, bytes: bytes[part as usize] }).collect();
-    let peaks = [(Stage::Forward, by_part(forward)), (Stage::Head, by_part(head)), (Stage::Backward, by_part(backward))];
+    let peaks =
+        [(Stage::Forward, by_part(forward)), (Stage::Head, by_part(head)), (Stage::Backward, by_part(backward))];
     Passes { lasting, kept, peaks }
 }
 

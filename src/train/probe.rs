@@ -81,13 +81,7 @@ pub fn probe(
     outcome
 }
 
-fn passes(
-    model: &Llama,
-    grads: &Gradients,
-    predicted: &MemoryModel,
-    trial: Trial,
-    device: Device,
-) -> Result<Probed> {
+fn passes(model: &Llama, grads: &Gradients, predicted: &MemoryModel, trial: Trial, device: Device) -> Result<Probed> {
     let expected = predicted.passes(trial.tokens as i64);
     let mut found = Vec::new();
     let now = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
