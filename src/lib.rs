@@ -29,4 +29,6 @@ pub mod trained;
 
 pub mod export;
 
+pub mod selftest;
+
 pub mod cli;

@@ -12,7 +12,7 @@ use std::ops::Range;
 use tch::{Device, Kind};
 
 use crate::checkpoint::state::{Identity, RunState};
-use crate::config::{Auto, Config};
+use crate::config::{Auto, Config, Recompute};
 use crate::data::{Dataset, EpochOrder, Lengths, build_batches};
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
@@ -25,7 +25,7 @@ use crate::model::weights::BaseWeights;
 use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
 use crate::optim::schedule::{LrSchedule, Shape};
-use crate::plan::MemoryModel;
+use crate::plan::{MemoryModel, gib};
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
 use crate::train::setup::{self, ModelSetup};
@@ -99,6 +99,9 @@ impl Bench {
         clock::time_updates(&mut trainer, warmup, device, &is_warming_up)?;
         let is_timed = |done| tell(&format!("update {done} of {updates}"));
         let timed = clock::time_updates(&mut trainer, updates, device, &is_timed)?;
+        if let Some(note) = trainer.take_note() {
+            tell(&note);
+        }
         let peak_bytes = memory::peak_bytes(device)?;
         tell("timing the parts of a step");
         let parts = clock::time_parts(&mut trainer, updates.min(UPDATES_BY_PART), device)?;
@@ -131,7 +134,7 @@ impl Bench {
                     .hint(format!("give --micro-batch-tokens {longest} or more, or shorter --lengths")));
             }
         }
-        setup::settle_autos(&mut self.config)
+        setup::settle_device_and_dtype(&mut self.config)
     }
 
     /// Makes the model and the samples.
@@ -142,10 +145,12 @@ impl Bench {
         let drawn = |lengths: &Lengths, vocab_size: i64| {
             Dataset::random(&lengths.draw(n_samples, seed), u32::try_from(vocab_size).unwrap_or(u32::MAX), seed)
         };
-        let Self { config, shape, lengths, .. } = self;
+        let Self { mut config, shape, lengths, .. } = self;
         if let (Some((name, shape)), Some(lengths)) = (shape, &lengths) {
             let lora = setup::lora_spec(&config);
             let layout = Layout::new(&shape, &lora, shape.vocab_size);
+            setup::settle_micro_batches(&mut config, &shape, &lora, &layout)?;
+            refuse_what_does_not_fit(&config, &shape, &lora, &layout)?;
             let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
             let base = BaseWeights::Random { seed };
             initialise(&mut params, &shape, &lora, base, NewRows::Normal, seed)?;
@@ -157,6 +162,8 @@ impl Bench {
             return Ok((subject, (params, model, samples)));
         }
         let setup = ModelSetup::inspect(config)?;
+        let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
+        refuse_what_does_not_fit(&setup.config, &shape, &setup.lora, &setup.layout)?;
         let (samples, about) = match &lengths {
             Some(lengths) => (drawn(lengths, setup.vocab_size), lengths.about.clone()),
             None => {
@@ -167,12 +174,25 @@ impl Bench {
         };
         let params = setup.initial_params()?;
         let model = setup.load(&params)?;
-        let ModelSetup { config, base, lora, vocab_size, layout, .. } = setup;
+        let ModelSetup { config, lora, layout, .. } = setup;
         let name = config.model.base.display().to_string();
-        let shape = LlamaConfig { vocab_size, ..base };
         let subject = Subject { name, is_random: false, shape, lora, layout, samples: about, config, kind, device };
         Ok((subject, (params, model, samples)))
     }
+}
+
+/// Refuses a model that this machine's memory does not hold; on a GPU the size of micro-batches was settled by that.
+fn refuse_what_does_not_fit(config: &Config, shape: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<()> {
+    let (device, recompute) = (setup::device(config), config.train.recompute == Auto::Is(Recompute::All));
+    let model = MemoryModel::new(shape, lora, layout, setup::kind(config), device, recompute);
+    let needed = model.total(config.data.max_length as i64);
+    let free = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
+    if needed <= free {
+        return Ok(());
+    }
+    let what = format!("needs {} of memory, and {} are free", gib(needed), gib(free));
+    Err(Error::invalid("bellora bench", what)
+        .hint("measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory"))
 }
 
 /// A trainer before its first step, with a learning rate that stays the same.

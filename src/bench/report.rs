@@ -10,7 +10,8 @@ use super::ceiling::Ceiling;
 use super::clock::{Parts, Update};
 use crate::device::Cuda;
 use crate::model::flops::{Flops, TokenMix};
-use crate::plan::{PartBytes, memory};
+use crate::plan::{PartBytes, gib, memory};
+use crate::train::banner::grouped;
 use crate::train::step::StepSettings;
 
 /// A measurement and what it was made of.
@@ -208,16 +209,14 @@ impl Report {
 
         let speeds = self.updates.iter().map(|update| update.tokens_per_s);
         let (slowest, fastest) = speeds.fold((f64::INFINITY, 0.0), |(a, b), x| (x.min(a), x.max(b)));
+        let [median, slowest, fastest] = [self.tokens_per_s, slowest, fastest].map(|speed| grouped(speed as i64));
         let (n, warmup) = (self.updates.len(), self.warmup);
-        line(
-            "tokens/s",
-            format!("{:.0}  median of {n} updates after {warmup}; {slowest:.0} to {fastest:.0}", self.tokens_per_s),
-        );
+        line("tokens/s", format!("{median}  median of {n} updates after {warmup}; {slowest} to {fastest}"));
         let skipped = self.updates.iter().filter(|update| update.skipped).count();
         if skipped > 0 {
             line("", format!("{skipped} of the updates were not applied: their gradients overflowed"));
         }
-        line("TFLOP/s", format!("{:.3}  at {:.2} GFLOP a token", self.tflops, self.flops_per_token_total / 1e9));
+        line("TFLOP/s", format!("{:.3}  at {:.3} GFLOP a token", self.tflops, self.flops_per_token_total / 1e9));
         let Ceiling { size, tflops, .. } = self.ceiling;
         line(
             "MFU",
@@ -228,9 +227,9 @@ impl Report {
             "memory",
             format!(
                 "{} at the peak, {} of them from before the model; {} predicted for {largest_micro_batch} tokens",
-                size_of(*peak_bytes as f64),
-                size_of(*before_bytes as f64),
-                size_of(*predicted_bytes as f64),
+                gib(*peak_bytes as i64),
+                gib(*before_bytes as i64),
+                gib(*predicted_bytes),
             ),
         );
         line("", String::new());
@@ -259,7 +258,7 @@ impl Machine {
 fn processor() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+    name.map_or_else(|| "a processor".to_string(), |(_, name)| name.trim().to_string())
 }
 
 impl Model {
@@ -284,7 +283,8 @@ impl Model {
     fn in_words(&self) -> String {
         let Self { name, num_hidden_layers, hidden_size, vocab_size, .. } = self;
         let weights = if self.random_weights { " with random weights" } else { "" };
-        format!("{name}{weights}: {num_hidden_layers} layers, hidden {hidden_size}, vocabulary {vocab_size}")
+        let vocabulary = grouped(*vocab_size);
+        format!("{name}{weights}: {num_hidden_layers} layers, hidden {hidden_size}, vocabulary {vocabulary}")
     }
 }
 
@@ -293,9 +293,9 @@ impl Adapters {
         let all = model.frozen_params + model.trainable_params;
         let trained: Vec<&str> = self.target_modules.iter().chain(&self.modules_to_save).copied().collect();
         format!(
-            "{:.1} M of {:.1} M parameters: rank {} on {}",
-            model.trainable_params as f64 / 1e6,
-            all as f64 / 1e6,
+            "{} of {} parameters: rank {} on {}",
+            grouped(model.trainable_params),
+            grouped(all),
             self.r,
             trained.join(", ")
         )
@@ -318,10 +318,4 @@ fn median(mut values: Vec<f64>) -> f64 {
         n if n % 2 == 1 => values[n / 2],
         n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
     }
-}
-
-/// Bytes as people read them.
-fn size_of(bytes: f64) -> String {
-    let gib = bytes / f64::from(1 << 30);
-    if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{:.0} MiB", bytes / f64::from(1 << 20)) }
 }

@@ -8,6 +8,7 @@ mod export;
 mod generate;
 mod plan;
 mod prepare;
+mod selftest;
 mod signals;
 mod train;
 
@@ -78,6 +79,13 @@ enum Command {
     ///
     /// Example: bellora generate runs/mine --prompt "你是谁？"
     Generate(generate::GenerateArgs),
+    /// Check what this machine computes
+    ///
+    /// Tries every operation of a training step in every dtype of the device, and a tiny training run, against the same in
+    /// higher precision on the CPU. Needs no files. Exit code 1 if a result is not in order, 2 if the device is not there.
+    ///
+    /// Example: bellora selftest --device cuda
+    Selftest(selftest::SelftestArgs),
 }
 
 impl Command {
@@ -147,6 +155,7 @@ pub fn main() -> ExitCode {
         Command::Export(args) => export::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Selftest(args) => selftest::run(&args),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -312,6 +312,8 @@ pub enum BaseWeights<'a> {
         /// Each tensor's draws depend on this and on its name alone.
         seed: u64,
     },
+    /// Tensors in memory, by name: the same on every device.
+    Memory(&'a BTreeMap<String, Tensor>),
 }
 
 impl BaseWeights<'_> {
@@ -334,6 +336,11 @@ impl BaseWeights<'_> {
             }
             Self::Random { .. } => {
                 let _ = to.f_fill_(1.0)?;
+            }
+            Self::Memory(tensors) => {
+                let tensor =
+                    tensors.get(name).ok_or_else(|| Error::failed(name, "is not among the tensors in memory"))?;
+                to.f_copy_(tensor)?;
             }
         }
         Ok(())

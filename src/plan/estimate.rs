@@ -10,7 +10,7 @@ use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
 use crate::plan::gpus::GpuModel;
 use crate::plan::memory::{MemoryModel, PartBytes, frozen_params, sum};
-use crate::plan::solve::{Bounds, largest_micro_batch, largest_that_fits, usable};
+use crate::plan::solve::{Bounds, Wanted, largest_that_fits, settle, usable};
 
 /// The share of a GPU's data-sheet peak that training is assumed to reach: what public LoRA trainers show for a 7B model on
 /// an H100. It is an assumption, not a measurement of this program.
@@ -250,16 +250,10 @@ impl Task<'_> {
 
     /// Tokens of a micro-batch and whether its activations are computed again.
     fn micro_batch(&self, machine: &Machine) -> Result<(i64, bool)> {
-        let (keeping, recomputing) = (self.memory(machine.device, false), self.memory(machine.device, true));
-        if let Some(tokens) = self.micro_batch_tokens {
-            let fits = keeping.total(tokens) <= usable(machine.available);
-            return Ok((tokens, self.recompute.unwrap_or(!fits)));
-        }
         let share = (self.global_batch + machine.n_gpus - 1) / machine.n_gpus.max(1);
         let bounds = Bounds { max_length: self.max_length, update: share * self.samples.longest };
-        let keeping = (self.recompute != Some(true)).then_some(&keeping);
-        let recomputing = (self.recompute != Some(false)).then_some(&recomputing);
-        let solved = largest_micro_batch(keeping, recomputing, machine.available, bounds)?;
+        let wanted = Wanted { tokens: self.micro_batch_tokens, recompute: self.recompute };
+        let solved = settle(|recompute| self.memory(machine.device, recompute), wanted, machine.available, bounds)?;
         Ok((solved.tokens, solved.recompute))
     }
 

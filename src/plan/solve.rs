@@ -49,6 +49,32 @@ pub fn usable(available: i64) -> i64 {
     available - available / MARGIN
 }
 
+/// What the user has settled of a micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its tokens.
+    pub tokens: Option<i64>,
+    /// Whether activations are computed again.
+    pub recompute: Option<bool>,
+}
+
+/// Settles the rest: the size by [`largest_micro_batch`]; recompute, for a size that is given, where it does not fit without.
+///
+/// `model` is the memory of the run without and with recompute.
+///
+/// # Errors
+/// As [`largest_micro_batch`], where the size is not given.
+pub fn settle(model: impl Fn(bool) -> MemoryModel, wanted: Wanted, available: i64, bounds: Bounds) -> Result<Solved> {
+    let (keeping, recomputing) = (model(false), model(true));
+    if let Some(tokens) = wanted.tokens {
+        let fits = keeping.total(tokens) <= usable(available);
+        return Ok(Solved { tokens, recompute: wanted.recompute.unwrap_or(!fits) });
+    }
+    let keeping = (wanted.recompute != Some(true)).then_some(&keeping);
+    let recomputing = (wanted.recompute != Some(false)).then_some(&recomputing);
+    largest_micro_batch(keeping, recomputing, available, bounds)
+}
+
 /// Finds the largest micro-batch whose passes fit into `available` bytes, weights and parameters included, less the margin.
 ///
 /// `keeping` and `recomputing` are the memory of the run without and with recompute; where the choice has been made, only

@@ -248,7 +248,19 @@ impl Run {
         }
         let saved_step = state.step;
         let trainer = Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state)?;
-        Ok(Self { dir: dir.to_path_buf(), job, trainer, log, saved_step })
+        let mut run = Self { dir: dir.to_path_buf(), job, trainer, log, saved_step };
+        if run.job.model.micro_batch_is_solved {
+            run.try_largest_micro_batch()?;
+        }
+        Ok(run)
+    }
+
+    /// Holds the memory model against this GPU, and has its allocator take what the run will need.
+    fn try_largest_micro_batch(&mut self) -> Result<()> {
+        let model = &self.job.model;
+        let probed = self.trainer.try_largest(&model.memory_model(), model.config.data.max_length)?;
+        self.log.banner(&probed.lines())?;
+        self.take_note()
     }
 
     fn run_to_end(mut self, stop: &AtomicUsize) -> Result<Outcome> {
@@ -261,10 +273,7 @@ impl Run {
             }
             let metrics = self.trainer.step()?;
             self.log_step(metrics)?;
-            if let Some(note) = self.trainer.take_note() {
-                self.log.warn(&note)?;
-                self.keep_micro_batch_tokens()?;
-            }
+            self.take_note()?;
             let step = self.trainer.state.step;
             let due = |every: u64| every > 0 && (step == total || step.is_multiple_of(every));
             // In this order: what comes after the last checkpoint is lost to a run that is killed there, but for the
@@ -290,8 +299,10 @@ impl Run {
         Ok(())
     }
 
-    /// Has the run's config say what the trainer had to change.
-    fn keep_micro_batch_tokens(&mut self) -> Result<()> {
+    /// Logs what the trainer had to change, and has the run's config say it.
+    fn take_note(&mut self) -> Result<()> {
+        let Some(note) = self.trainer.take_note() else { return Ok(()) };
+        self.log.warn(&note)?;
         let config = &mut self.job.model.config;
         let tokens = self.trainer.settings.micro_batch_tokens.max(config.data.max_length);
         config.train.micro_batch_tokens = Auto::Is(tokens);

@@ -20,7 +20,10 @@ use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
+use crate::plan::MemoryModel;
+use crate::plan::solve::{self, Bounds, Solved, Wanted};
 use crate::torch::cuda::set_numerics;
+use crate::torch::memory;
 use crate::train::step::StepSettings;
 
 /// Micro-batches on a CPU hold this many tokens where the config says `auto`.
@@ -46,6 +49,8 @@ pub struct ModelSetup {
     pub template: Template,
     /// What is worth a word about the device: the GPU that is used, or why one is not.
     pub device_note: Option<String>,
+    /// Whether the memory model chose the size of micro-batches for this GPU, so that it is worth a trial.
+    pub micro_batch_is_solved: bool,
     /// The adapter to start from.
     init: Option<TensorFiles>,
 }
@@ -91,7 +96,7 @@ impl ModelSetup {
     /// Checks the model, tokenizer and template of a config and settles its `auto` values. Reads headers, not weights.
     pub fn inspect(mut config: Config) -> Result<Self> {
         let mut faults = Gather::default();
-        let device_note = faults.take(settle_autos(&mut config))?.flatten();
+        let device_note = faults.take(settle_device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
         let base = faults.take(LlamaConfig::load(&config.model.base))?;
         let files = match &base {
@@ -108,15 +113,31 @@ impl ModelSetup {
             _ => None,
         };
         let layout = base.as_ref().zip(vocab_size).map(|(base, vocab)| Layout::new(base, &lora, vocab));
+        let mut micro_batch_is_solved = false;
+        // Without a device there is no memory to ask for.
+        if let (Some(base), Some(layout), true) = (&base, &layout, faults.0.is_empty()) {
+            let solved = settle_micro_batches(&mut config, base, &lora, layout);
+            micro_batch_is_solved = faults.take(solved)?.unwrap_or_default();
+        }
         let mut init = None;
         if let (Some(dir), Some(layout)) = (&config.model.init_adapter, &layout) {
             init = faults.take(open_init_adapter(dir, &lora, layout))?;
         }
         faults.finish()?;
         match (base, files, tokenizer, template, vocab_size, layout) {
-            (Some(base), Some(files), Some(tokenizer), Some(template), Some(vocab_size), Some(layout)) => {
-                Ok(Self { config, base, files, lora, vocab_size, layout, tokenizer, template, device_note, init })
-            }
+            (Some(base), Some(files), Some(tokenizer), Some(template), Some(vocab_size), Some(layout)) => Ok(Self {
+                config,
+                base,
+                files,
+                lora,
+                vocab_size,
+                layout,
+                tokenizer,
+                template,
+                device_note,
+                micro_batch_is_solved,
+                init,
+            }),
             _ => Err(Error::failed("setup", "a part is missing though no fault was found")),
         }
     }
@@ -213,6 +234,12 @@ impl ModelSetup {
             self.tokenizer.files().iter().map(|f| (f.name.clone(), f.bytes.clone())).collect();
         files.push((TemplateFile::NAME.to_string(), template.to_json().into_bytes()));
         files
+    }
+
+    /// The memory of this model's training.
+    pub fn memory_model(&self) -> MemoryModel {
+        let recompute = self.config.train.recompute == Auto::Is(config::Recompute::All);
+        MemoryModel::new(&self.base, &self.lora, &self.layout, self.kind(), self.device(), recompute)
     }
 
     /// How the losses of an update are averaged.
@@ -331,17 +358,47 @@ fn loss_average(config: &Config) -> LossAverage {
     }
 }
 
-/// Replaces every `auto` by the program's choice on this machine; gives what is worth a word about the device.
-pub fn settle_autos(config: &mut Config) -> Result<Option<String>> {
+/// Settles device and dtype where they are `auto`; gives what is worth a word about the device.
+pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
     let note = settle_device(config)?;
     settle_dtype(config)?;
-    if config.train.micro_batch_tokens == Auto::Auto {
-        config.train.micro_batch_tokens = Auto::Is(CPU_MICRO_BATCH_TOKENS.max(config.data.max_length));
-    }
-    if config.train.recompute == Auto::Auto {
-        config.train.recompute = Auto::Is(config::Recompute::Nothing);
-    }
     Ok(note)
+}
+
+/// Settles the size of micro-batches and recompute where they are `auto`: on a CPU fixed values, on a GPU by the memory
+/// model and the memory that is free. Whether the memory model chose the size is what comes back.
+///
+/// # Errors
+/// A GPU that has no room for a sample of `data.max_length`.
+pub fn settle_micro_batches(config: &mut Config, base: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<bool> {
+    fn settled<T: Copy>(value: Auto<T>) -> Option<T> {
+        match value {
+            Auto::Is(value) => Some(value),
+            Auto::Auto => None,
+        }
+    }
+    let (device, kind, max_length) = (device(config), kind(config), config.data.max_length);
+    let (tokens, recompute) = (settled(config.train.micro_batch_tokens), settled(config.train.recompute));
+    let solved = match device.is_cuda() {
+        false => Solved {
+            tokens: tokens.unwrap_or(CPU_MICRO_BATCH_TOKENS.max(max_length)) as i64,
+            recompute: recompute == Some(config::Recompute::All),
+        },
+        true => {
+            let model = |recompute| MemoryModel::new(base, lora, layout, kind, device, recompute);
+            let wanted = Wanted {
+                tokens: tokens.map(|tokens| tokens as i64),
+                recompute: recompute.map(|which| which == config::Recompute::All),
+            };
+            let update = config.train.global_batch.saturating_mul(max_length) as i64;
+            let bounds = Bounds { max_length: max_length as i64, update };
+            solve::settle(model, wanted, memory::free_bytes(device)? as i64, bounds)?
+        }
+    };
+    config.train.micro_batch_tokens = Auto::Is(solved.tokens as usize);
+    config.train.recompute =
+        Auto::Is(if solved.recompute { config::Recompute::All } else { config::Recompute::Nothing });
+    Ok(device.is_cuda() && tokens.is_none())
 }
 
 fn settle_device(config: &mut Config) -> Result<Option<String>> {

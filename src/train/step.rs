@@ -15,7 +15,9 @@ use crate::optim::adamw::AdamW;
 use crate::optim::control::{Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
+use crate::plan::MemoryModel;
 use crate::torch::memory;
+use crate::train::probe::{Probed, Trial, probe};
 
 /// What an update depends on besides its samples and the run's state.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -196,6 +198,29 @@ impl Trainer {
             after(Part::Backward)?;
         }
         Ok(())
+    }
+
+    /// Tries a micro-batch of the greatest size before the first step, halving it while memory runs out.
+    ///
+    /// # Errors
+    /// Not even one document of `max_length` fits.
+    pub fn try_largest(&mut self, predicted: &MemoryModel, max_length: usize) -> Result<Probed> {
+        let device = self.params.master().device();
+        loop {
+            let StepSettings { micro_batch_tokens: tokens, recompute, dropout, .. } = self.settings;
+            let trial = Trial { tokens, max_length, recompute, dropout };
+            match probe(&self.model, &mut self.grads, predicted, trial, device) {
+                Err(error) if memory::is_out_of_memory(&error) && tokens / 2 >= max_length => {
+                    memory::release_cached(device)?;
+                    self.settings.micro_batch_tokens = tokens / 2;
+                    self.note = Some(format!(
+                        "out of memory on trial with a micro-batch of {tokens} tokens: they hold {} at most",
+                        tokens / 2
+                    ));
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Halves the micro-batches of an update that did not fit into memory, for the rest of the run.

@@ -191,7 +191,6 @@ fn config_files_and_values() {
         value("data.max_length", "100000000000", &["at most 1048576"], "default, 512"),
         value("train.micro_batch_tokens", "10", &["data.max_length = 256", "found 10"], "\"auto\""),
         value("train.epochs", "1", &["both are given"], "keep one"),
-        value("model.device", "\"cuda\"", &["CPU only"], "\"cpu\""),
         value("model.resize_vocab", "true", &["lora.modules_to_save"], "[\"embed_tokens\", \"lm_head\"]"),
         value("data.template", "\"llama3\"", &["alpaca"], "template file"),
         value("data.validation_fraction", "1", &["less than 1"], "default, 0.0"),

@@ -83,7 +83,7 @@ fn operations_of_the_reference_job_are_those_of_the_design() {
         [12.95, 12.95, 0.96, 1.23, 0.15]
     );
     assert_eq!(giga(flops.total()), 28.24);
-    assert_eq!(giga(flops.total() + flops.recompute), 41.57);
+    assert_eq!(giga(flops.total() + flops.recompute), 41.56);
     assert_eq!(Flops::a_token(&shape, &lora, mix, false).recompute, 0.0);
     // Without a trained embedding nothing is carried through the lowest queries, keys and values.
     let frozen = Flops::a_token(&shape, &LoraSpec { modules_to_save: vec![], ..lora }, mix, false);
@@ -113,9 +113,8 @@ fn lengths_are_drawn_all_before_any_again() {
         sorted.sort();
         assert_eq!(thousand.len() == 1000, sorted == belle.samples());
     }
-    assert_ne!(drawn[..1000], drawn[1000..2000], "each round has its own order");
-    assert_eq!(drawn, belle.draw(2500, 7));
-    assert_ne!(drawn, belle.draw(2500, 8));
+    assert!(drawn[..1000] != drawn[1000..2000], "each round has its own order");
+    assert!(drawn == belle.draw(2500, 7) && drawn != belle.draw(2500, 8), "an order is the seed's");
     assert_eq!(Lengths::equal(9).unwrap().draw(2, 1), [Length { tokens: 9, learned: 8 }; 2]);
 }
 
@@ -237,7 +236,8 @@ fn a_seed_means_the_same_weights_and_samples() {
         updates.into_iter().map(|update| update["loss"].clone()).collect::<Vec<_>>()
     };
     assert_eq!(losses("1"), losses("1"));
-    assert_ne!(losses("1"), losses("2"));
+    // The first loss is of the base alone: no B has moved yet.
+    assert_ne!(losses("1")[0], losses("2")[0]);
 }
 
 #[test]
@@ -306,6 +306,16 @@ fn what_cannot_be_measured_is_refused_with_a_hint() {
     );
     refused(&["none.toml", "--shape", "tiny"], &["none.toml", "cannot be read"]);
     assert!(place.tree() == before, "files were made or changed");
+
+    // 270 TB of weights.
+    let mut giant: Value = serde_json::from_slice(&std::fs::read(golden().join("base/config.json")).unwrap()).unwrap();
+    let large = [("hidden_size", 65_536), ("intermediate_size", 262_144), ("num_hidden_layers", 1000)];
+    let heads = [("num_attention_heads", 512), ("num_key_value_heads", 512), ("head_dim", 128)];
+    for (key, value) in large.into_iter().chain(heads) {
+        giant[key] = json!(value);
+    }
+    place.write("giant.json", giant.to_string());
+    refused(&["--shape", "giant.json"], &["needs ", " are free", "a smaller shape"]);
 
     let lengths = |text: &str, words: &[&str]| {
         place.write("l.json", text);

@@ -121,6 +121,7 @@ loss_average = "tokens"
 loss_group_samples = 1
 seed = 42
 recompute = "auto"
+deterministic = false
 checkpoint_every = 200
 keep_checkpoints = 3
 eval_every = 200
@@ -160,7 +161,8 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
         "max_steps = 9\nglobal_batch = 3\nmicro_batch_tokens = 100\nlearning_rate = 1.2345678901234567e-5\n\
          schedule = \"constant\"\nwarmup_steps = 2\nweight_decay = 1\nbetas = [0, 0.5]\neps = 1e-300\n\
          max_grad_norm = 0\n\
-         loss_average = \"samples\"\nloss_group_samples = 2\nseed = 0\nrecompute = \"none\"\ncheckpoint_every = 0\n\
+         loss_average = \"samples\"\nloss_group_samples = 2\nseed = 0\nrecompute = \"none\"\ndeterministic = true\n\
+         checkpoint_every = 0\n\
          keep_checkpoints = 1\neval_every = 4\nlog_every = 0\nsave_dtype = \"fp16\"",
     );
     let config = parse(&text, &[]).unwrap();

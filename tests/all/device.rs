@@ -181,6 +181,8 @@ fn memory_of_a_cpu_is_the_process_s_resident_memory() {
     drop(filled);
     memory::release_cached(CPU).unwrap();
     memory::synchronize(CPU).unwrap();
+    assert!(memory::in_use_bytes(CPU).unwrap() < before + SIZE / 2);
+    assert!(memory::peak_bytes(CPU).unwrap() > before + SIZE / 2, "the peak stays");
     memory::reset_peak(CPU).unwrap();
     let peak = memory::peak_bytes(CPU).unwrap();
     assert!(peak < before + SIZE / 2, "{before} {peak}");

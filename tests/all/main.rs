@@ -19,6 +19,7 @@ mod out_of_memory;
 mod place;
 mod plan;
 mod resume;
+mod selftest;
 mod support;
 mod tidy;
 mod tokens;

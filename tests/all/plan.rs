@@ -235,7 +235,7 @@ fn predicted(case: &Case) -> i64 {
     let config = bellora::config::Config::load(&write_job(case, dir.path()), &[]).unwrap();
     let job = bellora::train::setup::Job::inspect(config, None).unwrap();
     assert_eq!(job.train.n_tokens() as i64, case.max_length * case.samples, "{}: tokens", case.name);
-    bellora::train::banner::memory(&job).total(case.max_length * case.samples)
+    job.model.memory_model().total(case.max_length * case.samples)
 }
 
 /// Trains in a process of its own and gives the most memory that was resident.

@@ -11,12 +11,12 @@ const LAYERS: [&[&str]; 6] = [
     &["ops"],
     &["model", "data"],
     &["optim", "checkpoint"],
-    &["config", "log", "plan", "eval", "train", "trained", "generate", "export", "bench"],
+    &["config", "log", "plan", "eval", "train", "trained", "generate", "export", "bench", "selftest"],
     &["cli"],
 ];
 
 /// Who may use whom within a layer.
-const SIBLINGS: [(&str, &[&str]); 7] = [
+const SIBLINGS: [(&str, &[&str]); 8] = [
     ("torch", &["error"]),
     ("device", &["torch"]),
     // A checkpoint keeps the loss scale.
@@ -26,6 +26,7 @@ const SIBLINGS: [(&str, &[&str]); 7] = [
     ("trained", &["config", "train"]),
     ("export", &["trained"]),
     ("bench", &["config", "log", "plan", "train"]),
+    ("selftest", &["train"]),
 ];
 
 fn root() -> &'static Path {

@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Puts what gpu_check.sh measured side by side: prints a table, and writes it to FOLDER/summary.md and FOLDER/summary.json.
+
+    gpu_summary.py FOLDER
+
+Needs Python alone. A part whose file is missing is named; nothing is compared that was not measured in this folder.
+"""
+
+import json
+import pathlib
+import sys
+
+
+def read(folder, name):
+    try:
+        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def gib(n_bytes):
+    return "-" if n_bytes is None else f"{n_bytes / 2**30:.1f}"
+
+
+def way_of(result):
+    """A peer's combination in words."""
+    words = [result["layout"], "checkpointing" if result["checkpointing"] else "no checkpointing", result["attention"]]
+    return ", ".join(words + ["fp32 adapters under autocast"] * result["autocast"])
+
+
+def row_of_bench(bench):
+    recompute = "recompute" if bench["recompute"] else "no recompute"
+    way = f"bellora {bench['version']}, {bench['dtype']}, {recompute}"
+    return [way, bench["tokens_per_s"], bench["mfu"], bench["memory"]["peak_bytes"], bench["micro_batch_tokens"], ""]
+
+
+def row_of_peer(result, dtype):
+    way = f"PEFT, {dtype}, {way_of(result)}"
+    speed, remark = result.get("tokens_per_s"), result.get("error", "")
+    return [way, speed, None, result.get("peak_bytes"), result.get("micro_batch_tokens"), remark]
+
+
+def table(rows):
+    lines = ["| | tokens/s | MFU | peak GiB | micro-batch tokens | |", "|---|---:|---:|---:|---:|---|"]
+    for way, speed, mfu, peak, tokens, remark in rows:
+        speed = "-" if speed is None else f"{speed:,.0f}"
+        mfu = "-" if mfu is None else f"{100 * mfu:.1f} %"
+        tokens = "-" if tokens is None else f"{tokens:,}"
+        lines.append(f"| {way} | {speed} | {mfu} | {gib(peak)} | {tokens} | {remark} |")
+    return lines
+
+
+def selftest_lines(selftest):
+    if selftest is None:
+        return ["selftest: no result"]
+    rows = selftest["rows"]
+    wrong = [row for row in rows if not row["ok"]]
+    lines = [f"selftest: {len(rows) - len(wrong)} of {len(rows)} results in order"]
+    for row in wrong:
+        found = row["fault"] or f"error {row['error']}, tolerance {row['tolerance']:.1e}"
+        lines.append(f"- {row['op']} in {row['dtype']}: {found}")
+    return lines
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__.strip())
+    folder = pathlib.Path(sys.argv[1])
+    names = ["machine", "parts", "selftest", "bench-bf16", "bench-fp16", "peers", "repeat"]
+    found = {name: read(folder, name) for name in names}
+    machine, peers, repeat = found["machine"] or {}, found["peers"], found["repeat"]
+
+    rows = [row_of_bench(found[name]) for name in ("bench-bf16", "bench-fp16") if found[name]]
+    ratio, best = None, None
+    if peers and peers["results"]:
+        rows += [row_of_peer(result, peers["settings"]["dtype"]) for result in peers["results"]]
+        measured = [result for result in peers["results"] if "tokens_per_s" in result]
+        best = max(measured, key=lambda result: result["tokens_per_s"], default=None)
+        if best and found["bench-bf16"] and found["bench-bf16"]["dtype"] == peers["settings"]["dtype"]:
+            ratio = found["bench-bf16"]["tokens_per_s"] / best["tokens_per_s"]
+
+    lines = ["# A rehearsal on the CPU: no claim" if machine.get("rehearsal") else "# One call of scripts/gpu_check.sh", ""]
+    for key in ("date", "gpu", "system", "bellora", "commit", "libtorch"):
+        lines.append(f"- {key}: {machine.get(key, '-')}")
+    if peers and "versions" in peers:
+        lines.append("- peers: " + ", ".join(f"{name} {version}" for name, version in peers["versions"].items()))
+    lines += ["", *selftest_lines(found["selftest"]), ""]
+    if rows:
+        lines += table(rows) + ["", "Real tokens, padding not counted; medians; the same lengths in the same order."]
+    if ratio:
+        lines.append(f"bellora in {found['bench-bf16']['dtype']} is {ratio:.2f} times the fastest of PEFT ({way_of(best)}).")
+    if peers and peers["skipped"]:
+        lines.append(f"peers: skipped, {peers['skipped']}")
+    if repeat:
+        same = lambda key: "bit for bit the same" if repeat[key] else "NOT THE SAME"
+        lines += ["", f"repeated run: {same('repeated_is_identical')}; resumed run: {same('resumed_is_identical')}"]
+    bad = [part for part in found["parts"] or [] if part["outcome"] != "done"]
+    lines += [""] * bool(bad) + [f"{part['part']}: {part['outcome']} ({part['seconds']} s)" for part in bad]
+
+    text = "\n".join(lines) + "\n"
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    summary = {"machine": machine, "ratio_to_best_peer": ratio, "best_peer": best and way_of(best), "parts": found["parts"]}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
