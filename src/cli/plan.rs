@@ -100,9 +100,7 @@ impl Subject {
         let layout = Layout::new(&shape, &lora, shape.vocab_size);
         let mut here = for_here(&config, gpu);
         let _ = setup::settle_device_and_dtype(&mut here)?;
-        if !setup::device(&here).is_cuda() {
-            setup::settle_micro_batches(&mut here, &shape, &lora, &layout)?;
-        }
+        setup::settle_micro_batches(&mut here, &shape, &lora, &layout)?;
         Ok(Self { config, shape, lora, layout, lengths, has_files: false, here })
     }
 

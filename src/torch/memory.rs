@@ -117,8 +117,14 @@ pub fn synchronize(device: Device) -> Result<()> {
 
 /// Whether an error says that a device's memory ran out, in the words of libtorch's allocators, CUDA and cuBLAS.
 pub fn is_out_of_memory(error: &Error) -> bool {
-    const WORDS: [&str; 4] =
-        ["out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED"];
+    const WORDS: [&str; 5] = [
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        // oneDNN, when it finds no room for its scratch memory.
+        "could not create a primitive",
+    ];
     matches!(error, Error::Torch(what) if WORDS.iter().any(|words| what.contains(words)))
 }
 

@@ -44,7 +44,9 @@ fn a_micro_batch_that_does_not_fit_is_halved_and_the_step_repeated() {
     train_within_the_limit(&lab, &[&small, "train.micro_batch_tokens=160"]).ok();
     assert!(!log("small").contains("out of memory"), "{}", log("small"));
     train_within_the_limit(&lab, &[&large, "train.micro_batch_tokens=4096"]).ok();
-    assert_eq!(log("large").matches("out of memory in step 1 ").count(), 1, "{}", log("large"));
+    // Half may still be too much, depending on how the system lays memory out.
+    let n_halved = log("large").matches("out of memory in step ").count();
+    assert!((1..=2).contains(&n_halved), "{}", log("large"));
     // The same updates to rounding: nothing of the attempt that failed is left in the gradients.
     for (ours, judge) in losses("large").iter().zip(losses("small")) {
         assert!((ours - judge).abs() <= 2e-6, "{:?}, {:?}", losses("large"), losses("small"));
