@@ -120,7 +120,7 @@ fn a_row_with_wrong_statistics_is_noticed() {
     assert!(largest_error(&y, &judge).unwrap() <= bound);
     let rstd = &saved.rstd_n1;
     let farthest = (rstd / rstd.get(0) - 1.0).abs().argmax(None, false).int64_value(&[]);
-    let _ = y.get(0).copy_(&(wide(&x.get(0)) * wide(&rstd.get(farthest))));
+    y.get(0).copy_(&(wide(&x.get(0)) * wide(&rstd.get(farthest))));
     assert!(largest_error(&y, &judge).unwrap() > bound);
 }
 
