@@ -77,7 +77,7 @@ part() {
         case $code in
         0) verdict="done" ;;
         124 | 137) verdict="cut off after $limit s" failed=1 ;;
-        *) verdict="exit code $code: $(grep -m1 '^error' "$out/$name.log" || tail -n 1 "$out/$name.log")" failed=1 ;;
+        *) verdict="exit code $code; $(grep -m1 '^error' "$out/$name.log" || tail -n 1 "$out/$name.log")" failed=1 ;;
         esac
     fi
     verdict=${verdict//\\/ } verdict=${verdict//\"/\'}
@@ -106,7 +106,7 @@ selftest() { part selftest 60 "$bellora" selftest --device "$device" --json; }
 # A training of 8 updates on the device; its run folder is $1.
 train() {
     local config sets=(
-        --set "train.output=$1" --set "model.device=$device" --set train.max_steps=8 --set train.checkpoint_every=4
+        --set "train.output=$1" --set "model.device=$device" --set model.dtype=auto --set train.max_steps=8 --set train.checkpoint_every=4
         --set train.keep_checkpoints=9 --set train.eval_every=0 --set train.deterministic=true --set "data.cache_dir=$work/cache"
     )
     if [ "$rehearse" = false ] && [ -f .models/smollm2-135m/model.safetensors ]; then

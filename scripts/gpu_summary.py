@@ -57,7 +57,8 @@ def selftest_lines(selftest):
     wrong = [row for row in rows if not row["ok"]]
     lines = [f"selftest: {len(rows) - len(wrong)} of {len(rows)} results in order"]
     for row in wrong:
-        found = row["fault"] or f"error {row['error']}, tolerance {row['tolerance']:.1e}"
+        error = "not finite" if row["error"] is None else f"{row['error']:.1e}"
+        found = row["fault"] or f"error {error}, tolerance {row['tolerance']:.1e}"
         lines.append(f"- {row['op']} in {row['dtype']}: {found}")
     return lines
 

@@ -16,7 +16,7 @@ const SIZE_ON_CPU: i64 = 1024;
 const WARMUP: u32 = 3;
 /// Products that count, at least, and for how long more of them are made.
 const REPEATS: u32 = 5;
-const TIME: Duration = Duration::from_millis(1000);
+const TIME: Duration = Duration::from_millis(400);
 
 /// The fastest product that was measured.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

@@ -32,6 +32,8 @@ use crate::train::setup::{self, ModelSetup};
 use crate::train::step::{StepSettings, Trainer};
 use report::{Measured, MemoryReport, Report};
 
+/// Samples that are drawn, at most; more updates than they last for begin with them again.
+const MOST_SAMPLES: usize = 1 << 20;
 /// Updates whose parts are timed, at most.
 const UPDATES_BY_PART: u64 = 3;
 
@@ -71,9 +73,6 @@ pub struct Subject {
     pub device: Device,
 }
 
-/// Parameters, the model that reads them, and samples for it.
-type Trainable = (ParamBuffer, Llama, Dataset);
-
 impl Bench {
     /// Measures; `tell` hears what is being done.
     ///
@@ -83,9 +82,9 @@ impl Bench {
         if let Some(note) = self.settle()? {
             tell(&note);
         }
-        set_numerics(self.config.train.deterministic)?;
-        let (warmup, updates) = (self.warmup, self.updates);
-        let (kind, device) = (setup::kind(&self.config), setup::device(&self.config));
+        let (subject, setup, samples) = self.subject()?;
+        let Subject { kind, device, .. } = subject;
+        set_numerics(subject.config.train.deterministic)?;
         tell("measuring the fastest product");
         let ceiling = ceiling::measure(kind, device)?;
         memory::release_cached(device)?;
@@ -93,7 +92,15 @@ impl Bench {
         tell("making the model");
         let before_bytes = memory::in_use_bytes(device)?;
         memory::reset_peak(device)?;
-        let (subject, (params, model, samples)) = self.subject(kind, device)?;
+        let (params, model) = match &setup {
+            Some(setup) => {
+                let params = setup.initial_params()?;
+                let model = setup.load(&params)?;
+                (params, model)
+            }
+            None => subject.drawn()?,
+        };
+        let (warmup, updates) = (self.warmup, self.updates);
         let mut trainer = trainer(&subject, params, model, samples, warmup + updates)?;
         let is_warming_up = |done| tell(&format!("update {done} of {warmup} before those that count"));
         clock::time_updates(&mut trainer, warmup, device, &is_warming_up)?;
@@ -116,7 +123,8 @@ impl Bench {
         Ok(Report::new(&subject, &trainer.settings, Measured { ceiling, warmup, timed, parts, mix, memory }))
     }
 
-    /// Fits the config to the lengths, and settles what it leaves to the machine; gives what is worth a word about the device.
+    /// Fits the config to the lengths and settles where and in what dtype is computed; gives what is worth a word about the
+    /// device.
     fn settle(&mut self) -> Result<Option<String>> {
         if self.shape.is_some() && self.lengths.is_none() {
             self.lengths = Some(Lengths::belle()?);
@@ -137,47 +145,57 @@ impl Bench {
         setup::settle_device_and_dtype(&mut self.config)
     }
 
-    /// Makes the model and the samples.
-    fn subject(self, kind: Kind, device: Device) -> Result<(Subject, Trainable)> {
-        let n_samples =
-            (self.warmup + self.updates.saturating_add(UPDATES_BY_PART)) as usize * self.config.train.global_batch;
-        let seed = self.config.train.seed;
-        let drawn = |lengths: &Lengths, vocab_size: i64| {
-            Dataset::random(&lengths.draw(n_samples, seed), u32::try_from(vocab_size).unwrap_or(u32::MAX), seed)
-        };
-        let Self { mut config, shape, lengths, .. } = self;
-        if let (Some((name, shape)), Some(lengths)) = (shape, &lengths) {
-            let lora = setup::lora_spec(&config);
-            let layout = Layout::new(&shape, &lora, shape.vocab_size);
-            setup::settle_micro_batches(&mut config, &shape, &lora, &layout)?;
-            refuse_what_does_not_fit(&config, &shape, &lora, &layout)?;
-            let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
-            let base = BaseWeights::Random { seed };
-            initialise(&mut params, &shape, &lora, base, NewRows::Normal, seed)?;
-            let compute = Compute { kind, device, max_positions: config.data.max_length as i64 };
-            let model = Llama::load(&shape, base, &lora, &params, compute)?;
-            let samples = drawn(lengths, shape.vocab_size);
-            let about = lengths.about.clone();
-            let subject = Subject { name, is_random: true, shape, lora, layout, samples: about, config, kind, device };
-            return Ok((subject, (params, model, samples)));
-        }
-        let setup = ModelSetup::inspect(config)?;
-        let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
-        refuse_what_does_not_fit(&setup.config, &shape, &setup.lora, &setup.layout)?;
-        let (samples, about) = match &lengths {
-            Some(lengths) => (drawn(lengths, setup.vocab_size), lengths.about.clone()),
+    /// Finds out everything that can be known before the model is made. A base of files comes with its set-up.
+    fn subject(&self) -> Result<(Subject, Option<ModelSetup>, Dataset)> {
+        let mut config = self.config.clone();
+        let (name, shape, lora, layout, setup) = match &self.shape {
+            Some((name, shape)) => {
+                let lora = setup::lora_spec(&config);
+                let layout = Layout::new(shape, &lora, shape.vocab_size);
+                setup::settle_micro_batches(&mut config, shape, &lora, &layout)?;
+                (name.clone(), shape.clone(), lora, layout, None)
+            }
             None => {
-                let data = &setup.config.data;
+                let setup = ModelSetup::inspect(config)?;
+                config = setup.config.clone();
+                let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
+                let name = config.model.base.display().to_string();
+                (name, shape, setup.lora.clone(), setup.layout.clone(), Some(setup))
+            }
+        };
+        refuse_what_does_not_fit(&config, &shape, &lora, &layout)?;
+        let data = &config.data;
+        let (samples, about) = match (&self.lengths, &setup) {
+            (None, Some(setup)) => {
                 let names: Vec<String> = data.train.iter().map(|path| path.display().to_string()).collect();
                 (setup.dataset(&data.train, Some(&data.cache_dir))?, names.join(", "))
             }
+            (None, None) => return Err(Error::failed("bellora bench", "has neither lengths nor data")),
+            (Some(lengths), _) => {
+                let n_updates = self.warmup + self.updates + UPDATES_BY_PART;
+                let n_samples = (n_updates as usize).saturating_mul(config.train.global_batch).min(MOST_SAMPLES);
+                let seed = config.train.seed;
+                let vocab_size = u32::try_from(shape.vocab_size).unwrap_or(u32::MAX);
+                (Dataset::random(&lengths.draw(n_samples, seed), vocab_size, seed), lengths.about.clone())
+            }
         };
-        let params = setup.initial_params()?;
-        let model = setup.load(&params)?;
-        let ModelSetup { config, lora, layout, .. } = setup;
-        let name = config.model.base.display().to_string();
-        let subject = Subject { name, is_random: false, shape, lora, layout, samples: about, config, kind, device };
-        Ok((subject, (params, model, samples)))
+        let (kind, device, is_random) = (setup::kind(&config), setup::device(&config), setup.is_none());
+        let subject = Subject { name, is_random, shape, lora, layout, samples: about, config, kind, device };
+        Ok((subject, setup, samples))
+    }
+}
+
+impl Subject {
+    /// The parameters and the model, drawn where they stay.
+    fn drawn(&self) -> Result<(ParamBuffer, Llama)> {
+        let Self { shape, lora, layout, config, kind, device, .. } = self;
+        let (seed, kind, device) = (config.train.seed, *kind, *device);
+        let base = BaseWeights::Random { seed };
+        let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
+        initialise(&mut params, shape, lora, base, NewRows::Normal, seed)?;
+        let compute = Compute { kind, device, max_positions: config.data.max_length as i64 };
+        let model = Llama::load(shape, base, lora, &params, compute)?;
+        Ok((params, model))
     }
 }
 

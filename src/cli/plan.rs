@@ -249,11 +249,12 @@ fn table(plan: &Plan) -> String {
         Some(speed) => line(
             "time",
             format!(
-                "about {:.1} hours for {} tokens at {} tokens/s: an estimate, not measured, from {:.0} % of the data sheet's \
-                 {} TFLOP/s",
+                "about {} tokens/s: {:.1} hours for the {} tokens of the job, {:.1} for a million such samples (an estimate, \
+                 not measured: {:.0} % of the data sheet's {} TFLOP/s are assumed)",
+                grouped(speed.tokens_per_s as i64),
                 speed.hours,
                 grouped(speed.total_tokens as i64),
-                grouped(speed.tokens_per_s as i64),
+                speed.hours_a_million_samples,
                 100.0 * speed.assumed_utilisation,
                 speed.peak_tflops
             ),

@@ -175,7 +175,7 @@ struct BlockSaved<'m> {
 
 /// `SavedBlock` of `model/llama.rs`.
 enum SavedBlock<'m> {
-    All(BlockSaved<'m>),
+    All(Box<BlockSaved<'m>>),
     Input(Held<'m>),
 }
 
@@ -245,7 +245,7 @@ impl<'m> DryRun<'m> {
             let (out_nd, saved) = self.block_forward(x_nd);
             blocks.push(match self.dims.recompute {
                 true => SavedBlock::Input(saved.x),
-                false => SavedBlock::All(saved),
+                false => SavedBlock::All(Box::new(saved)),
             });
             x_nd = out_nd;
         }
@@ -297,7 +297,7 @@ impl<'m> DryRun<'m> {
         let mut dx_nd = dhidden_nd;
         for (layer, saved) in saved.into_iter().enumerate().rev() {
             let saved = match saved {
-                SavedBlock::All(saved) => saved,
+                SavedBlock::All(saved) => *saved,
                 SavedBlock::Input(x_nd) => self.block_forward(x_nd).1,
             };
             let need_dx = layer > 0 || self.dims.trains_embed;

@@ -161,6 +161,8 @@ pub struct Speed {
     pub total_tokens: u64,
     /// The whole job.
     pub hours: f64,
+    /// A million samples of this kind.
+    pub hours_a_million_samples: f64,
 }
 
 /// What a job writes, in bytes.
@@ -266,6 +268,7 @@ impl Task<'_> {
             tokens_per_s,
             total_tokens: total_tokens as u64,
             hours: total_tokens / tokens_per_s / 3600.0,
+            hours_a_million_samples: 1e6 * self.samples.mean_tokens() / tokens_per_s / 3600.0,
         }
     }
 

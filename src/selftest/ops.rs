@@ -168,7 +168,12 @@ fn attention_trial(bench: &mut Bench) -> Result<()> {
         bench.hold(&format!("{name} o"), &o, &o_judge, o_bound)?;
         let dqkv = attention::backward(&do_.ours, &qkv.ours, &o, heads, &there, &saved)?;
         let dqkv_judge = attention::plain_backward(&do_.judge, &qkv.judge, &o_judge, heads, &judging)?;
-        bench.hold(&format!("{name} dqkv"), &dqkv, &dqkv_judge, dqkv_bound)?;
+        // Each by itself: where one of them is small, the others would hide it.
+        let (q, kv) = (heads.q_width(), heads.kv_width());
+        for (part, start, width) in [("dq", 0, q), ("dk", q, kv), ("dv", q + kv, kv)] {
+            let (ours, judge) = (dqkv.f_narrow(1, start, width)?, dqkv_judge.f_narrow(1, start, width)?);
+            bench.hold(&format!("{name} {part}"), &ours, &judge, dqkv_bound)?;
+        }
 
         let Twin { ours, judge } = &qkv;
         let part = |t: &Tensor, start: i64, width: i64| t.f_narrow(1, start, width);

@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-use crate::config::{Auto, Recompute};
+use crate::config::Auto;
 use crate::error::Result;
 use crate::plan::memory::{frozen_params, sum};
-use crate::plan::{MemoryModel, Part, gib};
+use crate::plan::{Part, gib};
 use crate::train::setup::Job;
 
 /// Describes a job: base, parameters, samples, updates, memory, and the first sample with its learned part marked.
@@ -78,7 +78,7 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
 /// The memory that a step needs at its peak, and what for.
 fn memory_line(job: &Job) -> String {
     let tokens = largest_micro_batch(job);
-    let parts = memory(job).by_part(tokens);
+    let parts = job.model.memory_model().by_part(tokens);
     let of = |which: &[Part]| sum(&parts.iter().filter(|p| which.contains(&p.part)).copied().collect::<Vec<_>>());
     let weights = of(&[Part::FrozenWeights]);
     let trained = of(&[Part::Masters, Part::Gradients, Part::Moments, Part::ComputeCopy]);
@@ -90,13 +90,6 @@ fn memory_line(job: &Job) -> String {
         gib(sum(&parts) - weights - trained),
         grouped(tokens),
     )
-}
-
-/// The memory model of a job.
-pub fn memory(job: &Job) -> MemoryModel {
-    let model = &job.model;
-    let recompute = model.config.train.recompute == Auto::Is(Recompute::All);
-    MemoryModel::new(&model.base, &model.lora, &model.layout, model.kind(), model.device(), recompute)
 }
 
 /// Tokens of the largest micro-batch that the job can have.

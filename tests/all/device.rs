@@ -138,6 +138,57 @@ fn cuda_that_is_asked_for_and_not_there_ends_with_exit_code_2() {
     assert!(output.status.success() && text.contains("fp32 on cpu"), "{text}");
 }
 
+/// A driver of CUDA 12.8 with one GPU of compute capability 7.0, or with none.
+const STAND_IN_DRIVER: &str = r#"
+#include <cstdlib>
+#include <cstring>
+extern "C" {
+int cuDriverGetVersion(int* version) { *version = 12080; return 0; }
+int cuInit(unsigned) { return std::getenv("NO_GPU") ? 100 : 0; }
+int cuDeviceGet(int* device, int index) { *device = 7 + index; return 0; }
+int cuDeviceGetName(char* name, int size, int device) { std::strncpy(name, device == 7 ? "Stand-in GPU" : "?", size); return 0; }
+int cuDeviceTotalMem_v2(std::size_t* bytes, int) { *bytes = 34359738368; return 0; }
+int cuDeviceGetAttribute(int* value, int which, int device) {
+  *value = device != 7 ? -1 : which == 75 ? 7 : which == 76 ? 0 : which == 16 ? 80 : -1;
+  return 0;
+}
+}
+"#;
+
+#[test]
+fn a_driver_is_asked_and_a_gpu_that_cannot_be_used_is_worth_a_word() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("driver.cpp");
+    std::fs::write(&source, STAND_IN_DRIVER).unwrap();
+    let compiled =
+        Command::new("c++").args(["-shared", "-fPIC", "-o"]).arg(dir.path().join("libcuda.so.1")).arg(&source).output();
+    let compiled = compiled.unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let lab = Lab::new(Shape::default());
+    let check = |set: &str, no_gpu: Option<&str>| {
+        let mut process = lab.command("check", &[], &[set]);
+        process.env("LD_LIBRARY_PATH", dir.path()).envs(no_gpu.map(|value| ("NO_GPU", value)));
+        let output = process.output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    // Whatever libtorch is here, its CUDA half is of no use with such a driver.
+    let (code, _, said) = check("model.device=cuda", None);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("error: model.device: \"cuda\" is asked for, but "), "{said}");
+    assert!(said.contains("for the Stand-in GPU (compute capability 7.0)"), "{said}");
+    assert!(said.contains("cu126"), "{said}");
+    let (code, printed, said) = check("model.device=auto", None);
+    assert_eq!(code, Some(0), "{said}");
+    let line = printed.lines().find(|line| line.starts_with("device ")).unwrap_or_default();
+    assert!(line.starts_with("device      cpu, not cuda: "), "{printed}");
+    assert!(line.contains("for the Stand-in GPU (compute capability 7.0); the cu126 build"), "{line}");
+    let (_, printed, _) = check("model.device=auto", Some("1"));
+    assert!(printed.contains("cpu, not cuda: the NVIDIA driver (CUDA 12.8) finds no GPU; "), "{printed}");
+    // Who asks for the CPU is not bothered.
+    assert!(!check("model.device=cpu", None).1.contains("\ndevice "));
+}
+
 #[test]
 fn operations_of_the_cuda_half_are_named_where_they_are_lacking() {
     let half = |shape: &[i64]| Tensor::ones(shape, (Kind::Half, Device::Cpu));

@@ -68,7 +68,8 @@ fn the_reference_job_has_its_published_numbers() {
     let batch = 5 * 8 + 4 + 2 * 4 * 128;
     assert_eq!(per_token, 1000 * (32 * kept_a_layer + 2 * 4096 + batch));
 
-    let mix = TokenMix { learned_share: 1.0, attended: 175.0 };
+    // Documents of 175 tokens.
+    let mix = TokenMix { learned_share: 1.0, attended: 88.0 };
     let flops = Flops::a_token(&shape, &lora, mix, false);
     assert!((flops.total() / 1e9 - 28.2).abs() < 0.05, "{} GFLOP", flops.total() / 1e9);
 }
@@ -92,10 +93,11 @@ fn memory_grows_in_straight_lines() {
     for (device, kind) in [(GPU, Kind::Half), (Device::Cpu, Kind::Float), (Device::Cpu, Kind::BFloat16)] {
         for recompute in [false, true] {
             let memory = model_of(&reference_shape("llama-2-7b"), &lora, kind, device, recompute);
-            // Beyond the largest chunk of logits and the longest document that the base knows.
+            // Beyond the largest chunk of logits, the longest document that the base knows, and the sizes at which what is
+            // as large for any micro-batch (a product of the head's gradient) still decides which moment is the peak.
             let total = |tokens: i64| memory.total(tokens);
-            assert_eq!(total(14_000) - total(10_000), total(10_000) - total(6_000), "{device:?} {kind:?} {recompute}");
-            assert!(total(10_000) > total(6_000));
+            assert_eq!(total(60_000) - total(50_000), total(50_000) - total(40_000), "{device:?} {kind:?} {recompute}");
+            assert!(total(2_000) > total(1_000));
             assert_eq!(sum(&memory.by_part(5_000)), total(5_000));
         }
     }
@@ -158,9 +160,12 @@ fn shape(hidden: i64, intermediate: i64, layers: i64, kv_heads: i64, vocab: i64)
     })
 }
 
-/// Within 10 %: the model counts what is asked for, and the C library's heap, where tensors below 32 MB lie, cannot always
-/// give a freed piece to the next tensor of another size. What is the same in every run of the program (its code, the
-/// threads, the products' compiled kernels) is taken off by a run of the same job on a tiny model.
+/// Within 10 %. The model counts what is asked for. Tensors of 32 MB and more are mapped one by one and are as large as was
+/// asked, so the cases have many tokens and little else: their activations are as large, and their products quick. What is
+/// smaller (statistics, `x Aᵀ`, rotations, products' scratch) lies in the C library's heap, where a tensor that is kept may
+/// stand in the room of one that went: that is what the 10 % are for. A micro-batch of many small tensors may need up to a
+/// quarter more. What is the same in every run of the program (its code, the threads, the products' compiled kernels) is
+/// taken off by a run of the same job on a tiny model.
 const TOLERANCE: f64 = 0.10;
 
 #[test]
@@ -168,30 +173,30 @@ fn predicted_memory_is_the_real_peak_of_a_run() {
     let cases = [
         Case {
             name: "fp32",
-            shape: shape(512, 1408, 6, 8, 2048),
+            shape: shape(128, 256, 2, 8, 512),
             max_length: 256,
-            samples: 8,
+            samples: 260,
             sets: &["model.dtype=fp32"],
         },
         Case {
             name: "bf16, grouped heads, dropout, tables trained",
-            shape: shape(512, 1408, 6, 2, 8192),
+            shape: shape(128, 256, 2, 2, 512),
             max_length: 256,
-            samples: 12,
+            samples: 520,
             sets: &["model.dtype=bf16", "lora.dropout=0.05", "lora.modules_to_save=[\"embed_tokens\", \"lm_head\"]"],
         },
         Case {
             name: "fp32, recompute, attention alone adapted",
-            shape: shape(512, 1408, 6, 8, 2048),
+            shape: shape(128, 256, 4, 8, 512),
             max_length: 512,
-            samples: 8,
+            samples: 130,
             sets: &["train.recompute=all", "lora.target_modules=[\"q_proj\", \"v_proj\"]"],
         },
         Case {
             name: "fp16, whose ops are those of a GPU",
-            shape: shape(256, 704, 6, 4, 2048),
+            shape: shape(64, 128, 1, 4, 320),
             max_length: 256,
-            samples: 16,
+            samples: 1040,
             sets: &["model.dtype=fp16"],
         },
     ];
@@ -230,7 +235,7 @@ fn predicted(case: &Case) -> i64 {
     let config = bellora::config::Config::load(&write_job(case, dir.path()), &[]).unwrap();
     let job = bellora::train::setup::Job::inspect(config, None).unwrap();
     assert_eq!(job.train.n_tokens() as i64, case.max_length * case.samples, "{}: tokens", case.name);
-    bellora::train::banner::memory(&job).total(case.max_length * case.samples)
+    job.model.memory_model().total(case.max_length * case.samples)
 }
 
 /// Trains in a process of its own and gives the most memory that was resident.
@@ -274,7 +279,7 @@ dropout = 0.0
 max_length = {}
 truncation = "cut"
 [train]
-max_steps = 2
+max_steps = 1
 global_batch = {}
 micro_batch_tokens = {}
 recompute = "none"
@@ -420,6 +425,8 @@ fn plans_the_reference_job_for_gpus_that_are_not_here() {
 
     let two = planned(&["--shape", "llama-2-7b", "--vocab-size", "49954", "--gpu", "H100", "--n-gpus", "2"]);
     assert!((number(&two, "/speed/hours") * 2.0 / number(&h100, "/speed/hours") - 1.0).abs() < 1e-9);
+    let million = number(&h100, "/speed/hours_a_million_samples") * number(&h100, "/speed/tokens_per_s") * 3600.0 / 1e6;
+    assert!((million - mean).abs() < 1e-6, "{million} tokens a sample");
 }
 
 #[test]
@@ -429,7 +436,7 @@ fn a_plan_is_a_table_that_marks_estimates() {
     let text = String::from_utf8(output.stdout).unwrap();
     for part in [
         "trainable",
-        "159,907,840",
+        "422,051,840 of",
         "frozen weights",
         "kept activations",
         "micro-batch",

@@ -54,7 +54,7 @@ fn the_table_names_every_result() {
     let (code, stdout, stderr) = selftest(&["--device", "cpu"]);
     assert_eq!(code, Some(0), "{stderr}{stdout}");
     assert!(stdout.starts_with("device  the CPU, 1 threads, "), "{stdout}");
-    assert!(stdout.contains("\nattention grouped dqkv "), "{stdout}");
+    assert!(stdout.contains("\nattention grouped dk "), "{stdout}");
     let last = stdout.lines().last().unwrap();
     let n_ok = stdout.lines().filter(|line| line.ends_with("  ok")).count();
     assert_eq!(last, format!("{n_ok} of {n_ok} results are in order"));
