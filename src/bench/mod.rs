@@ -28,6 +28,7 @@ use crate::optim::schedule::{LrSchedule, Shape};
 use crate::plan::{MemoryModel, gib};
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
+use crate::train::settle;
 use crate::train::setup::{self, ModelSetup};
 use crate::train::step::{StepSettings, Trainer};
 use report::{Measured, MemoryReport, Report};
@@ -142,7 +143,7 @@ impl Bench {
                     .hint(format!("give --micro-batch-tokens {longest} or more, or shorter --lengths")));
             }
         }
-        setup::settle_device_and_dtype(&mut self.config)
+        settle::settle_device_and_dtype(&mut self.config)
     }
 
     /// Finds out everything that can be known before the model is made. A base of files comes with its set-up.
@@ -152,7 +153,7 @@ impl Bench {
             Some((name, shape)) => {
                 let lora = setup::lora_spec(&config);
                 let layout = Layout::new(shape, &lora, shape.vocab_size);
-                setup::settle_micro_batches(&mut config, shape, &lora, &layout)?;
+                settle::settle_micro_batches(&mut config, shape, &lora, &layout)?;
                 (name.clone(), shape.clone(), lora, layout, None)
             }
             None => {
@@ -179,7 +180,7 @@ impl Bench {
                 (Dataset::random(&lengths.draw(n_samples, seed), vocab_size, seed), lengths.about.clone())
             }
         };
-        let (kind, device, is_random) = (setup::kind(&config), setup::device(&config), setup.is_none());
+        let (kind, device, is_random) = (settle::kind(&config), settle::device(&config), setup.is_none());
         let subject = Subject { name, is_random, shape, lora, layout, samples: about, config, kind, device };
         Ok((subject, setup, samples))
     }
@@ -201,8 +202,8 @@ impl Subject {
 
 /// Refuses a model that this machine's memory does not hold; on a GPU the size of micro-batches was settled by that.
 fn refuse_what_does_not_fit(config: &Config, shape: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<()> {
-    let (device, recompute) = (setup::device(config), config.train.recompute == Auto::Is(Recompute::All));
-    let model = MemoryModel::new(shape, lora, layout, setup::kind(config), device, recompute);
+    let (device, recompute) = (settle::device(config), config.train.recompute == Auto::Is(Recompute::All));
+    let model = MemoryModel::new(shape, lora, layout, settle::kind(config), device, recompute);
     let needed = model.total(config.data.max_length as i64);
     let free = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
     if needed <= free {

@@ -18,6 +18,7 @@ use crate::plan::gib;
 use crate::plan::gpus::GpuModel;
 use crate::torch::memory;
 use crate::train::banner::grouped;
+use crate::train::settle;
 use crate::train::setup::{self, Job, ModelSetup};
 
 #[derive(Debug, Args)]
@@ -99,8 +100,8 @@ impl Subject {
         let lora = setup::lora_spec(&config);
         let layout = Layout::new(&shape, &lora, shape.vocab_size);
         let mut here = for_here(&config, gpu);
-        let _ = setup::settle_device_and_dtype(&mut here)?;
-        setup::settle_micro_batches(&mut here, &shape, &lora, &layout)?;
+        let _ = settle::settle_device_and_dtype(&mut here)?;
+        settle::settle_micro_batches(&mut here, &shape, &lora, &layout)?;
         Ok(Self { config, shape, lora, layout, lengths, has_files: false, here })
     }
 
@@ -152,9 +153,9 @@ impl Subject {
     /// The compute dtype and where it is computed.
     fn machine(&self, gpu: Option<GpuModel>, n_gpus: i64) -> Result<(Kind, Machine)> {
         let Some(gpu) = gpu else {
-            let device = setup::device(&self.here);
+            let device = settle::device(&self.here);
             let available = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
-            return Ok((setup::kind(&self.here), Machine { device, available, gpu: None, n_gpus: 1 }));
+            return Ok((settle::kind(&self.here), Machine { device, available, gpu: None, n_gpus: 1 }));
         };
         let kind = match self.config.model.dtype {
             Auto::Is(Dtype::Bf16) if !gpu.has_bf16 => {

@@ -7,6 +7,8 @@
 //!
 //! Legend: `N` tokens, all of them learned; widths are elements a row.
 
+mod ops;
+
 use std::cell::Cell;
 
 use tch::{Device, Kind};
@@ -23,11 +25,6 @@ const I64: i64 = 8;
 
 /// What cuBLAS and cuBLASLt keep for themselves on a stream: 32 MiB each on the GPUs where it is most.
 const CUDA_WORKSPACES: i64 = 64 << 20;
-
-/// What attention's backward on a GPU holds in fp32, as multiples of the queries' width. The memory-efficient kernel sums
-/// the gradients of q, k and v there; flash attention that of q, with up to 128 rows more for every document, and documents
-/// are taken to have 64 tokens or more on average.
-const CUDA_ACCUMULATORS: i64 = 3;
 
 /// Philox calls that `ops/dropout.rs` makes at a time on a GPU, and the i64 tensors of that size that it holds while it mixes.
 const CUDA_MASK_CALLS: i64 = 1 << 21;
@@ -452,131 +449,5 @@ impl<'m> DryRun<'m> {
     /// Columns of the stacked `x Aᵀ`.
     fn ranks(&self, group: &InputGroup) -> i64 {
         self.dims.rank * group.adapted.len() as i64
-    }
-
-    // ---- ops/gemm.rs ----
-
-    fn is_fp32_on_cpu(&self) -> bool {
-        !self.dims.is_cuda && self.dims.kind == Kind::Float
-    }
-
-    /// `add_nt_` or `add_nn_` onto `[N, width]`.
-    fn add_product(&self, width: i64) {
-        if self.dims.is_half_precision() && !self.dims.is_cuda {
-            drop(self.passing(width));
-        }
-    }
-
-    /// `accumulate_tn_` onto a gradient `[rows, columns]`.
-    fn accumulate(&self, part: Part, rows: i64, columns: i64) {
-        // A GPU's product goes into the fp32 gradient itself.
-        if self.dims.is_half_precision() && !self.dims.is_cuda {
-            drop(self.meter.hold(part, self.dims.element() * rows * columns));
-        }
-    }
-
-    // ---- ops/rms_norm.rs ----
-
-    /// The normed rows and their statistics, which alone are kept.
-    fn rms_norm_forward(&self, part: Part) -> (Held<'m>, Held<'m>) {
-        let d = self.dims.hidden;
-        let rstd = self.wide(if part == Part::Head { part } else { Part::KeptActivations }, 1);
-        if self.dims.has_row_kernels() {
-            return (self.rows(part, d), rstd);
-        }
-        let _x = self.widened(d);
-        drop(self.wide(Part::Temporaries, d));
-        let _scaled = [self.wide(Part::Temporaries, d), self.wide(Part::Temporaries, d)];
-        (self.rows(part, d), rstd)
-    }
-
-    /// The gradient of the rows, and the normed rows again.
-    fn rms_norm_backward(&self, part: Part) -> (Held<'m>, Held<'m>) {
-        let d = self.dims.hidden;
-        if self.dims.has_row_kernels() {
-            return (self.rows(part, d), self.rows(part, d));
-        }
-        let wide = || self.wide(Part::Temporaries, d);
-        let _x = self.widened(d);
-        let dy = self.widened(d);
-        let _g = wide();
-        drop(dy);
-        let terms = [wide(), wide()];
-        let _dx = wide();
-        drop(terms);
-        let _sum = wide();
-        let dx = self.rows(part, d);
-        (dx, self.rms_norm_again_as(part))
-    }
-
-    fn rms_norm_again(&self) -> Held<'m> {
-        self.rms_norm_again_as(Part::Temporaries)
-    }
-
-    /// `recompute`, which is made of libtorch's ops everywhere.
-    fn rms_norm_again_as(&self, part: Part) -> Held<'m> {
-        let d = self.dims.hidden;
-        let _x = self.widened(d);
-        let _scaled = [self.wide(Part::Temporaries, d), self.wide(Part::Temporaries, d)];
-        self.rows(part, d)
-    }
-
-    // ---- ops/rope.rs, ops/swiglu.rs ----
-
-    fn rotate(&self) {
-        if self.dims.has_row_kernels() {
-            return;
-        }
-        let half = (self.dims.q_width + self.dims.kv_width) / 2;
-        let _halves = [self.widened(half), self.widened(half)];
-        // Four products and two sums, none freed before the last is made.
-        let _made = [(); 6].map(|()| self.wide(Part::Temporaries, half));
-    }
-
-    fn swiglu_forward(&self) -> Held<'m> {
-        let f = self.dims.down.input;
-        let _silu = (!self.dims.has_row_kernels()).then(|| self.passing(f));
-        self.passing(f)
-    }
-
-    fn swiglu_backward(&self) -> (Held<'m>, Held<'m>) {
-        let f = self.dims.down.input;
-        if self.dims.has_row_kernels() {
-            return (self.passing(2 * f), self.passing(f));
-        }
-        let _silu = self.passing(f);
-        let dgu = self.passing(2 * f);
-        drop([self.passing(f), self.passing(f)]);
-        (dgu, self.passing(f))
-    }
-
-    // ---- ops/attention.rs ----
-
-    /// What attention makes besides the `o` and `lse` that are kept: on the CPU its own output, and keys and values repeated
-    /// for their group of query heads (as one of a GPU's two kernels wants them).
-    fn attention_forward(&self) {
-        let _repeated = self.repeated();
-        let _o_bhte = (!self.dims.is_cuda).then(|| self.passing(self.dims.q_width));
-    }
-
-    /// Gradients of q, k and v apart, before they go into `dqkv`.
-    fn attention_backward(&self) {
-        let Dims { q_width, kv_width, .. } = *self.dims;
-        let _repeated = self.repeated();
-        let _apart = self.passing(3 * q_width);
-        if self.dims.is_cuda {
-            drop(self.wide(Part::Temporaries, CUDA_ACCUMULATORS * q_width));
-        }
-        if q_width > kv_width {
-            // The sums over the groups in fp32, rounded, and on the CPU as rows.
-            let sums = || self.passing(2 * kv_width);
-            let _sums = (sums(), (!self.dims.is_cuda).then(sums));
-            drop(self.wide(Part::Temporaries, kv_width));
-        }
-    }
-
-    fn repeated(&self) -> Option<Held<'m>> {
-        let Dims { q_width, kv_width, .. } = *self.dims;
-        (q_width > kv_width).then(|| self.passing(2 * q_width))
     }
 }

@@ -1,7 +1,9 @@
-//! Training: what a run reads ([`setup`]), one update ([`step`]), and the life of a run directory ([`run`]).
+//! Training: what a run reads ([`setup`]), what the machine decides ([`settle`]), one update ([`step`]), the micro-batch tried
+//! before it ([`probe`]), and the life of a run directory ([`run`]).
 
 pub mod banner;
 pub mod probe;
 pub mod run;
+pub mod settle;
 pub mod setup;
 pub mod step;

@@ -10,7 +10,6 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::checkpoint::state::Identity;
 use crate::config::{self, Auto, Config, Duration, TemplateChoice, Warmup};
 use crate::data::{self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, Tokenizer, Truncation};
-use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Fault, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
 use crate::model::config::LlamaConfig;
@@ -21,13 +20,9 @@ use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::plan::MemoryModel;
-use crate::plan::solve::{self, Bounds, Solved, Wanted};
 use crate::torch::cuda::set_numerics;
-use crate::torch::memory;
+use crate::train::settle;
 use crate::train::step::StepSettings;
-
-/// Micro-batches on a CPU hold this many tokens where the config says `auto`.
-const CPU_MICRO_BATCH_TOKENS: usize = 4096;
 
 /// The model of a config, checked but not loaded, with its tokenizer and template.
 pub struct ModelSetup {
@@ -96,7 +91,7 @@ impl ModelSetup {
     /// Checks the model, tokenizer and template of a config and settles its `auto` values. Reads headers, not weights.
     pub fn inspect(mut config: Config) -> Result<Self> {
         let mut faults = Gather::default();
-        let device_note = faults.take(settle_device_and_dtype(&mut config))?.flatten();
+        let device_note = faults.take(settle::settle_device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
         let base = faults.take(LlamaConfig::load(&config.model.base))?;
         let files = match &base {
@@ -116,7 +111,7 @@ impl ModelSetup {
         let mut micro_batch_is_solved = false;
         // Without a device there is no memory to ask for.
         if let (Some(base), Some(layout), true) = (&base, &layout, faults.0.is_empty()) {
-            let solved = settle_micro_batches(&mut config, base, &lora, layout);
+            let solved = settle::settle_micro_batches(&mut config, base, &lora, layout);
             micro_batch_is_solved = faults.take(solved)?.unwrap_or_default();
         }
         let mut init = None;
@@ -144,12 +139,12 @@ impl ModelSetup {
 
     /// The dtype of weights, activations and products.
     pub fn kind(&self) -> Kind {
-        kind(&self.config)
+        settle::kind(&self.config)
     }
 
     /// Where the model computes.
     pub fn device(&self) -> Device {
-        device(&self.config)
+        settle::device(&self.config)
     }
 
     /// Tokens a micro-batch may hold.
@@ -315,20 +310,6 @@ impl Job {
     }
 }
 
-/// The dtype of weights, activations and products of a settled config.
-pub fn kind(config: &Config) -> Kind {
-    match config.model.dtype {
-        Auto::Is(config::Dtype::Bf16) => Kind::BFloat16,
-        Auto::Is(config::Dtype::Fp16) => Kind::Half,
-        Auto::Is(config::Dtype::Fp32) | Auto::Auto => Kind::Float,
-    }
-}
-
-/// Where a settled config computes.
-pub fn device(config: &Config) -> Device {
-    if config.model.device == Auto::Is(config::Device::Cuda) { Device::Cuda(0) } else { Device::Cpu }
-}
-
 /// What every update of a settled config depends on.
 pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
     StepSettings {
@@ -347,7 +328,7 @@ pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
 fn micro_batch_tokens(config: &Config) -> usize {
     match config.train.micro_batch_tokens {
         Auto::Is(tokens) => tokens,
-        Auto::Auto => CPU_MICRO_BATCH_TOKENS,
+        Auto::Auto => settle::CPU_MICRO_BATCH_TOKENS,
     }
 }
 
@@ -356,90 +337,6 @@ fn loss_average(config: &Config) -> LossAverage {
         config::LossAverage::Tokens => LossAverage::Tokens,
         config::LossAverage::Samples => LossAverage::Samples { group: config.train.loss_group_samples },
     }
-}
-
-/// Settles device and dtype where they are `auto`; gives what is worth a word about the device.
-pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
-    let note = settle_device(config)?;
-    settle_dtype(config)?;
-    Ok(note)
-}
-
-/// Settles the size of micro-batches and recompute where they are `auto`: on a CPU fixed values, on a GPU by the memory
-/// model and the memory that is free. Whether the memory model chose the size is what comes back.
-///
-/// # Errors
-/// A GPU that has no room for a sample of `data.max_length`.
-pub fn settle_micro_batches(config: &mut Config, base: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<bool> {
-    fn settled<T: Copy>(value: Auto<T>) -> Option<T> {
-        match value {
-            Auto::Is(value) => Some(value),
-            Auto::Auto => None,
-        }
-    }
-    let (device, kind, max_length) = (device(config), kind(config), config.data.max_length);
-    let (tokens, recompute) = (settled(config.train.micro_batch_tokens), settled(config.train.recompute));
-    let solved = match device.is_cuda() {
-        false => Solved {
-            tokens: tokens.unwrap_or(CPU_MICRO_BATCH_TOKENS.max(max_length)) as i64,
-            recompute: recompute == Some(config::Recompute::All),
-        },
-        true => {
-            let model = |recompute| MemoryModel::new(base, lora, layout, kind, device, recompute);
-            let wanted = Wanted {
-                tokens: tokens.map(|tokens| tokens as i64),
-                recompute: recompute.map(|which| which == config::Recompute::All),
-            };
-            let update = config.train.global_batch.saturating_mul(max_length) as i64;
-            let bounds = Bounds { max_length: max_length as i64, update };
-            solve::settle(model, wanted, memory::free_bytes(device)? as i64, bounds)?
-        }
-    };
-    config.train.micro_batch_tokens = Auto::Is(solved.tokens as usize);
-    config.train.recompute =
-        Auto::Is(if solved.recompute { config::Recompute::All } else { config::Recompute::Nothing });
-    Ok(device.is_cuda() && tokens.is_none())
-}
-
-fn settle_device(config: &mut Config) -> Result<Option<String>> {
-    if config.model.device == Auto::Is(config::Device::Cpu) {
-        return Ok(None);
-    }
-    match device::cuda() {
-        Cuda::Usable(gpu) => {
-            config.model.device = Auto::Is(config::Device::Cuda);
-            let cost =
-                "; deterministic: sums in one order, which is slower and takes more memory in attention's backward";
-            Ok(Some(format!("{gpu}{}", if config.train.deterministic { cost } else { "" })))
-        }
-        Cuda::Missing { what, hint } if config.model.device == Auto::Auto => {
-            config.model.device = Auto::Is(config::Device::Cpu);
-            Ok(device::has_driver().then(|| format!("cpu, not cuda: {what}; {hint}")))
-        }
-        Cuda::Missing { what, hint } => {
-            let what = format!("\"cuda\" is asked for, but {what}");
-            Err(Error::invalid("model.device", what).hint(format!("{hint}; or write device = \"auto\" or \"cpu\"")))
-        }
-    }
-}
-
-fn settle_dtype(config: &mut Config) -> Result<()> {
-    let is_cuda = config.model.device == Auto::Is(config::Device::Cuda);
-    let (major, minor) = if is_cuda { device::capability() } else { (0, 0) };
-    let has_bf16 = (major, minor) >= BF16_CAPABILITY;
-    if is_cuda && !has_bf16 && config.model.dtype == Auto::Is(config::Dtype::Bf16) {
-        let what =
-            format!("\"bf16\" is asked for, and a GPU of compute capability {major}.{minor} has no products in it");
-        return Err(Error::invalid("model.dtype", what).hint("write dtype = \"auto\" or \"fp16\""));
-    }
-    if config.model.dtype == Auto::Auto {
-        config.model.dtype = Auto::Is(match (is_cuda, has_bf16) {
-            (true, true) => config::Dtype::Bf16,
-            (true, false) => config::Dtype::Fp16,
-            (false, _) => config::Dtype::Fp32,
-        });
-    }
-    Ok(())
 }
 
 /// The adapters of a config, whose names it has checked.

@@ -1,0 +1,114 @@
+//! What a config leaves to the machine: device, dtype, the size of micro-batches, recompute.
+
+use tch::{Device, Kind};
+
+use crate::config::{self, Auto, Config};
+use crate::device::{self, BF16_CAPABILITY, Cuda};
+use crate::error::{Error, Result};
+use crate::model::config::LlamaConfig;
+use crate::model::lora::LoraSpec;
+use crate::model::params::Layout;
+use crate::plan::MemoryModel;
+use crate::plan::solve::{self, Bounds, Solved, Wanted};
+use crate::torch::memory;
+
+/// Micro-batches on a CPU hold this many tokens where the config says `auto`.
+pub(super) const CPU_MICRO_BATCH_TOKENS: usize = 4096;
+
+/// The dtype of weights, activations and products of a settled config.
+pub fn kind(config: &Config) -> Kind {
+    match config.model.dtype {
+        Auto::Is(config::Dtype::Bf16) => Kind::BFloat16,
+        Auto::Is(config::Dtype::Fp16) => Kind::Half,
+        Auto::Is(config::Dtype::Fp32) | Auto::Auto => Kind::Float,
+    }
+}
+
+/// Where a settled config computes.
+pub fn device(config: &Config) -> Device {
+    if config.model.device == Auto::Is(config::Device::Cuda) { Device::Cuda(0) } else { Device::Cpu }
+}
+
+/// Settles device and dtype where they are `auto`; gives what is worth a word about the device.
+pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
+    let note = settle_device(config)?;
+    settle_dtype(config)?;
+    Ok(note)
+}
+
+/// Settles the size of micro-batches and recompute where they are `auto`: on a CPU fixed values, on a GPU by the memory
+/// model and the memory that is free. Whether the memory model chose the size is what comes back.
+///
+/// # Errors
+/// A GPU that has no room for a sample of `data.max_length`.
+pub fn settle_micro_batches(config: &mut Config, base: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<bool> {
+    fn settled<T: Copy>(value: Auto<T>) -> Option<T> {
+        match value {
+            Auto::Is(value) => Some(value),
+            Auto::Auto => None,
+        }
+    }
+    let (device, kind, max_length) = (device(config), kind(config), config.data.max_length);
+    let (tokens, recompute) = (settled(config.train.micro_batch_tokens), settled(config.train.recompute));
+    let solved = match device.is_cuda() {
+        false => Solved {
+            tokens: tokens.unwrap_or(CPU_MICRO_BATCH_TOKENS.max(max_length)) as i64,
+            recompute: recompute == Some(config::Recompute::All),
+        },
+        true => {
+            let model = |recompute| MemoryModel::new(base, lora, layout, kind, device, recompute);
+            let wanted = Wanted {
+                tokens: tokens.map(|tokens| tokens as i64),
+                recompute: recompute.map(|which| which == config::Recompute::All),
+            };
+            let update = config.train.global_batch.saturating_mul(max_length) as i64;
+            let bounds = Bounds { max_length: max_length as i64, update };
+            solve::settle(model, wanted, memory::free_bytes(device)? as i64, bounds)?
+        }
+    };
+    config.train.micro_batch_tokens = Auto::Is(solved.tokens as usize);
+    config.train.recompute =
+        Auto::Is(if solved.recompute { config::Recompute::All } else { config::Recompute::Nothing });
+    Ok(device.is_cuda() && tokens.is_none())
+}
+
+fn settle_device(config: &mut Config) -> Result<Option<String>> {
+    if config.model.device == Auto::Is(config::Device::Cpu) {
+        return Ok(None);
+    }
+    match device::cuda() {
+        Cuda::Usable(gpu) => {
+            config.model.device = Auto::Is(config::Device::Cuda);
+            let cost =
+                "; deterministic: sums in one order, which is slower and takes more memory in attention's backward";
+            Ok(Some(format!("{gpu}{}", if config.train.deterministic { cost } else { "" })))
+        }
+        Cuda::Missing { what, hint } if config.model.device == Auto::Auto => {
+            config.model.device = Auto::Is(config::Device::Cpu);
+            Ok(device::has_driver().then(|| format!("cpu, not cuda: {what}; {hint}")))
+        }
+        Cuda::Missing { what, hint } => {
+            let what = format!("\"cuda\" is asked for, but {what}");
+            Err(Error::invalid("model.device", what).hint(format!("{hint}; or write device = \"auto\" or \"cpu\"")))
+        }
+    }
+}
+
+fn settle_dtype(config: &mut Config) -> Result<()> {
+    let is_cuda = config.model.device == Auto::Is(config::Device::Cuda);
+    let (major, minor) = if is_cuda { device::capability() } else { (0, 0) };
+    let has_bf16 = (major, minor) >= BF16_CAPABILITY;
+    if is_cuda && !has_bf16 && config.model.dtype == Auto::Is(config::Dtype::Bf16) {
+        let what =
+            format!("\"bf16\" is asked for, and a GPU of compute capability {major}.{minor} has no products in it");
+        return Err(Error::invalid("model.dtype", what).hint("write dtype = \"auto\" or \"fp16\""));
+    }
+    if config.model.dtype == Auto::Auto {
+        config.model.dtype = Auto::Is(match (is_cuda, has_bf16) {
+            (true, true) => config::Dtype::Bf16,
+            (true, false) => config::Dtype::Fp16,
+            (false, _) => config::Dtype::Fp32,
+        });
+    }
+    Ok(())
+}
