@@ -124,6 +124,19 @@ impl Error {
         }
     }
 
+    /// Whether libtorch says that a device's memory ran out, in the words of its allocators, CUDA, cuBLAS and oneDNN.
+    pub fn is_out_of_memory(&self) -> bool {
+        const WORDS: [&str; 5] = [
+            "out of memory",
+            "can't allocate memory",
+            "not enough memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+            // oneDNN, when it finds no room for its scratch memory.
+            "could not create a primitive",
+        ];
+        matches!(self, Self::Torch(what) if WORDS.iter().any(|words| what.contains(words)))
+    }
+
     /// What the user can do about an error that is no [`Fault`]; empty where nothing is known.
     pub fn advice(&self) -> &'static str {
         use std::io::ErrorKind;
@@ -136,7 +149,7 @@ impl Error {
                 }
                 _ => "look at that path and the folders above it, or name another place",
             },
-            Self::Torch(what) if what.contains("can't allocate memory") || what.contains("out of memory") => {
+            Self::Torch(_) if self.is_out_of_memory() => {
                 "the memory ran out: lower train.micro_batch_tokens or data.max_length, or use a machine with more"
             }
             Self::Torch(_) => "this is a defect of bellora: report it with the command, the config and this message",

@@ -250,12 +250,12 @@ fn table(plan: &Plan) -> String {
         Some(speed) => line(
             "time",
             format!(
-                "about {} tokens/s: {:.1} hours for the {} tokens of the job, {:.1} for a million such samples (an estimate, \
+                "about {} tokens/s: {} for the {} tokens of the job, {} for a million such samples (an estimate, \
                  not measured: {:.0} % of the data sheet's {} TFLOP/s are assumed)",
                 grouped(speed.tokens_per_s as i64),
-                speed.hours,
+                duration(speed.hours),
                 grouped(speed.total_tokens as i64),
-                speed.hours_a_million_samples,
+                duration(speed.hours_a_million_samples),
                 100.0 * speed.assumed_utilisation,
                 speed.peak_tflops
             ),
@@ -275,4 +275,13 @@ fn table(plan: &Plan) -> String {
         ),
     );
     text
+}
+
+/// Hours as people say them.
+fn duration(hours: f64) -> String {
+    match hours {
+        h if h >= 1.0 => format!("{h:.1} hours"),
+        h if h >= 1.0 / 60.0 => format!("{:.0} minutes", h * 60.0),
+        h => format!("{:.0} seconds", h * 3600.0),
+    }
 }

@@ -115,19 +115,6 @@ pub fn synchronize(device: Device) -> Result<()> {
     }
 }
 
-/// Whether an error says that a device's memory ran out, in the words of libtorch's allocators, CUDA and cuBLAS.
-pub fn is_out_of_memory(error: &Error) -> bool {
-    const WORDS: [&str; 5] = [
-        "out of memory",
-        "can't allocate memory",
-        "not enough memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        // oneDNN, when it finds no room for its scratch memory.
-        "could not create a primitive",
-    ];
-    matches!(error, Error::Torch(what) if WORDS.iter().any(|words| what.contains(words)))
-}
-
 /// A line of one of Linux's files of `NAME: KILOBYTES kB`, in bytes.
 fn proc_bytes(path: &str, name: &str) -> Result<u64> {
     let text = std::fs::read_to_string(path).map_err(Error::io("read", Path::new(path)))?;

@@ -68,7 +68,7 @@ impl Probed {
 /// Parameters, moments and the run's state are not touched; the gradients come out zero.
 ///
 /// # Errors
-/// Memory that runs out ([`memory::is_out_of_memory`]), like any other fault of libtorch.
+/// Memory that runs out ([`Error::is_out_of_memory`]), like any other fault of libtorch.
 pub fn probe(
     model: &Llama,
     grads: &mut Gradients,

@@ -171,7 +171,7 @@ impl Trainer {
             match self.accumulate(&batches, after) {
                 Ok(()) => break,
                 // Nothing has been applied yet: the update begins again.
-                Err(error) if memory::is_out_of_memory(&error) => self.halve_micro_batches(&batches, &error)?,
+                Err(error) if error.is_out_of_memory() => self.halve_micro_batches(&batches, &error)?,
                 Err(error) => return Err(error),
             }
         }
@@ -210,7 +210,7 @@ impl Trainer {
             let StepSettings { micro_batch_tokens: tokens, recompute, dropout, .. } = self.settings;
             let trial = Trial { tokens, max_length, recompute, dropout };
             match probe(&self.model, &mut self.grads, predicted, trial, device) {
-                Err(error) if memory::is_out_of_memory(&error) && tokens / 2 >= max_length => {
+                Err(error) if error.is_out_of_memory() && tokens / 2 >= max_length => {
                     memory::release_cached(device)?;
                     self.settings.micro_batch_tokens = tokens / 2;
                     self.note = Some(format!(

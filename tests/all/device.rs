@@ -214,7 +214,7 @@ fn operations_of_the_cuda_half_are_named_where_they_are_lacking() {
     }
     if !has_cuda() {
         let error = memory::synchronize(Device::Cuda(0)).unwrap_err();
-        assert!(!memory::is_out_of_memory(&error), "{error}");
+        assert!(!error.is_out_of_memory(), "{error}");
         assert!(memory::in_use_bytes(Device::Cuda(0)).is_err());
     }
 }
@@ -249,12 +249,12 @@ fn memory_that_ran_out_is_told_from_other_errors() {
         ("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried", true),
         ("CUDA error: an illegal memory access was encountered", false),
     ] {
-        assert_eq!(memory::is_out_of_memory(&Error::Torch(what.into())), is_out, "{what}");
+        assert_eq!(Error::Torch(what.into()).is_out_of_memory(), is_out, "{what}");
     }
-    assert!(!memory::is_out_of_memory(&Error::failed("memory", "out of memory")), "only libtorch says so");
+    assert!(!Error::failed("memory", "out of memory").is_out_of_memory(), "only libtorch says so");
     // What libtorch really says on a CPU.
     let error = Tensor::f_empty([1 << 50], (Kind::Float, Device::Cpu)).map(|_| ()).map_err(Error::from).unwrap_err();
-    assert!(memory::is_out_of_memory(&error), "{error}");
+    assert!(error.is_out_of_memory(), "{error}");
 }
 
 /// Sites, slots and tokens beyond 16 and 32 bits too, and rows of a length that is no multiple of a call's eight channels.
