@@ -8,6 +8,7 @@ mod export;
 mod generate;
 mod plan;
 mod prepare;
+mod replay;
 mod selftest;
 mod signals;
 mod train;
@@ -57,6 +58,15 @@ enum Command {
     ///
     /// Example: bellora resume runs/mine
     Resume(train::ResumeArgs),
+    /// Do an update of a run again and say what each of its samples lost
+    ///
+    /// From the nearest checkpoint before it. Prints one JSON line a sample {step, place, slot, tokens, label_tokens, loss}:
+    /// the mean over its label tokens, alone, under the dropout of that step, before the update; then the update's line of
+    /// metrics.jsonl without the times. On the same machine with as many threads it is the same bit for bit. Nothing in the
+    /// folder is changed, and the run may go on meanwhile.
+    ///
+    /// Example: bellora replay runs/mine --step 1200
+    Replay(replay::ReplayArgs),
     /// Compute the loss on the validation samples
     ///
     /// Prints one JSON line {eval_loss, perplexity, samples, label_tokens}: of the model as training would start for a
@@ -151,6 +161,7 @@ pub fn main() -> ExitCode {
         Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Resume(args) => train::resume(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -1,10 +1,11 @@
 //! Training: what a run reads ([`setup`]), what the machine decides ([`settle`]), one update ([`step`]), what is told of one that
 //! went wrong ([`non_finite`]), the micro-batch tried
-//! before it ([`probe`]), and the life of a run directory ([`run`]).
+//! before it ([`probe`]), the life of a run directory ([`run`]), and an update of one again ([`replay`]).
 
 pub mod banner;
 pub mod non_finite;
 pub mod probe;
+pub mod replay;
 pub mod run;
 pub mod settle;
 pub mod setup;

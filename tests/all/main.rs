@@ -20,6 +20,7 @@ mod non_finite;
 mod out_of_memory;
 mod place;
 mod plan;
+mod replay;
 mod resume;
 mod selftest;
 mod support;
