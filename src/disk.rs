@@ -3,7 +3,7 @@
 
 use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -85,7 +85,8 @@ impl Disk for LocalDisk {
 
 impl DiskFile for File {
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        (&*self).write(bytes)
+        // The trait of the standard library, not this one.
+        io::Write::write(&mut &*self, bytes)
     }
 
     fn sync(&self) -> io::Result<()> {
