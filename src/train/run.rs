@@ -232,9 +232,13 @@ impl Run {
         std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         sweep_incomplete(dir)?;
         sweep_incomplete(&dir.join(CHECKPOINTS_DIR))?;
-        let log_settings =
-            LogSettings { last_step: state.step, total_steps: job.total_steps, log_every: settings.log_every };
-        let mut log = RunLog::open(dir, log_settings)?;
+        let log_settings = LogSettings {
+            last_step: state.step,
+            last_lines: None,
+            total_steps: job.total_steps,
+            log_every: settings.log_every,
+        };
+        let mut log = RunLog::open(&crate::disk::LocalDisk::shared(), dir, log_settings)?;
         write_config(&job.model.config, dir)?;
         log.banner(&banner::lines(&job)?)?;
         for warning in warnings(&job) {
