@@ -24,6 +24,8 @@ pub struct RunState {
     pub updates: u64,
     /// The loss scale.
     pub loss_scale: LossScale,
+    /// Updates passed over because their numbers were not finite, those apart that a loss scale mended.
+    pub non_finite: u64,
     /// What the run was started with.
     pub identity: Identity,
 }
@@ -41,7 +43,7 @@ pub struct Identity {
 impl RunState {
     /// The state before the first step.
     pub fn start(loss_scale: LossScale, identity: Identity) -> Self {
-        Self { format_version: FORMAT_VERSION, step: 0, updates: 0, loss_scale, identity }
+        Self { format_version: FORMAT_VERSION, step: 0, updates: 0, loss_scale, non_finite: 0, identity }
     }
 
     pub(super) fn write(&self, dir: &Path) -> Result<()> {

@@ -103,6 +103,16 @@ choice! {
 }
 
 choice! {
+    /// What follows a loss or gradient that is not finite.
+    NonFinite {
+        /// The run ends.
+        Stop = "stop",
+        /// The update is passed over.
+        Skip = "skip",
+    }
+}
+
+choice! {
     /// Which activations are computed again in backward instead of kept.
     Recompute {
         /// None.

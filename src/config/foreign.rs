@@ -27,6 +27,7 @@ const BATCH: &str = "it counts the samples of one update over all devices: \
 const EVAL_BATCH: &str = "it bounds the tokens of a micro-batch, in evaluation too";
 const SCHEDULES: &str = "\"cosine\", \"linear\" or \"constant\"";
 const RECOMPUTE: &str = "\"auto\", \"none\" or \"all\"";
+const NON_FINITE: &str = "\"stop\" or \"skip\"";
 const IN_UPDATES: &str = "in updates; 0 is never";
 
 const NOT_QUANTISED: &str = "leave it out: quantised bases are not supported; \
@@ -39,6 +40,8 @@ const FIXED_OPTIMIZER: &str = "the optimizer is always AdamW; train.betas, train
 const RESUME: &str = "leave it out, and run `bellora resume RUN_DIR` or `bellora train CONFIG --resume`";
 const NOT_SHARDED: &str = "leave it out: sharding frameworks are not used";
 const LOGS: &str = "leave it out: metrics.jsonl and TensorBoard files are always written to train.output";
+const NOT_HIDDEN: &str =
+    "leave it out: a loss that is not finite is always shown, and train.non_finite says what follows";
 const NOT_SUPPORTED: &str = "not supported: leave it out";
 const NOT_NEEDED: &str = "not needed: leave it out";
 
@@ -121,6 +124,8 @@ const NAMES: &[(&str, Here)] = &[
     ("eval_steps eval_strategy evaluation_strategy evals_per_epoch", Key("train.eval_every", IN_UPDATES)),
     ("steps_per_eval val_interval eval_interval", Key("train.eval_every", IN_UPDATES)),
     ("logging_steps log_every_n_steps steps_per_report log_interval", Key("train.log_every", IN_UPDATES)),
+    ("terminate_on_nan check_for_nan_in_loss_and_grad skip_nan_loss", Key("train.non_finite", NON_FINITE)),
+    ("logging_nan_inf_filter", Absent(NOT_HIDDEN)),
     ("random_seed data_seed", Key("train.seed", "")),
     ("full_determinism use_deterministic_algorithms", Key("train.deterministic", "true or false")),
     ("resume_from_checkpoint auto_resume_from_checkpoints resume", Absent(RESUME)),

@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Fault, Result};
 
-pub use choices::{Device, Dtype, LossAverage, NewRows, Recompute, SaveDtype, Schedule, SpecialTokens, Truncation};
+pub use choices::{
+    Device, Dtype, LossAverage, NewRows, NonFinite, Recompute, SaveDtype, Schedule, SpecialTokens, Truncation,
+};
 pub use print::Difference;
 
 /// Everything the user can set, resolved.
@@ -139,6 +141,10 @@ pub struct TrainConfig {
     pub recompute: Auto<Recompute>,
     /// Whether a GPU takes only ops whose sums have a fixed order.
     pub deterministic: bool,
+    /// What follows a loss or gradient that is not finite, where no loss scale can mend it.
+    pub non_finite: NonFinite,
+    /// How many updates of the run [`NonFinite::Skip`] may pass over.
+    pub max_non_finite: u64,
     /// Updates between checkpoints; 0 is never.
     pub checkpoint_every: u64,
     /// How many of the newest checkpoints stay, at least 1.
@@ -236,7 +242,7 @@ const DEFINING_KEYS: [&str; 33] = [
 ];
 
 /// The keys that only say where, when and how fast: a resumed run may differ in them.
-const EXECUTION_KEYS: [&str; 13] = [
+const EXECUTION_KEYS: [&str; 15] = [
     "model.device",
     "data.validation",
     "data.max_bad_rows",
@@ -245,6 +251,8 @@ const EXECUTION_KEYS: [&str; 13] = [
     "train.micro_batch_tokens",
     "train.recompute",
     "train.deterministic",
+    "train.non_finite",
+    "train.max_non_finite",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.eval_every",

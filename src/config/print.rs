@@ -115,6 +115,8 @@ impl Config {
             ("train.seed", train.seed.to_string()),
             ("train.recompute", auto(train.recompute, |which| quoted(which.as_str()))),
             ("train.deterministic", train.deterministic.to_string()),
+            ("train.non_finite", quoted(train.non_finite.as_str())),
+            ("train.max_non_finite", train.max_non_finite.to_string()),
             ("train.checkpoint_every", train.checkpoint_every.to_string()),
             ("train.keep_checkpoints", train.keep_checkpoints.to_string()),
             ("train.eval_every", train.eval_every.to_string()),

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use super::raw::{Given, Raw};
 use super::reader::Reader;
 use super::{
-    Auto, Config, DataConfig, Duration, Faults, FileKeys, LoraConfig, LossAverage, ModelConfig, NewRows, SAVED_MODULES,
-    SaveDtype, Schedule, SpecialTokens, TARGET_MODULES, TemplateChoice, TrainConfig, Truncation, Warmup, paths,
+    Auto, Config, DataConfig, Duration, Faults, FileKeys, LoraConfig, LossAverage, ModelConfig, NewRows, NonFinite,
+    SAVED_MODULES, SaveDtype, Schedule, SpecialTokens, TARGET_MODULES, TemplateChoice, TrainConfig, Truncation, Warmup,
+    paths,
 };
 use crate::error::Fault;
 
@@ -126,6 +127,8 @@ fn train(reader: &mut Reader<'_>) -> TrainConfig {
         seed: reader.integer("train.seed", 0).unwrap_or(42),
         recompute: reader.auto_choice("train.recompute"),
         deterministic: reader.bool("train.deterministic").unwrap_or(false),
+        non_finite: reader.choice("train.non_finite").unwrap_or(NonFinite::Stop),
+        max_non_finite: reader.integer("train.max_non_finite", 1).unwrap_or(10),
         checkpoint_every,
         keep_checkpoints: reader.integer("train.keep_checkpoints", 1).map_or(3, |count| count as usize),
         eval_every: reader.integer("train.eval_every", 0).unwrap_or(checkpoint_every),

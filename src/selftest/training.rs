@@ -133,6 +133,7 @@ fn trainer(kind: Kind, device: Device) -> Result<Trainer> {
         loss_average: LossAverage::Tokens,
         dropout: lora.dropout,
         max_grad_norm: 1.0,
+        max_non_finite: 0,
         schedule: LrSchedule { learning_rate: 3e-3, shape: Shape::Cosine, warmup: 1, total: N_STEPS },
     };
     let loss_scale = if kind == Kind::Half { LossScale::dynamic() } else { LossScale::none() };

@@ -321,6 +321,10 @@ pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
         loss_average: loss_average(config),
         dropout: config.lora.dropout,
         max_grad_norm: config.train.max_grad_norm,
+        max_non_finite: match config.train.non_finite {
+            config::NonFinite::Stop => 0,
+            config::NonFinite::Skip => config.train.max_non_finite,
+        },
         schedule,
     }
 }

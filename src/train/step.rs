@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use tch::Kind;
+
 use crate::checkpoint::state::RunState;
 use crate::data::{Dataset, EpochOrder, LossAverage, PackedBatch, build_batches};
 use crate::error::{Error, Result};
@@ -11,12 +13,13 @@ use crate::log::StepMetrics;
 use crate::model::llama::Llama;
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::dropout::DropoutKey;
-use crate::optim::adamw::AdamW;
+use crate::optim::adamw::{AdamW, is_finite};
 use crate::optim::control::{Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
 use crate::plan::MemoryModel;
 use crate::torch::memory;
+use crate::train::non_finite::{NonFinite, SampleLoss};
 use crate::train::probe::{Probed, Trial, probe};
 
 /// What an update depends on besides its samples and the run's state.
@@ -38,6 +41,8 @@ pub struct StepSettings {
     pub dropout: f64,
     /// The norm that gradients are clipped to; 0 clips nothing.
     pub max_grad_norm: f64,
+    /// Updates of a run that are passed over because their numbers are not finite; one more is an error.
+    pub max_non_finite: u64,
     /// The learning rate.
     pub schedule: LrSchedule,
 }
@@ -83,6 +88,7 @@ pub struct Trainer {
     /// When the last outcome became known.
     last_known: Option<Instant>,
     note: Option<String>,
+    non_finite: Option<NonFinite>,
 }
 
 /// A step that was begun.
@@ -124,17 +130,19 @@ impl Trainer {
             outstanding: VecDeque::new(),
             last_known: None,
             note: None,
+            non_finite: None,
         })
     }
 
     /// Does one step and gives the metrics that have become known by it: its own on a CPU, those of the step before on
     /// a GPU, which is still at work on this one.
     ///
-    /// The samples it takes are consumed even if the update is skipped: for want of label tokens, or because fp16
-    /// overflowed.
+    /// The samples it takes are consumed even if the update is skipped: for want of label tokens, because fp16
+    /// overflowed, or because the loss or a gradient is not finite otherwise and the settings let that pass.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite where no loss scale could mend it; that update was not applied.
+    /// A loss or gradient that is not finite where no loss scale could mend it, once more than the settings let pass; that
+    /// update was not applied. [`Self::take_non_finite`] tells of it.
     pub fn step(&mut self) -> Result<Option<StepMetrics>> {
         self.step_by_part(&mut |_| Ok(()))
     }
@@ -187,7 +195,7 @@ impl Trainer {
         self.grads.zero()?;
         self.control.loss.reset()?;
         for packed in batches {
-            let batch = self.model.batch(input(packed), self.dropout())?;
+            let batch = self.model.batch(input(packed), self.dropout(self.state.step))?;
             after(Part::Input)?;
             let (hidden_nd, saved) = self.model.forward(&batch, self.settings.recompute)?;
             after(Part::Forward)?;
@@ -247,10 +255,63 @@ impl Trainer {
         self.note.take()
     }
 
-    fn dropout(&self) -> Option<DropoutKey> {
+    /// What happened in the last step whose numbers were not finite, once.
+    pub fn take_non_finite(&mut self) -> Option<NonFinite> {
+        self.non_finite.take()
+    }
+
+    /// The loss of each sample of a step by itself, with the parameters as they are now: the mean over its label tokens,
+    /// under the dropout that it has in that step. `step` counts from 1; `samples` are the step's, in their order.
+    ///
+    /// Every sample goes through the model alone, so that none can touch another's numbers; the step's own loss comes
+    /// from micro-batches and is their mean to rounding only.
+    pub fn sample_losses(&self, step: u64, samples: &[u32]) -> Result<Vec<SampleLoss>> {
+        let mut losses = self.without_losses(step, samples);
+        // No two documents fit into one token.
+        for packed in build_batches(&self.samples, samples, self.settings.loss_average, 1) {
+            let nll = self.model.nll(&self.model.batch(input(&packed), self.dropout(step - 1))?)?;
+            let sum = nll.f_sum(Kind::Double)?.f_double_value(&[])?;
+            losses[packed.slots[0] as usize].loss = Some(sum / packed.label_tokens as f64);
+        }
+        Ok(losses)
+    }
+
+    /// The samples of a step, their losses not known yet.
+    fn without_losses(&self, step: u64, samples: &[u32]) -> Vec<SampleLoss> {
+        let described = samples.iter().enumerate().map(|(slot, &sample)| SampleLoss {
+            step,
+            place: self.samples.place(sample as usize),
+            slot,
+            tokens: self.samples.ids(sample as usize).len(),
+            label_tokens: self.samples.label_tokens(sample as usize),
+            loss: None,
+        });
+        described.collect()
+    }
+
+    /// Refuses parameters or moments that are not finite: what would be saved of them is of no use to anybody.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn check_finite(&self) -> Result<()> {
+        for (what, is_finite) in [
+            ("a parameter", is_finite(self.params.master())?),
+            ("a moment of the optimizer", self.optimizer.is_finite()?),
+        ] {
+            if !is_finite {
+                let what = format!("{what} is NaN or infinite, so that nothing is saved");
+                return Err(Error::failed(format!("step {}", self.state.step), what)
+                    .hint("lower train.learning_rate or set train.max_grad_norm; the checkpoints are from before"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The dropout of the step after `step` others.
+    fn dropout(&self, step: u64) -> Option<DropoutKey> {
         let StepSettings { dropout: p, seed, .. } = self.settings;
         // A run of more than 2^32 steps would repeat its masks.
-        (p > 0.0).then_some(DropoutKey { p, seed, step: self.state.step as u32 })
+        (p > 0.0).then_some(DropoutKey { p, seed, step: step as u32 })
     }
 
     /// Waits for the outcome of the oldest step that is outstanding, and brings the state up to it.
@@ -260,7 +321,7 @@ impl Trainer {
         let outcome = reading.map(Reading::wait).transpose()?;
         if let Some(outcome) = &outcome {
             if !outcome.is_finite && outcome.loss_scale <= scaler::SMALLEST {
-                return Err(self.not_finite(step, outcome, &samples));
+                self.not_finite(step, outcome, &samples)?;
             }
             self.state.updates += u64::from(outcome.is_finite);
             self.state.loss_scale = outcome.next_scale;
@@ -287,24 +348,37 @@ impl Trainer {
         }))
     }
 
-    fn not_finite(&self, step: u64, outcome: &Outcome, samples: &[u32]) -> Error {
-        let is_fp16 = self.state.loss_scale.is_dynamic();
-        let what = format!(
-            "loss {}, gradient norm {}{}: not finite; the step was not applied",
-            outcome.loss,
-            outcome.grad_norm,
-            if is_fp16 { " at loss scale 1, the least there is" } else { "" },
-        );
-        let first: Vec<String> = samples.iter().take(3).map(|&s| self.samples.place(s as usize)).collect();
-        Error::failed(format!("step {step}"), what).hint(format!(
-            "{}; the step's samples begin with {}; the newest checkpoint is from before this step",
-            match self.state.updates {
-                _ if is_fp16 =>
-                    "fp16 is too narrow for this model or rate: model.dtype = \"bf16\", or a lower train.learning_rate",
+    /// Remembers a step whose numbers are not finite and counts it.
+    ///
+    /// # Errors
+    /// It is one more than the settings let pass.
+    fn not_finite(&mut self, step: u64, outcome: &Outcome, samples: &[u32]) -> Result<()> {
+        let &Outcome { loss, grad_norm, loss_scale, .. } = outcome;
+        // This is told even where the device has no room or no strength left to look closer.
+        let losses = self.sample_losses(step, samples).unwrap_or_else(|_| self.without_losses(step, samples));
+        let found = NonFinite {
+            step,
+            loss,
+            grad_norm,
+            loss_scale,
+            is_fp16: self.state.loss_scale.is_dynamic(),
+            nth: self.state.non_finite + 1,
+            allowed: self.settings.max_non_finite,
+            steps_since: self.outstanding.len() as u64,
+            samples: losses,
+        };
+        let found = self.non_finite.insert(found);
+        if found.ends_the_run() {
+            let advice = match self.state.updates {
+                _ if found.is_fp16 => {
+                    "fp16 is too narrow for this model or rate: model.dtype = \"bf16\", or a lower train.learning_rate"
+                }
                 0 => "nothing has been trained yet, so the base or the initial adapter may hold NaN: download it again",
                 _ => "lower train.learning_rate or set train.max_grad_norm",
-            },
-            first.join(", ")
-        ))
+            };
+            return Err(found.error(advice));
+        }
+        self.state.non_finite = found.nth;
+        Ok(())
     }
 }

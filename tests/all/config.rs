@@ -122,6 +122,8 @@ loss_group_samples = 1
 seed = 42
 recompute = "auto"
 deterministic = false
+non_finite = "stop"
+max_non_finite = 10
 checkpoint_every = 200
 keep_checkpoints = 3
 eval_every = 200
@@ -162,6 +164,7 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
          schedule = \"constant\"\nwarmup_steps = 2\nweight_decay = 1\nbetas = [0, 0.5]\neps = 1e-300\n\
          max_grad_norm = 0\n\
          loss_average = \"samples\"\nloss_group_samples = 2\nseed = 0\nrecompute = \"none\"\ndeterministic = true\n\
+         non_finite = \"skip\"\nmax_non_finite = 1\n\
          checkpoint_every = 0\n\
          keep_checkpoints = 1\neval_every = 4\nlog_every = 0\nsave_dtype = \"fp16\"",
     );
@@ -253,6 +256,8 @@ fn names_of_other_trainers_lead_to_ours_wherever_they_stand() {
         ("save_total_limit = 1", "train.keep_checkpoints"),
         ("val_set_size = 1", "data.validation_fraction"),
         ("datasets = []", "data.train"),
+        ("terminate_on_nan = true", "train.non_finite: \"stop\" or \"skip\""),
+        ("logging_nan_inf_filter = false", "always shown"),
         ("resume_from_checkpoint = true", "bellora resume RUN_DIR"),
         ("sample_packing = true", "always packed"),
         ("load_in_4bit = true", "not supported"),
@@ -425,6 +430,8 @@ fn paths_and_values_that_cannot_be_are_refused() {
         "at least one file, found an empty list",
         "",
     );
+    holds(&fault(&place.minimal(), &["train.max_non_finite=0"]), "=0", "at least 1, found 0", "the default, 10");
+    holds(&fault(&place.minimal(), &["train.non_finite=go on"]), "=go on", "\"stop\", \"skip\"", "");
     holds(&fault(&place.minimal(), &["train.output="]), "--set train.output=", "an empty text", "");
     // Whole floats serve as whole numbers, and the other way round.
     let whole = with(train, "epochs = 3.0\nlearning_rate = 1");
@@ -436,6 +443,7 @@ fn differences_name_what_defines_the_run_and_nothing_else() {
     let place = Place::new();
     let run = parse(&place.minimal(), &["train.micro_batch_tokens=4096", "model.dtype=fp32"]).unwrap();
     let same = ["train.output=elsewhere", "train.micro_batch_tokens=1024", "train.log_every=7", "data.cache_dir=x"];
+    let same = [&same[..], &["train.non_finite=skip", "train.max_non_finite=3"]].concat();
     assert_eq!(parse(&place.minimal(), &same).unwrap().differences(&run), []);
     let other = parse(&place.minimal(), &["train.max_steps=5", "lora.r=8", "model.dtype=bf16"]).unwrap();
     let shown: Vec<_> =

@@ -241,7 +241,7 @@ const PLACES: [Place; 10] = [
     },
 ];
 
-fn token_id() -> i64 {
+pub(crate) fn token_id() -> i64 {
     let path = golden_dir().join("attention_rslora_uneven/tokenizer/tokenizer.json");
     let tokenizer: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     tokenizer["model"]["vocab"]["~"].as_i64().unwrap()

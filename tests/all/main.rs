@@ -16,6 +16,7 @@ mod invariance;
 mod log;
 mod manifest;
 mod model_gradcheck;
+mod non_finite;
 mod out_of_memory;
 mod place;
 mod plan;

@@ -1,0 +1,308 @@
+//! Losses and gradients that are not finite, made by a token whose embedding is not: then exactly the samples that hold it
+//! fail, in every dtype. And gradients that overflow while every loss is in order.
+
+use bellora::data::EpochOrder;
+use bellora::log::StepMetrics;
+use bellora::model::adapter_file::{self, WEIGHTS_FILE};
+use bellora::optim::scaler::LossScale;
+use bellora::train::non_finite::{NonFinite, SampleLoss};
+use bellora::train::step::Trainer;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use crate::fp16::token_id;
+use crate::support::{Lab, Named, Rig, Shape, read_tensors, rows, snapshot, trainer, trainer_at};
+
+/// What stands in a table for a number that is too large for a dtype, or for none.
+const EMBEDDINGS: [(&str, f32); 4] = [("fp32", f32::NAN), ("bf16", f32::NAN), ("bf16", f32::MAX), ("fp16", 100_000.0)];
+
+/// Changes tensors of a file.
+fn rewrite(path: &std::path::Path, change: impl Fn(&str, &tch::Tensor)) {
+    let named: Named = read_tensors(path).into_iter().collect();
+    named.iter().for_each(|(name, tensor)| change(name, tensor));
+    adapter_file::save_tensors(path, &named, Dtype::F32).unwrap();
+}
+
+/// A job of `n` samples, two an update in file order, in which those of the lines `bad` (from 1) are not finite.
+fn lab(dtype: &str, embedding: f32, n: usize, bad: &[usize]) -> Lab {
+    let dtype = format!("model.dtype={dtype}");
+    let n_steps = format!("train.max_steps={}", n / 2);
+    let sets = [&dtype, &n_steps, "train.global_batch=2", "train.checkpoint_every=1", "lora.dropout=0.1"];
+    let lab = Lab::new(Shape::default()).with(&sets).with_init_adapter();
+    rewrite(&lab.path("base/model.safetensors"), |name, tensor| {
+        if name == "model.embed_tokens.weight" {
+            let _ = tensor.narrow(0, token_id(), 1).fill_(f64::from(embedding));
+        }
+    });
+    let mut data = rows(n, 3);
+    for line in bad {
+        data[line - 1].1.insert_str(0, "~ ");
+    }
+    lab.write_rows("rows.jsonl", &data);
+    lab
+}
+
+/// In fp16 at the smallest loss scale; in other dtypes there is no other.
+fn trainer_of(lab: &Lab, dtype: &str, sets: &[&str]) -> Rig {
+    let scale: LossScale = serde_json::from_value(json!({ "scale": 1.0, "good_updates": 0, "dynamic": true })).unwrap();
+    trainer_at(lab.config(sets), |state| {
+        if dtype == "fp16" {
+            state.loss_scale = scale;
+        }
+    })
+}
+
+/// The lines of the samples whose own losses are not finite.
+fn bad_lines(found: &NonFinite) -> Vec<usize> {
+    let bad = found.samples.iter().filter(|sample| !sample.loss.unwrap().is_finite());
+    bad.map(|sample| sample.place.rsplit(':').next().unwrap().parse().unwrap()).collect()
+}
+
+/// Parameters and moments.
+fn tensors(trainer: &Rig) -> Named {
+    let moments = trainer.optimizer.named_moments(trainer.params.layout()).unwrap();
+    snapshot(&trainer.params).into_iter().chain(moments.into_iter().map(|(name, m)| (name, m.copy()))).collect()
+}
+
+#[track_caller]
+fn assert_same(what: &str, ours: &Named, judge: &Named) {
+    for ((name, a), (_, b)) in ours.iter().zip(judge) {
+        assert!(a.equal(b), "{what}: {name} differs");
+    }
+    assert_eq!(ours.len(), judge.len());
+}
+
+#[test]
+fn with_stop_the_step_is_an_error_that_names_the_sample_and_changes_nothing() {
+    for (dtype, embedding) in EMBEDDINGS {
+        let what = format!("{dtype}, {embedding}");
+        let lab = lab(dtype, embedding, 8, &[6]);
+        let mut trainer = trainer_of(&lab, dtype, &[]);
+        for _ in 0..2 {
+            assert!(!trainer.step().unwrap().skipped, "{what}");
+            assert_eq!(trainer.take_non_finite(), None, "{what}");
+        }
+        let before = tensors(&trainer);
+        let error = trainer.step().unwrap_err();
+        assert_same(&what, &tensors(&trainer), &before);
+        assert_eq!(error.exit_code(), 1);
+        let (text, hint) = (error.to_string(), &error.faults()[0].hint);
+        assert!(text.starts_with("step 3: ") && text.contains("not finite"), "{what}: {text}");
+        assert!(text.contains("by itself the loss of ") && text.contains("rows.jsonl:6; the step was not"), "{text}");
+        assert!(!text.contains("rows.jsonl:5"), "{what}: {text}");
+        assert!(hint.contains("train.non_finite = \"skip\"") && hint.contains("rows.jsonl:5, "), "{what}: {hint}");
+
+        let found = trainer.take_non_finite().unwrap();
+        assert_eq!(trainer.take_non_finite(), None, "told once");
+        assert!(found.ends_the_run() && (found.step, found.nth, found.allowed) == (3, 1, 0), "{found:?}");
+        assert!(!found.loss.is_finite() && found.steps_since == 0 && found.loss_scale == 1.0, "{found:?}");
+        assert_eq!(bad_lines(&found), [6], "{what}");
+        for (slot, sample) in found.samples.iter().enumerate() {
+            let of = 4 + slot;
+            assert_eq!((sample.step, sample.slot, &sample.place), (3, slot, &trainer.job.train.place(of)), "{what}");
+            let (ids, learned) = (trainer.job.train.ids(of), trainer.job.train.label_tokens(of));
+            assert_eq!((sample.tokens, sample.label_tokens), (ids.len(), learned), "{what}");
+        }
+
+        // As a file: a line of the step, then one a sample.
+        let lines: Vec<Value> = found.to_json_lines().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(lines.len(), 3);
+        let is_word = |value: &Value| ["NaN", "inf", "-inf"].iter().any(|word| value == word);
+        assert!(lines[0]["step"] == 3 && is_word(&lines[0]["loss"]) && lines[0]["samples"] == 2, "{}", lines[0]);
+        assert_eq!(lines[1]["loss"].as_f64(), found.samples[0].loss, "{what}");
+        assert!(lines[2]["slot"] == 1 && is_word(&lines[2]["loss"]), "{}", lines[2]);
+        assert!(lines[2]["place"].as_str().unwrap().ends_with("rows.jsonl:6"), "{}", lines[2]);
+    }
+}
+
+/// Does all steps of a job; gives their metrics without what a clock says, the steps that were passed over and the end.
+fn run_to_end(trainer: &mut Rig, steps_ahead: usize) -> (Vec<String>, Vec<NonFinite>, Named) {
+    trainer.steps_ahead = steps_ahead;
+    let untimed = |m: StepMetrics| format!("{:?}", StepMetrics { step_secs: 0.0, tokens_per_s: 0.0, ..m });
+    let (mut lines, mut found) = (Vec::new(), Vec::new());
+    while trainer.state.step < trainer.job.total_steps {
+        lines.extend(Trainer::step(trainer).unwrap().map(untimed));
+        found.extend(trainer.take_non_finite());
+    }
+    lines.extend(trainer.finish().unwrap().map(untimed));
+    found.extend(trainer.take_non_finite());
+    (lines, found, tensors(trainer))
+}
+
+#[test]
+fn with_skip_the_update_is_passed_over_and_nothing_else() {
+    for (dtype, embedding) in EMBEDDINGS {
+        let what = format!("{dtype}, {embedding}");
+        // Two that adjoin, and the last step.
+        let lab = lab(dtype, embedding, 14, &[5, 7, 8, 13]);
+        let skip = ["train.non_finite=skip", "train.max_non_finite=3"];
+        let mut trainer = trainer_of(&lab, dtype, &skip);
+        let mut updates = 0;
+        for step in 1..=7 {
+            let before = tensors(&trainer);
+            let line = trainer.step().unwrap();
+            let is_bad = [3, 4, 7].contains(&step);
+            assert_eq!((line.step, line.skipped), (step, is_bad), "{what}");
+            assert_eq!(line.lr, trainer.job.schedule.lr(updates), "{what}: the schedule waits");
+            let found = trainer.take_non_finite();
+            assert_eq!(found.is_some(), is_bad, "{what}");
+            if let Some(found) = found {
+                assert_same(&what, &tensors(&trainer), &before);
+                assert_eq!((found.step, found.nth, found.allowed), (step, trainer.state.non_finite, 3), "{what}");
+                let expected: &[usize] = if step == 3 {
+                    &[5]
+                } else if step == 4 {
+                    &[7, 8]
+                } else {
+                    &[13]
+                };
+                assert_eq!(bad_lines(&found), expected, "{what}");
+                let warning = found.warning();
+                assert!(
+                    warning.contains(&format!("step {step} was passed over, {} of at most 3", found.nth)),
+                    "{warning}"
+                );
+                assert!(warning.contains(&format!("rows.jsonl:{}", expected[0])), "{warning}");
+            } else {
+                updates += 1;
+            }
+            assert_eq!((trainer.state.step, trainer.state.updates), (step, updates), "{what}");
+        }
+        assert_eq!(trainer.state.non_finite, 3, "{what}");
+        trainer.check_finite().unwrap();
+
+        // One more than allowed.
+        let mut trainer = trainer_of(&lab, dtype, &["train.non_finite=skip", "train.max_non_finite=2"]);
+        assert_eq!((0..6).filter(|_| trainer.step().unwrap().skipped).count(), 2, "{what}");
+        let error = trainer.step().unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("step 7") && text.contains("train.max_non_finite = 2"), "{what}: {text}");
+        let found = trainer.take_non_finite().unwrap();
+        assert!(found.ends_the_run() && (found.nth, found.allowed) == (3, 2), "{found:?}");
+        assert_eq!(trainer.state.non_finite, 2, "{what}");
+    }
+}
+
+#[test]
+fn outcomes_that_come_late_skip_the_same_steps() {
+    for (dtype, embedding) in EMBEDDINGS {
+        let what = format!("{dtype}, {embedding}");
+        let lab = lab(dtype, embedding, 14, &[5, 7, 8, 13]).with(&["train.non_finite=skip"]);
+        let mut at_once = trainer_of(&lab, dtype, &[]);
+        let mut late = trainer_of(&lab, dtype, &[]);
+        let (lines, found, end) = run_to_end(&mut at_once, 0);
+        let (late_lines, late_found, late_end) = run_to_end(&mut late, 1);
+        assert_eq!(late_lines, lines, "{what}");
+        assert_same(&what, &late_end, &end);
+        assert_eq!(late.state, at_once.state, "{what}");
+        let lines = |found: &[NonFinite]| found.iter().map(|f| (f.step, f.nth, bad_lines(f))).collect::<Vec<_>>();
+        assert_eq!(lines(&late_found), lines(&found), "{what}");
+        // The last step has none after it.
+        assert_eq!(late_found.iter().map(|f| f.steps_since).collect::<Vec<_>>(), [1, 1, 0], "{what}");
+    }
+}
+
+#[test]
+fn overflows_that_the_loss_scale_mends_are_not_counted() {
+    let lab = Lab::overflowing().with(&["train.max_steps=9"]);
+    let mut trainer = trainer(lab.config(&[]));
+    let skipped = (0..9).filter(|_| trainer.step().unwrap().skipped).count();
+    assert!(skipped > 1, "{skipped}");
+    assert_eq!((trainer.state.non_finite, trainer.take_non_finite()), (0, None));
+}
+
+/// `lora_A` is nothing, so that the huge `lora_B` does not show in the loss but in the gradient of the former.
+#[test]
+fn a_gradient_alone_is_enough_and_no_sample_is_blamed() {
+    for dtype in ["fp32", "bf16"] {
+        let sets = ["lora.alpha=8000", &format!("model.dtype={dtype}")];
+        let lab = Lab::new(Shape::default()).with(&sets).with_init_adapter();
+        rewrite(&lab.path("init_adapter").join(WEIGHTS_FILE), |name, tensor| {
+            let _ = tensor.shallow_clone().fill_(if name.contains("lora_B") { 1e38 } else { 0.0 });
+        });
+        let mut trainer = trainer(lab.config(&[]));
+        let text = trainer.step().unwrap_err().to_string();
+        assert!(text.contains("though each sample's loss is, taken singly"), "{dtype}: {text}");
+        let found = trainer.take_non_finite().unwrap();
+        assert!(found.loss.is_finite() && !found.grad_norm.is_finite(), "{found:?}");
+        assert!(found.samples.len() == 4 && bad_lines(&found).is_empty(), "{found:?}");
+    }
+}
+
+#[test]
+fn a_message_names_three_samples_and_counts_the_rest() {
+    let sample = |slot: usize, loss| SampleLoss {
+        step: 5,
+        place: format!("rows.jsonl:{}", 10 + slot),
+        slot,
+        tokens: 7,
+        label_tokens: 3,
+        loss,
+    };
+    let found = |losses: &[Option<f64>]| NonFinite {
+        step: 5,
+        loss: f64::NAN,
+        grad_norm: f64::INFINITY,
+        loss_scale: 1.0,
+        is_fp16: false,
+        nth: 1,
+        allowed: 2,
+        steps_since: 0,
+        samples: losses.iter().enumerate().map(|(slot, loss)| sample(slot, *loss)).collect(),
+    };
+    let (bad, good) = (Some(f64::NEG_INFINITY), Some(1.0));
+    let three = found(&[bad, good, bad, None, bad]).warning();
+    assert!(three.ends_with("so is by itself the loss of rows.jsonl:10, rows.jsonl:12, rows.jsonl:14"), "{three}");
+    let five = found(&[bad; 5]).warning();
+    assert!(five.ends_with("rows.jsonl:10, rows.jsonl:11, rows.jsonl:12 and 2 more"), "{five}");
+    let unknown = found(&[None; 2]).warning();
+    assert!(unknown.ends_with("the losses of its samples could not be computed singly"), "{unknown}");
+    let lines = found(&[bad, None]).to_json_lines();
+    assert!(lines.starts_with("{\"step\":5,\"loss\":\"NaN\",\"grad_norm\":\"inf\","), "{lines}");
+    assert!(lines.contains("\"loss\":\"-inf\"}\n") && lines.ends_with("\"loss\":null}\n"), "{lines}");
+}
+
+#[test]
+fn parameters_or_moments_that_are_not_finite_are_found() {
+    let lab = Lab::new(Shape::default());
+    let trainer = trainer(lab.config(&[]));
+    trainer.check_finite().unwrap();
+    let moments = trainer.optimizer.named_moments(trainer.params.layout()).unwrap();
+    let params = trainer.params.named().unwrap();
+    for (kind, name, tensor) in
+        [("a parameter", "lora_A", &params), ("a moment", "exp_avg.", &moments), ("a moment", "exp_avg_sq.", &moments)]
+    {
+        let (_, tensor) = tensor.iter().rfind(|(key, _)| key.contains(name)).unwrap();
+        for value in [f64::INFINITY, f64::NAN] {
+            let element = tensor.flatten(0, -1).narrow(0, 3, 1);
+            let before = element.copy();
+            let _ = element.shallow_clone().fill_(value);
+            let text = trainer.check_finite().unwrap_err().to_string();
+            assert!(text.contains(kind) && text.contains("nothing is saved"), "{name}: {text}");
+            element.shallow_clone().copy_(&before);
+        }
+        trainer.check_finite().unwrap();
+    }
+}
+
+#[test]
+fn the_losses_of_a_steps_samples_make_up_its_loss() {
+    let lab = Lab::new(Shape::default())
+        .with(&["lora.dropout=0.3", "train.micro_batch_tokens=200", "data.shuffle=true"])
+        .with_init_adapter();
+    let mut trainer = trainer(lab.config(&[]));
+    let mut order = EpochOrder::new(18, 4, true, 42);
+    for step in 1..=6 {
+        let losses = trainer.sample_losses(step, &order.step_samples(step - 1)).unwrap();
+        let other_masks = trainer.sample_losses(step + 1, &order.step_samples(step - 1)).unwrap();
+        let mean = |losses: &[SampleLoss]| {
+            let label_tokens: usize = losses.iter().map(|sample| sample.label_tokens).sum();
+            losses.iter().map(|s| s.loss.unwrap() * s.label_tokens as f64).sum::<f64>() / label_tokens as f64
+        };
+        let line = trainer.step().unwrap();
+        assert_eq!(line.samples, losses.len() as u64);
+        // Sums in another order: rounding of fp32 alone.
+        assert!((mean(&losses) - line.loss.unwrap()).abs() < 1e-6, "{} {:?}", mean(&losses), line.loss);
+        assert!((mean(&other_masks) - line.loss.unwrap()).abs() > 1e-4, "the masks of another step are others");
+    }
+}
