@@ -1,11 +1,15 @@
-//! Training: what a run reads ([`setup`]), what the machine decides ([`settle`]), one update ([`step`]), what is told of one that
-//! went wrong ([`non_finite`]), the micro-batch tried
-//! before it ([`probe`]), and the life of a run directory ([`run`]).
+//! Training: what a run reads ([`setup`]), what the machine decides ([`settle`]), one update ([`step`]), what is told of one
+//! that went wrong ([`non_finite`]), the micro-batch tried before the first ([`probe`]), where a run begins ([`begin`]), and
+//! its life ([`run`]) in a folder ([`run_dir`]).
 
 pub mod banner;
+pub mod begin;
+mod lock;
 pub mod non_finite;
 pub mod probe;
+pub mod requests;
 pub mod run;
+pub mod run_dir;
 pub mod settle;
 pub mod setup;
 pub mod step;
