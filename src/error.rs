@@ -1,6 +1,7 @@
 //! The one error type of the library: what went wrong, where, and how to mend it.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A result of this library.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -58,13 +59,32 @@ pub enum Error {
     #[error("libtorch: {0}")]
     Torch(String),
     /// A signal asked the run to stop, and it did so in good order (exit code 128 + signal).
-    #[error("stopped by {}: {note}", if *.signal == 2 { "Ctrl-C" } else { "SIGTERM" })]
+    #[error("stopped by {}: {note}", signal_name(*.signal))]
     Interrupted {
         /// The signal's number.
         signal: i32,
         /// What was saved and how to go on.
         note: String,
     },
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        1 => "the end of its terminal",
+        2 => "Ctrl-C",
+        _ => "SIGTERM",
+    }
+}
+
+/// Ends what is going on when `stop` holds the number of a signal; `note` says what became of it.
+///
+/// # Errors
+/// [`Error::Interrupted`].
+pub fn not_stopped(stop: &AtomicUsize, note: &str) -> Result<()> {
+    match stop.load(Ordering::SeqCst) {
+        0 => Ok(()),
+        signal => Err(Error::Interrupted { signal: signal as i32, note: note.to_owned() }),
+    }
 }
 
 fn join(faults: &[Fault]) -> String {

@@ -1,10 +1,12 @@
 //! Evaluation: the mean negative log-likelihood over label tokens.
 
+use std::sync::atomic::AtomicUsize;
+
 use serde::Serialize;
 use tch::Kind;
 
 use crate::data::{Dataset, LossAverage, PackedBatch, build_batches};
-use crate::error::Result;
+use crate::error::{Result, not_stopped};
 use crate::model::llama::{BatchInput, Llama};
 
 /// Samples packed at a time.
@@ -24,11 +26,15 @@ pub struct EvalResult {
 }
 
 /// Evaluates a model on samples, without dropout.
-pub fn evaluate(model: &Llama, dataset: &Dataset, micro_batch_tokens: usize) -> Result<EvalResult> {
+///
+/// # Errors
+/// [`Error::Interrupted`](crate::error::Error::Interrupted) when `stop` holds the number of a signal.
+pub fn evaluate(model: &Llama, dataset: &Dataset, micro_batch_tokens: usize, stop: &AtomicUsize) -> Result<EvalResult> {
     let samples: Vec<u32> = (0..dataset.len() as u32).collect();
     let (mut sum, mut label_tokens) = (0.0, 0);
     for chunk in samples.chunks(SAMPLES_AT_ONCE) {
         for packed in build_batches(dataset, chunk, LossAverage::Tokens, micro_batch_tokens) {
+            not_stopped(stop, "the evaluation was not done")?;
             let nll = model.nll(&model.batch(input(&packed), None)?)?;
             sum += nll.f_sum(Kind::Double)?.f_double_value(&[])?;
             label_tokens += packed.label_tokens as u64;

@@ -3,6 +3,7 @@
 //! The modules in reading order; each imports only from those above it. `ARCHITECTURE.md` holds the map.
 
 pub mod device;
+pub mod disk;
 pub mod error;
 pub mod torch;
 

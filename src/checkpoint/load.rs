@@ -5,18 +5,18 @@ use std::path::Path;
 use tch::Tensor;
 
 use crate::checkpoint::save::OPTIMIZER_FILE;
-use crate::checkpoint::state::RunState;
+use crate::checkpoint::state::Record;
 use crate::error::{Error, Fault, Result};
 use crate::model::adapter_file;
 use crate::model::params::ParamBuffer;
 use crate::model::weights::TensorFiles;
 
-/// Reads a verified checkpoint back: parameters and moments in place, and the run's state.
+/// Reads a verified checkpoint back: parameters and moments in place; gives what it says of its run.
 ///
 /// # Errors
 /// A tensor that is missing, of another shape, or not part of this run.
-pub fn load(dir: &Path, params: &mut ParamBuffer, moments: &[(String, Tensor)]) -> Result<RunState> {
-    let state = RunState::read(dir)?;
+pub fn load(dir: &Path, params: &mut ParamBuffer, moments: &[(String, Tensor)]) -> Result<Record> {
+    let record = Record::read(dir)?;
     let adapter = TensorFiles::open(&[dir.join(adapter_file::WEIGHTS_FILE)])?;
     adapter_file::load_into(&adapter, params)?;
     let optimizer = TensorFiles::open(&[dir.join(OPTIMIZER_FILE)])?;
@@ -32,5 +32,5 @@ pub fn load(dir: &Path, params: &mut ParamBuffer, moments: &[(String, Tensor)]) 
     for (name, tensor) in moments {
         optimizer.copy_into(name, tensor)?;
     }
-    Ok(state)
+    Ok(record)
 }

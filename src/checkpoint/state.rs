@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::optim::scaler::LossScale;
@@ -11,13 +12,11 @@ use crate::optim::scaler::LossScale;
 pub const STATE_FILE: &str = "state.json";
 
 /// The version of this format.
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 
 /// A run's position; the same for every rank.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct RunState {
-    format_version: u32,
     /// Steps done: which samples come next. Advances even when an update is skipped.
     pub step: u64,
     /// Updates applied: what the learning rate and Adam's bias correction count.
@@ -34,7 +33,7 @@ pub struct RunState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Identity {
-    /// Of the base model: its tensors' names, dtypes, shapes and sampled contents.
+    /// Of the base model: its shape, its tensors' names, dtypes, shapes and sampled contents.
     pub base: String,
     /// Of the training samples: their ids and what of them is learned.
     pub data: String,
@@ -43,25 +42,96 @@ pub struct Identity {
 impl RunState {
     /// The state before the first step.
     pub fn start(loss_scale: LossScale, identity: Identity) -> Self {
-        Self { format_version: FORMAT_VERSION, step: 0, updates: 0, loss_scale, non_finite: 0, identity }
+        Self { step: 0, updates: 0, loss_scale, non_finite: 0, identity }
+    }
+}
+
+/// What a checkpoint says of its run, beside parameters and moments.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    format_version: u32,
+    /// Where the run stands.
+    #[serde(flatten)]
+    pub state: RunState,
+    /// Steps of an epoch, and of the whole run as it was meant then.
+    pub schedule: Extent,
+    /// Lines of `metrics.jsonl`.
+    pub metrics_lines: u64,
+    /// The newest evaluation.
+    pub evaluated: Option<Evaluated>,
+    /// Whether the step was to be evaluated still, when a signal came.
+    pub evaluation_is_due: bool,
+    /// What the updates were computed on.
+    pub computed_on: ComputedOn,
+    /// The run's config, `section.key` to value.
+    pub config: Map<String, Value>,
+}
+
+/// How long a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Steps of an epoch.
+    pub steps_per_epoch: u64,
+    /// Steps of the run.
+    pub total_steps: u64,
+}
+
+/// An evaluation that was done.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Evaluated {
+    /// After this step.
+    pub step: u64,
+    /// What it gave; nothing if that was not a finite number.
+    pub eval_loss: Option<f64>,
+}
+
+/// What decides how sums are rounded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ComputedOn {
+    /// `cpu`, or the name of a GPU.
+    pub device: String,
+    /// Threads that a CPU's operations are spread over.
+    pub threads: i32,
+}
+
+impl Record {
+    /// Takes down what is known at a step.
+    pub fn new(state: RunState, schedule: Extent, computed_on: ComputedOn, config: Map<String, Value>) -> Self {
+        Self {
+            format_version: FORMAT_VERSION,
+            state,
+            schedule,
+            metrics_lines: 0,
+            evaluated: None,
+            evaluation_is_due: false,
+            computed_on,
+            config,
+        }
     }
 
-    pub(super) fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(STATE_FILE);
-        let text = serde_json::to_string_pretty(self).expect("numbers and strings make JSON") + "\n";
-        std::fs::write(&path, text).map_err(Error::io("write", &path))
+    /// The evaluation loss of this very step.
+    pub fn eval_loss(&self) -> Option<f64> {
+        self.evaluated.filter(|evaluated| evaluated.step == self.state.step)?.eval_loss
     }
 
-    pub(super) fn read(dir: &Path) -> Result<Self> {
+    pub(super) fn to_text(&self) -> String {
+        serde_json::to_string_pretty(self).expect("numbers and strings make JSON") + "\n"
+    }
+
+    /// Reads the record of a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a file that is none, or of another version; [`Error::Io`].
+    pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(STATE_FILE);
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let place = path.display().to_string();
-        let state: Self =
-            serde_json::from_str(&text).map_err(|e| Error::invalid(&place, format!("is not a run's state: {e}")))?;
-        if state.format_version != FORMAT_VERSION {
-            let what = format!("has format version {}, this program reads {FORMAT_VERSION}", state.format_version);
+        let broken = |error: serde_json::Error| Error::invalid(&place, format!("is not a run's state: {error}"));
+        let value: Value = serde_json::from_str(&text).map_err(broken)?;
+        if value["format_version"] != FORMAT_VERSION {
+            let what = format!("has format version {}, this program reads {FORMAT_VERSION}", value["format_version"]);
             return Err(Error::invalid(&place, what).hint("resume with the version of bellora that wrote it"));
         }
-        Ok(state)
+        serde_json::from_value(value).map_err(broken)
     }
 }

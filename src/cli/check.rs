@@ -3,9 +3,10 @@
 use clap::Args;
 
 use crate::cli::{ConfigArgs, print, signals};
+use crate::disk::LocalDisk;
 use crate::error::Result;
 use crate::train::setup::Job;
-use crate::train::{banner, run};
+use crate::train::{banner, run, run_dir};
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
@@ -23,7 +24,8 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
         return print(&config.print_with_defaults_marked());
     }
     let job = Job::inspect(config, None)?;
-    run::refuse_taken_output(&job.model.config)?;
+    run_dir::refuse_taken_output(&job.model.config)?;
+    job.run_bytes().fit(&LocalDisk, &job.model.config.train.output, 0)?;
     for line in banner::lines(&job)? {
         print(&format!("{line}\n"))?;
     }

@@ -1,6 +1,7 @@
 //! `bellora eval`.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
 
 use clap::Args;
 
@@ -9,7 +10,7 @@ use crate::config::Config;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::{EvalResult, evaluate};
-use crate::train::run::{CONFIG_FILE, holds_run};
+use crate::train::run_dir::{CONFIG_FILE, holds_run};
 use crate::train::setup::{Job, ModelSetup};
 use crate::trained::Trained;
 
@@ -34,15 +35,17 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     }
     let config = if is_run { args.target.join(CONFIG_FILE) } else { args.target.clone() };
     let (model, samples) = validation(Config::load(&config, &args.sets)?)?;
+    // Signals end the program: nothing would be lost.
+    let stop = AtomicUsize::new(0);
     say(&format!("evaluating on {} samples\n", samples.len()));
     let result = if is_run {
         let trained = Trained::open(&args.target, Some(&model.config.model.base))?;
         let params = trained.params(model.kind(), model.device())?;
         let llama = trained.load(&params, model.kind(), model.config.data.max_length as i64)?;
-        evaluate(&llama, &samples, model.micro_batch_tokens())?
+        evaluate(&llama, &samples, model.micro_batch_tokens(), &stop)?
     } else {
         let params = model.initial_params()?;
-        evaluate(&model.load(&params)?, &samples, model.micro_batch_tokens())?
+        evaluate(&model.load(&params)?, &samples, model.micro_batch_tokens(), &stop)?
     };
     print_result(result)
 }

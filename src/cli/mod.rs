@@ -12,6 +12,7 @@ mod replay;
 mod selftest;
 mod signals;
 mod train;
+mod verify;
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -67,6 +68,14 @@ enum Command {
     ///
     /// Example: bellora replay runs/mine --step 1200
     Replay(replay::ReplayArgs),
+    /// Say whether all that a run has written is whole
+    ///
+    /// Config, metrics, every checkpoint and adapter, each held against its checksums or rules; a line each, whole, damaged
+    /// with what is wrong, or harmless (left by something that was interrupted). Also for an adapter's folder and for what
+    /// export wrote. Exit code 0 if all is whole, 1 if something is damaged, 2 if there is nothing of the kind.
+    ///
+    /// Example: bellora verify runs/mine
+    Verify(verify::VerifyArgs),
     /// Compute the loss on the validation samples
     ///
     /// Prints one JSON line {eval_loss, perplexity, samples, label_tokens}: of the model as training would start for a
@@ -101,7 +110,7 @@ enum Command {
 impl Command {
     /// Whether the command runs the model.
     fn computes(&self) -> bool {
-        !matches!(self, Self::Check(_) | Self::Plan(_) | Self::Prepare(_))
+        !matches!(self, Self::Check(_) | Self::Plan(_) | Self::Prepare(_) | Self::Verify(_))
     }
 }
 
@@ -162,6 +171,7 @@ pub fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Resume(args) => train::resume(&args),
         Command::Replay(args) => replay::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Bench(args) => bench::run(&args),

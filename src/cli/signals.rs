@@ -1,14 +1,16 @@
-//! Ctrl-C and SIGTERM: the first asks the run to stop in good order, the second stops the program at once.
+//! Signals. Ctrl-C, SIGTERM and the end of the terminal ask a command to stop in good order, and end it at once when they
+//! come again; SIGUSR1 asks a run for a checkpoint.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
 use crate::error::{Error, Result};
+use crate::train::requests::Requests;
 
-/// Makes either signal end the program at once, with 128 and its number as the exit code: for commands that leave
+/// Makes each signal to stop end the program at once, with 128 and its number as the exit code: for commands that leave
 /// nothing behind.
 pub(super) fn end_at_once() -> Result<()> {
     for signal in [SIGINT, SIGTERM] {
@@ -17,19 +19,45 @@ pub(super) fn end_at_once() -> Result<()> {
     Ok(())
 }
 
-fn refused(error: std::io::Error) -> Error {
-    Error::failed("signals", format!("cannot be listened to: {error}"))
-}
-
-/// Listens to both signals; the number of the first one that comes stands in the returned cell, 0 before.
+/// Listens to the signals to stop; the number of the first one that comes stands in the returned cell, 0 before. The
+/// second one ends the program.
 pub(super) fn listen() -> Result<Arc<AtomicUsize>> {
     let stop = Arc::new(AtomicUsize::new(0));
-    let asked = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // Order matters: on the second signal `asked` is set already and the program ends here.
-        flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked)).map_err(refused)?;
-        flag::register(signal, Arc::clone(&asked)).map_err(refused)?;
-        flag::register_usize(signal, Arc::clone(&stop), signal as usize).map_err(refused)?;
-    }
+    note(&[SIGINT, SIGTERM], &stop, &Arc::new(AtomicBool::new(false)))?;
     Ok(stop)
+}
+
+/// Listens for a run. Until it begins to write, a signal to stop ends the program.
+pub(super) fn listen_for_run() -> Result<Requests> {
+    let requests = Requests { ends_at_once: Arc::new(AtomicBool::new(true)), ..Requests::default() };
+    let mut signals = vec![SIGINT, SIGTERM];
+    // Who starts a run by `nohup` wants it to outlive the terminal.
+    if !is_ignored(SIGHUP) {
+        signals.push(SIGHUP);
+    }
+    note(&signals, &requests.stop, &requests.ends_at_once)?;
+    flag::register(SIGUSR1, Arc::clone(&requests.save)).map_err(refused)?;
+    Ok(requests)
+}
+
+fn note(signals: &[i32], stop: &Arc<AtomicUsize>, ends_at_once: &Arc<AtomicBool>) -> Result<()> {
+    for &signal in signals {
+        // Order matters: on the second signal `ends_at_once` is set already and the program ends here.
+        flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(ends_at_once)).map_err(refused)?;
+        flag::register(signal, Arc::clone(ends_at_once)).map_err(refused)?;
+        flag::register_usize(signal, Arc::clone(stop), signal as usize).map_err(refused)?;
+    }
+    Ok(())
+}
+
+/// Whether this process was started with a signal ignored.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
+fn refused(error: std::io::Error) -> Error {
+    Error::failed("signals", format!("cannot be listened to: {error}"))
 }

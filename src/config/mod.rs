@@ -4,6 +4,7 @@
 //! an [`Option`] left here (`init_adapter`) is a feature that is off, and [`Auto`] is a value that only the run can
 //! settle (it depends on the machine).
 
+mod changes;
 mod choices;
 mod foreign;
 mod paths;
@@ -17,10 +18,10 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Fault, Result};
 
+pub use changes::{Difference, Meaning, values_of};
 pub use choices::{
     Device, Dtype, LossAverage, NewRows, NonFinite, Recompute, SaveDtype, Schedule, SpecialTokens, Truncation,
 };
-pub use print::Difference;
 
 /// Everything the user can set, resolved.
 ///
@@ -149,6 +150,10 @@ pub struct TrainConfig {
     pub checkpoint_every: u64,
     /// How many of the newest checkpoints stay, at least 1.
     pub keep_checkpoints: usize,
+    /// How many of the checkpoints with the lowest evaluation loss stay.
+    pub keep_best: usize,
+    /// Steps that are saved and whose checkpoints stay.
+    pub keep_steps: Vec<u64>,
     /// Updates between evaluations; 0 is never.
     pub eval_every: u64,
     /// Updates between lines on the console and points in TensorBoard; 0 is never.
@@ -205,9 +210,7 @@ pub const SAVED_MODULES: [&str; 2] = ["embed_tokens", "lm_head"];
 const SECTIONS: [&str; 4] = ["model", "lora", "data", "train"];
 
 /// The keys that say what the updates compute, up to rounding. A resumed run must agree in them.
-const DEFINING_KEYS: [&str; 33] = [
-    "model.base",
-    "model.tokenizer",
+const DEFINING_KEYS: [&str; 27] = [
     "model.dtype",
     "model.init_adapter",
     "model.resize_vocab",
@@ -218,15 +221,11 @@ const DEFINING_KEYS: [&str; 33] = [
     "lora.target_modules",
     "lora.modules_to_save",
     "lora.use_rslora",
-    "data.train",
     "data.validation_fraction",
-    "data.template",
     "data.max_length",
     "data.truncation",
     "data.special_tokens",
     "data.shuffle",
-    "train.epochs",
-    "train.max_steps",
     "train.global_batch",
     "train.learning_rate",
     "train.schedule",
@@ -241,20 +240,27 @@ const DEFINING_KEYS: [&str; 33] = [
     "train.seed",
 ];
 
-/// The keys that only say where, when and how fast: a resumed run may differ in them.
-const EXECUTION_KEYS: [&str; 15] = [
-    "model.device",
+/// The keys that name files whose contents define the run: they may lie elsewhere when it is resumed.
+const CONTENTS_KEYS: [&str; 4] = ["model.base", "model.tokenizer", "data.train", "data.template"];
+
+/// The keys that say how long the run is.
+const LENGTH_KEYS: [&str; 2] = ["train.epochs", "train.max_steps"];
+
+/// The keys that decide how sums are rounded and change nothing else.
+const ROUNDING_KEYS: [&str; 4] = ["model.device", "train.micro_batch_tokens", "train.recompute", "train.deterministic"];
+
+/// The keys that only say where, when, and what is kept.
+const EXECUTION_KEYS: [&str; 13] = [
     "data.validation",
     "data.max_bad_rows",
     "data.cache_dir",
     "train.output",
-    "train.micro_batch_tokens",
-    "train.recompute",
-    "train.deterministic",
     "train.non_finite",
     "train.max_non_finite",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_best",
+    "train.keep_steps",
     "train.eval_every",
     "train.log_every",
     "train.save_dtype",
@@ -274,7 +280,7 @@ const FILE_KEYS: [&str; 8] = [
 
 /// Gives every key there is, as `section.key`.
 fn known_keys() -> impl Iterator<Item = &'static str> {
-    DEFINING_KEYS.into_iter().chain(EXECUTION_KEYS)
+    DEFINING_KEYS.into_iter().chain(CONTENTS_KEYS).chain(LENGTH_KEYS).chain(ROUNDING_KEYS).chain(EXECUTION_KEYS)
 }
 
 impl Config {

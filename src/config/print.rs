@@ -1,22 +1,11 @@
-//! A config as text: the run's own `config.toml`, what `check --print-config` shows, and how two configs differ.
+//! A config as text: the run's own `config.toml`, and what `check --print-config` shows.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use toml::Value;
 
-use super::{Auto, Config, DEFINING_KEYS, Duration, TemplateChoice, Warmup};
-
-/// A key in which two configs differ.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Difference {
-    /// The key, as `section.key`.
-    pub key: &'static str,
-    /// The value in the config asked, in TOML, or `not set`.
-    pub ours: String,
-    /// The value in the other.
-    pub theirs: String,
-}
+use super::{Auto, Config, Duration, TemplateChoice, Warmup};
 
 impl Config {
     /// Gives the whole config as TOML, defaults included; it loads back to an equal config.
@@ -27,25 +16,6 @@ impl Config {
     /// Gives the whole config as TOML, with `# default` behind the keys that the user did not give.
     pub fn print_with_defaults_marked(&self) -> String {
         self.render(|key| if self.given.contains(key) { "" } else { "  # default" })
-    }
-
-    /// Gives the keys that say what the updates compute and that differ from another config's, section by section.
-    ///
-    /// `auto` agrees with every value. Where and how fast the run goes (`train.output`, `train.micro_batch_tokens`,
-    /// `model.device`, the `*_every` keys and their like) is not compared.
-    pub fn differences(&self, other: &Self) -> Vec<Difference> {
-        let (ours, theirs) = (self.entries(), other.entries());
-        let mut differences = Vec::new();
-        for key in DEFINING_KEYS {
-            let value = |entries: &[(&str, String)]| entries.iter().find(|(of, _)| *of == key).map(|(_, v)| v.clone());
-            let (ours, theirs) = (value(&ours), value(&theirs));
-            let is_auto = [&ours, &theirs].into_iter().flatten().any(|value| value == "\"auto\"");
-            if ours != theirs && !is_auto {
-                let shown = |value: Option<String>| value.unwrap_or_else(|| "not set".to_owned());
-                differences.push(Difference { key, ours: shown(ours), theirs: shown(theirs) });
-            }
-        }
-        differences
     }
 
     fn render(&self, mark: impl Fn(&str) -> &'static str) -> String {
@@ -119,6 +89,8 @@ impl Config {
             ("train.max_non_finite", train.max_non_finite.to_string()),
             ("train.checkpoint_every", train.checkpoint_every.to_string()),
             ("train.keep_checkpoints", train.keep_checkpoints.to_string()),
+            ("train.keep_best", train.keep_best.to_string()),
+            ("train.keep_steps", list(&train.keep_steps)),
             ("train.eval_every", train.eval_every.to_string()),
             ("train.log_every", train.log_every.to_string()),
             ("train.save_dtype", quoted(train.save_dtype.as_str())),

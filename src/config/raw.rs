@@ -46,6 +46,23 @@ pub(super) enum Value {
     Other(&'static str),
 }
 
+impl Value {
+    /// The value in JSON.
+    pub(super) fn to_json(&self) -> serde_json::Value {
+        match self {
+            Self::Text(text) => text.as_str().into(),
+            Self::Integer(number) => match u64::try_from(*number) {
+                Ok(number) => number.into(),
+                Err(_) => (*number as i64).into(),
+            },
+            Self::Float(number) => (*number).into(),
+            Self::Bool(truth) => (*truth).into(),
+            Self::List(items) => items.iter().map(Self::to_json).collect(),
+            Self::Other(_) => serde_json::Value::Null,
+        }
+    }
+}
+
 impl std::fmt::Display for Value {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

@@ -108,6 +108,23 @@ impl Reader<'_> {
         }
     }
 
+    /// A list of whole numbers, sorted, each once.
+    pub(super) fn integers(&mut self, key: &str, least: u64) -> Option<Vec<u64>> {
+        let found = self.value(key)?;
+        let number = |item: &Value| match item {
+            Value::Integer(number) => u64::try_from(*number).ok().filter(|number| *number >= least),
+            _ => None,
+        };
+        let numbers = match &found {
+            Value::List(items) => items.iter().map(number).collect::<Option<BTreeSet<u64>>>(),
+            _ => None,
+        };
+        match numbers {
+            Some(numbers) => Some(numbers.into_iter().collect()),
+            None => self.unexpected(key, &format!("a list of whole numbers of at least {least}"), &found),
+        }
+    }
+
     pub(super) fn auto_integer(&mut self, key: &str) -> Auto<usize> {
         match self.value(key) {
             Some(Value::Text(text)) if text == "auto" => Auto::Auto,

@@ -131,6 +131,8 @@ fn train(reader: &mut Reader<'_>) -> TrainConfig {
         max_non_finite: reader.integer("train.max_non_finite", 1).unwrap_or(10),
         checkpoint_every,
         keep_checkpoints: reader.integer("train.keep_checkpoints", 1).map_or(3, |count| count as usize),
+        keep_best: reader.integer("train.keep_best", 0).map_or(0, |count| count as usize),
+        keep_steps: reader.integers("train.keep_steps", 1).unwrap_or_default(),
         eval_every: reader.integer("train.eval_every", 0).unwrap_or(checkpoint_every),
         log_every: reader.integer("train.log_every", 0).unwrap_or(1),
         save_dtype: reader.choice("train.save_dtype").unwrap_or(SaveDtype::Fp32),
@@ -147,6 +149,17 @@ fn rules(config: &Config, reader: &mut Reader<'_>) {
         let what = format!("expected at least data.max_length = {max_length}, found {tokens}: one sample must fit");
         let fault = Fault::new(reader.raw.place("train.micro_batch_tokens"), what);
         reader.fault("train.micro_batch_tokens", fault.hint("raise it, lower data.max_length, or write \"auto\""));
+    }
+    let train = &config.train;
+    let is_evaluated = train.eval_every > 0 && train.checkpoint_every.is_multiple_of(train.eval_every);
+    let has_validation = !config.data.validation.is_empty() || config.data.validation_fraction > 0.0;
+    let counts = train.keep_best > 0 && reader.file_keys == FileKeys::Required;
+    if counts && !(is_evaluated && train.checkpoint_every > 0 && has_validation) {
+        let what = "the best checkpoints are those of the lowest evaluation loss, and they are not evaluated";
+        let fault = Fault::new(reader.raw.place("train.keep_best"), what);
+        let hint = "give data.validation or data.validation_fraction, and a checkpoint_every that is a multiple of \
+                    eval_every; or leave keep_best out";
+        reader.fault("train.keep_best", fault.hint(hint));
     }
     let missing: Vec<_> = SAVED_MODULES
         .into_iter()

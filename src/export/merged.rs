@@ -1,14 +1,16 @@
 //! The adapter merged into the base: an ordinary model directory.
 
+use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::manifest::write_whole;
+use crate::checkpoint::folder::{NewFolder, write_whole};
 use crate::data::TemplateFile;
-use crate::error::{Error, Result};
+use crate::disk::LocalDisk;
+use crate::error::{Error, Result, not_stopped};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{lora_key, table_key};
 use crate::model::tensor_file_out::{Planned, TensorFileWriter};
@@ -31,28 +33,30 @@ pub fn export_merged(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Resul
     let is_tied = trained.base.tie_word_embeddings && lora.modules_to_save.is_empty();
     let tokenizer = trained.tokenizer()?;
     let merge = Merge { trained, adapter, lora };
-    write_whole(out, |dir| {
+    write_whole(&LocalDisk, out, |folder| {
         let shards = shards(merge.planned(is_tied)?);
         let names = file_names(shards.len());
         for (planned, name) in shards.iter().zip(&names) {
-            let mut file = TensorFileWriter::create(&dir.join(name), planned.clone())?;
-            for tensor in planned {
-                super::not_stopped(stop)?;
-                merge.write(&mut file, &tensor.name)?;
-            }
-            file.finish()?;
+            folder.write(name, |file| {
+                let path = file.path().to_path_buf();
+                let mut tensors = TensorFileWriter::new(file, &path, planned.clone())?;
+                for tensor in planned {
+                    not_stopped(stop, super::STOPPED)?;
+                    merge.write(&mut tensors, &tensor.name)?;
+                }
+                tensors.finish()
+            })?;
         }
         if shards.len() > 1 {
-            write_json(&dir.join("model.safetensors.index.json"), &index(&shards, &names))?;
+            write_json(folder, "model.safetensors.index.json", &index(&shards, &names))?;
         }
-        write_config(trained, is_tied, dir)?;
+        write_config(trained, is_tied, folder)?;
         for file in tokenizer.files() {
-            let path = dir.join(&file.name);
-            std::fs::write(&path, &file.bytes).map_err(Error::io("write", &path))?;
+            folder.put(&file.name, &file.bytes)?;
         }
         for name in ["generation_config.json", TemplateFile::NAME] {
             if let Some(from) = trained.folders().map(|dir| dir.join(name)).find(|path| path.is_file()) {
-                std::fs::copy(&from, dir.join(name)).map_err(Error::io("copy", &from))?;
+                folder.copy(&from)?;
             }
         }
         Ok(())
@@ -91,7 +95,7 @@ impl Merge<'_> {
         Ok(planned)
     }
 
-    fn write(&self, file: &mut TensorFileWriter, name: &str) -> Result<()> {
+    fn write(&self, file: &mut TensorFileWriter<impl Write>, name: &str) -> Result<()> {
         let base = &self.trained.base_files;
         if let Some(table) = Table::ALL.into_iter().find(|t| t.base_key() == name) {
             if self.lora.trains(table) {
@@ -162,19 +166,19 @@ fn index(shards: &[Vec<Planned>], names: &[String]) -> Value {
 }
 
 /// The base's `config.json` with the vocabulary and tying of the merged model.
-fn write_config(trained: &Trained, is_tied: bool, dir: &Path) -> Result<()> {
+fn write_config(trained: &Trained, is_tied: bool, folder: &mut NewFolder<'_>) -> Result<()> {
     let path = trained.base_dir.join("config.json");
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let mut config: Map<String, Value> = serde_json::from_str(&text)
         .map_err(|e| Error::invalid(path.display().to_string(), format!("is not a JSON object: {e}")))?;
     config.insert("vocab_size".into(), json!(trained.vocab_size()));
     config.insert("tie_word_embeddings".into(), json!(is_tied));
-    write_json(&dir.join("config.json"), &Value::Object(config))
+    write_json(folder, "config.json", &Value::Object(config))
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
+fn write_json(folder: &mut NewFolder<'_>, name: &str, value: &Value) -> Result<()> {
     let text = serde_json::to_string_pretty(value).expect("a JSON value always serialises") + "\n";
-    std::fs::write(path, text).map_err(Error::io("write", path))
+    folder.put(name, text.as_bytes())
 }
 
 #[cfg(test)]

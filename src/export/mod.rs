@@ -4,7 +4,6 @@ mod merged;
 mod peft;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use merged::export_merged;
 pub use peft::export_peft;
@@ -33,10 +32,5 @@ fn checked<'a>(trained: &'a Trained, out: &Path) -> Result<&'a OpenedAdapter> {
     })
 }
 
-/// Ends an export when a signal has asked for it; what was written so far is removed.
-fn not_stopped(stop: &AtomicUsize) -> Result<()> {
-    match stop.load(Ordering::SeqCst) {
-        0 => Ok(()),
-        signal => Err(Error::Interrupted { signal: signal as i32, note: "nothing was exported".into() }),
-    }
-}
+/// What a signal leaves of an export.
+const STOPPED: &str = "nothing was exported";

@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 
-use crate::checkpoint::manifest::{MANIFEST_FILE, write_whole};
+use crate::checkpoint::folder::write_whole;
+use crate::checkpoint::manifest::MANIFEST_FILE;
 use crate::checkpoint::save::OPTIMIZER_FILE;
 use crate::checkpoint::state::STATE_FILE;
-use crate::error::{Error, Result};
+use crate::disk::LocalDisk;
+use crate::error::{Error, Result, not_stopped};
 use crate::model::adapter_file::{AdapterConfig, CONFIG_FILE};
 use crate::trained::Trained;
 
@@ -19,17 +21,18 @@ use crate::trained::Trained;
 pub fn export_peft(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Result<()> {
     let adapter = super::checked(trained, out)?;
     let base = std::path::absolute(&trained.base_dir).map_err(Error::io("resolve", &trained.base_dir))?;
-    write_whole(out, |dir| {
+    write_whole(&LocalDisk, out, |folder| {
         let of_the_run = [MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE, CONFIG_FILE];
         for entry in std::fs::read_dir(&adapter.dir).map_err(Error::io("read", &adapter.dir))? {
-            super::not_stopped(stop)?;
+            not_stopped(stop, super::STOPPED)?;
             let entry = entry.map_err(Error::io("read", &adapter.dir))?;
             let path = entry.path();
             if path.is_file() && of_the_run.iter().all(|name| entry.file_name() != *name) {
-                std::fs::copy(&path, dir.join(entry.file_name())).map_err(Error::io("copy", &path))?;
+                folder.copy(&path)?;
             }
         }
-        AdapterConfig { base: Some(base.display().to_string()), ..adapter.config.clone() }.save(dir)
+        let config = AdapterConfig { base: Some(base.display().to_string()), ..adapter.config.clone() };
+        folder.put(CONFIG_FILE, config.to_json().as_bytes())
     })?;
     Ok(())
 }

@@ -1,11 +1,14 @@
 //! `metrics.jsonl`: one line of JSON for every update and every evaluation.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::file::LogFile;
+use crate::disk::{self, Disk};
 use crate::error::{Error, Result};
 
 /// What an update did.
@@ -57,8 +60,8 @@ pub struct EvalMetrics {
 /// Numbers have all their digits; one that is not finite is `null`, for JSON has no other word for it.
 #[derive(Debug)]
 pub struct MetricsFile {
-    file: File,
-    path: PathBuf,
+    pub(super) file: Arc<LogFile>,
+    n_lines: u64,
 }
 
 impl MetricsFile {
@@ -66,9 +69,8 @@ impl MetricsFile {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path).map_err(Error::io("create", path))?;
-        Ok(Self { file, path: path.to_owned() })
+    pub fn create(disk: &Arc<dyn Disk>, path: &Path) -> Result<Self> {
+        Ok(Self { file: Arc::new(LogFile::create(disk, path)?), n_lines: 0 })
     }
 
     /// Goes on with the file of a run that resumes after `last_step`: keeps its lines up to that step, and drops later
@@ -78,22 +80,21 @@ impl MetricsFile {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn resume(path: &Path, last_step: u64) -> Result<Self> {
-        let kept = path.with_extension("jsonl.new");
-        copy_lines(path, &kept, last_step)?;
-        fs::rename(&kept, path).map_err(Error::io("replace", path))?;
-        let file = OpenOptions::new().append(true).open(path).map_err(Error::io("open", path))?;
-        let metrics = Self { file, path: path.to_owned() };
-        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io("sync", folder))?;
-        }
-        Ok(metrics)
+    pub fn resume(disk: &Arc<dyn Disk>, path: &Path, last_step: u64) -> Result<Self> {
+        let (kept, n_lines) = kept_lines(path, last_step)?;
+        disk::put_file(&**disk, path, &kept)?;
+        Ok(Self { file: Arc::new(LogFile::append_to(disk, path)?), n_lines })
+    }
+
+    /// How many lines the file has, those included that wait for room on the disk.
+    pub fn n_lines(&self) -> u64 {
+        self.n_lines
     }
 
     /// Writes the line of an update.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`], but not for a full disk: the line then waits.
     pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
         self.line(step)
     }
@@ -101,45 +102,40 @@ impl MetricsFile {
     /// Writes the line of an evaluation; it has no key `loss`.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// As [`MetricsFile::step`].
     pub fn eval(&mut self, eval: &EvalMetrics) -> Result<()> {
         self.line(eval)
     }
 
-    /// Brings all lines to the disk.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(Error::io("sync", &self.path))
-    }
-
     fn line(&mut self, values: &impl Serialize) -> Result<()> {
-        let line = serde_json::to_string(values).map_err(std::io::Error::from);
-        let written = line.and_then(|line| self.file.write_all(format!("{line}\n").as_bytes()));
-        written.map_err(Error::io("write", &self.path))
+        let mut line =
+            serde_json::to_vec(values).map_err(|error| Error::io("write", self.file.path())(error.into()))?;
+        line.push(b'\n');
+        self.n_lines += 1;
+        self.file.append(&line)
     }
 }
 
-fn copy_lines(from: &Path, to: &Path, last_step: u64) -> Result<()> {
+/// Reads the whole lines of the steps up to `last_step`, and counts them.
+fn kept_lines(path: &Path, last_step: u64) -> Result<(Vec<u8>, u64)> {
     #[derive(Deserialize)]
     struct Step {
         step: u64,
     }
-    let mut kept = BufWriter::new(File::create(to).map_err(Error::io("create", to))?);
-    let lines = match File::open(from) {
+    let lines = match File::open(path) {
         Ok(file) => Some(BufReader::new(file).split(b'\n')),
         // A run whose metrics were taken away goes on without the old ones.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => return Err(Error::io("read", from)(error)),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => return Err(Error::io("read", path)(error)),
     };
+    let (mut kept, mut n_lines) = (Vec::new(), 0);
     for line in lines.into_iter().flatten() {
-        let mut line = line.map_err(Error::io("read", from))?;
+        let line = line.map_err(Error::io("read", path))?;
         if serde_json::from_slice::<Step>(&line).is_ok_and(|line| line.step <= last_step) {
-            line.push(b'\n');
-            kept.write_all(&line).map_err(Error::io("write", to))?;
+            kept.extend_from_slice(&line);
+            kept.push(b'\n');
+            n_lines += 1;
         }
     }
-    let file = kept.into_inner().map_err(|error| Error::io("write", to)(error.into_error()))?;
-    file.sync_all().map_err(Error::io("sync", to))
+    Ok((kept, n_lines))
 }

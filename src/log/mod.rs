@@ -1,29 +1,33 @@
 //! What a run tells: the console and `train.log` for people, `metrics.jsonl` and TensorBoard files for programs.
 //!
 //! The training loop owns one [`RunLog`]. A line of `metrics.jsonl` is written for every update; console,
-//! `train.log` and TensorBoard get every `log_every`th. Files that cannot be written are errors; the console never is,
-//! and never keeps the training waiting.
+//! `train.log` and TensorBoard get every `log_every`th. Files that cannot be written are errors, but for a full disk: lines
+//! then wait in memory until there is room. The console never is an error, and never keeps the training waiting.
 
 mod console;
+mod file;
 mod metrics;
 mod tensorboard;
 
 use std::fmt::Write as _;
-use std::fs::{File, OpenOptions};
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
 pub use tensorboard::EventFile;
 
-use crate::error::{Error, Result};
+use crate::disk::Disk;
+use crate::error::Result;
 use console::Console;
+use file::LogFile;
 
 /// Where a run stands when its log is opened.
 #[derive(Debug, Clone, Copy)]
 pub struct LogSettings {
     /// The step the run goes on from; 0 starts over.
     pub last_step: u64,
+    /// The lines that `metrics.jsonl` had then, where that is known; `None` when starting over.
+    pub last_lines: Option<u64>,
     /// The step it ends with.
     pub total_steps: u64,
     /// Updates between lines on the console and points in TensorBoard; 0 is never.
@@ -34,10 +38,11 @@ pub struct LogSettings {
 pub struct RunLog {
     settings: LogSettings,
     console: Console,
-    text: File,
-    text_path: PathBuf,
+    text: LogFile,
     metrics: MetricsFile,
     events: EventFile,
+    /// Whether it was said that lines wait for room on the disk.
+    is_waiting: bool,
     /// The moving average of the seconds a step takes.
     step_secs: Option<f64>,
 }
@@ -48,57 +53,65 @@ impl RunLog {
     /// `train.log` is appended to. Of metrics and events what lies after `last_step` is void: those steps come again.
     ///
     /// # Errors
-    /// [`Error::Io`].
-    pub fn open(run_dir: &Path, settings: LogSettings) -> Result<Self> {
-        let text_path = run_dir.join("train.log");
-        let text = OpenOptions::new().append(true).create(true).open(&text_path);
+    /// [`Error::Io`](crate::error::Error::Io).
+    pub fn open(disk: &Arc<dyn Disk>, run_dir: &Path, settings: LogSettings) -> Result<Self> {
         let metrics_path = run_dir.join("metrics.jsonl");
-        Ok(Self {
+        let mut log = Self {
             settings,
             console: Console::start(settings.total_steps),
-            text: text.map_err(Error::io("open", &text_path))?,
-            text_path,
+            text: LogFile::append_to(disk, &run_dir.join("train.log"))?,
             metrics: match settings.last_step {
-                0 => MetricsFile::create(&metrics_path)?,
-                last_step => MetricsFile::resume(&metrics_path, last_step)?,
+                0 => MetricsFile::create(disk, &metrics_path)?,
+                last_step => MetricsFile::resume(disk, &metrics_path, last_step)?,
             },
-            events: EventFile::create(&run_dir.join("tensorboard"), settings.last_step + 1)?,
+            events: EventFile::create(disk, &run_dir.join("tensorboard"), settings.last_step + 1)?,
+            is_waiting: false,
             step_secs: None,
-        })
+        };
+        let (found, step) = (log.n_lines(), settings.last_step);
+        if let Some(expected) = settings.last_lines.filter(|expected| *expected != found) {
+            log.warn(&format!(
+                "{} has {found} lines of the steps up to {step}, but had {expected} when the checkpoint was written: \
+                 some were lost, added or changed since",
+                metrics_path.display()
+            ))?;
+        }
+        Ok(log)
     }
 
     /// Tells what is about to be done, a line each.
     ///
     /// # Errors
-    /// [`Error::Io`] for `train.log`, as in every method here.
+    /// [`Error::Io`](crate::error::Error::Io), as in every method here, but for a full disk: what is told then waits.
     pub fn banner<T: AsRef<str>>(&mut self, lines: &[T]) -> Result<()> {
-        lines.iter().try_for_each(|line| self.line(line.as_ref()))
+        lines.iter().try_for_each(|line| self.line(line.as_ref()))?;
+        self.tell_of_room()
     }
 
     /// Records an update.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
     pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
         self.metrics.step(step)?;
         // A tenth of the newest step: smooth over samples of unequal length, yet quick to follow a change.
         let smooth = |old: f64| 0.9 * old + 0.1 * step.step_secs;
         let step_secs = *self.step_secs.insert(self.step_secs.map_or(step.step_secs, smooth));
         if self.settings.log_every == 0 || !step.step.is_multiple_of(self.settings.log_every) {
-            return Ok(());
+            return self.tell_of_room();
         }
         self.events.step(step)?;
         let n_left = self.settings.total_steps.saturating_sub(step.step);
         let text = step_line(step, self.settings.total_steps, n_left as f64 * step_secs);
         self.append(&text)?;
         self.console.progress(step.step, text);
-        Ok(())
+        self.tell_of_room()
     }
 
     /// Records an evaluation.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
     pub fn eval(&mut self, eval: &EvalMetrics) -> Result<()> {
         self.metrics.eval(eval)?;
         self.events.eval(eval)?;
@@ -106,32 +119,55 @@ impl RunLog {
         let time = duration(*eval_secs);
         self.line(&format!(
             "step {step}  eval loss {eval_loss:.4}  perplexity {perplexity:.3}  {samples} samples  {time}"
-        ))
+        ))?;
+        self.tell_of_room()
     }
 
     /// Tells something by the way.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
     pub fn note(&mut self, text: &str) -> Result<()> {
-        self.line(text)
+        self.line(text)?;
+        self.tell_of_room()
     }
 
     /// Tells something that may need attention.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
     pub fn warn(&mut self, text: &str) -> Result<()> {
-        self.line(&format!("warning: {text}"))
+        self.line(&format!("warning: {text}"))?;
+        self.tell_of_room()
     }
 
-    /// Brings the files to the disk, so that a checkpoint written after it never knows more than they do.
+    /// Keeps something in `train.log` that the console need not show.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
+    pub fn record(&mut self, text: &str) -> Result<()> {
+        self.append(text)?;
+        self.tell_of_room()
+    }
+
+    /// How many lines `metrics.jsonl` has.
+    pub fn n_lines(&self) -> u64 {
+        self.metrics.n_lines()
+    }
+
+    /// What brings metrics and events to the disk, to be called from any thread.
+    pub fn durable(&self) -> Durable {
+        Durable { metrics: self.metrics.file.clone(), events: self.events.file.clone() }
+    }
+
+    /// Brings metrics and events to the disk.
+    ///
+    /// # Errors
+    /// As [`Durable::sync`].
     pub fn flush(&mut self) -> Result<()> {
-        self.metrics.sync()?;
-        self.events.sync()
+        let done = self.durable().sync();
+        self.tell_of_room()?;
+        done
     }
 
     fn line(&mut self, text: &str) -> Result<()> {
@@ -141,7 +177,43 @@ impl RunLog {
     }
 
     fn append(&mut self, text: &str) -> Result<()> {
-        self.text.write_all(format!("{text}\n").as_bytes()).map_err(Error::io("write", &self.text_path))
+        self.text.append(format!("{text}\n").as_bytes())
+    }
+
+    /// Says when lines begin to wait for room on the disk, and when they wait no more.
+    fn tell_of_room(&mut self) -> Result<()> {
+        let files = [&self.text, &*self.metrics.file, &*self.events.file];
+        let waiting = files.into_iter().find(|file| file.is_waiting());
+        match (waiting, self.is_waiting) {
+            (Some(file), false) => {
+                self.is_waiting = true;
+                let path = file.path().display();
+                self.line(&format!("warning: no room on the disk for {path}: what it lacks waits until there is"))
+            }
+            (None, true) => {
+                self.is_waiting = false;
+                self.line("there is room on the disk again: train.log, metrics and events lack nothing")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The files that a checkpoint must not know more than.
+#[derive(Debug, Clone)]
+pub struct Durable {
+    metrics: Arc<LogFile>,
+    events: Arc<LogFile>,
+}
+
+impl Durable {
+    /// Brings all that was told before to the disk; after it a checkpoint may be written.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::error::Error::Io); also when lines wait because the disk is full.
+    pub fn sync(&self) -> Result<()> {
+        self.metrics.sync()?;
+        self.events.sync()
     }
 }
 

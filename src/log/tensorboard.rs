@@ -4,14 +4,15 @@
 //! masked CRC-32C, all little-endian. The messages are those of TensorFlow's `event.proto` and `summary.proto`, as far
 //! as scalars need them.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
+use super::file::LogFile;
 use super::{EvalMetrics, StepMetrics};
+use crate::disk::{self, Disk};
 use crate::error::{Error, Result};
 
 /// How every event file's name begins; TensorBoard looks for it.
@@ -23,8 +24,7 @@ const START: i32 = 1;
 /// An event file that is being written. Every record is handed to the system at once: a killed process loses none.
 #[derive(Debug)]
 pub struct EventFile {
-    file: File,
-    path: PathBuf,
+    pub(super) file: Arc<LogFile>,
 }
 
 impl EventFile {
@@ -35,12 +35,12 @@ impl EventFile {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn create(dir: &Path, first_step: u64) -> Result<Self> {
-        fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    pub fn create(disk: &Arc<dyn Disk>, dir: &Path, first_step: u64) -> Result<Self> {
+        disk.create_folder(dir).map_err(Error::io("create", dir))?;
+        disk::sync_parent(&**disk, dir)?;
         // TensorBoard reads a folder's files in the order of their names, whatever the clock said when they were made.
         let path = dir.join(format!("{PREFIX}{:010}.bellora", next_stamp(dir)?));
-        let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(Error::io("create", &path))?;
-        let mut events = Self { file, path };
+        let mut events = Self { file: Arc::new(LogFile::create(disk, &path)?) };
         events.record(0, What::FileVersion("brain.Event:2".to_owned()))?;
         events.record(first_step, What::SessionLog(SessionLog { status: START }))?;
         Ok(events)
@@ -68,14 +68,6 @@ impl EventFile {
         self.scalars(eval.step, &[("eval/loss", Some(eval.eval_loss))])
     }
 
-    /// Brings all records to the disk.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(Error::io("sync", &self.path))
-    }
-
     fn scalars(&mut self, step: u64, values: &[(&str, Option<f64>)]) -> Result<()> {
         let values = values.iter().filter_map(|(tag, value)| {
             let scalar = Scalar::SimpleValue((*value)? as f32);
@@ -89,7 +81,7 @@ impl EventFile {
         let event = Event { wall_time, step: step as i64, what: Some(what) }.encode_to_vec();
         let length = (event.len() as u64).to_le_bytes();
         let record = [&length[..], &masked_crc(&length), &event, &masked_crc(&event)].concat();
-        self.file.write_all(&record).map_err(Error::io("write", &self.path))
+        self.file.append(&record)
     }
 }
 
@@ -97,9 +89,8 @@ impl EventFile {
 fn next_stamp(dir: &Path) -> Result<u64> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let mut stamp = now;
-    for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
-        let name = entry.map_err(Error::io("read", dir))?.file_name();
-        let older = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('.').next()?.parse::<u64>().ok());
+    for name in disk::names(dir)? {
+        let older = name.strip_prefix(PREFIX).and_then(|rest| rest.split('.').next()?.parse::<u64>().ok());
         stamp = stamp.max(older.map_or(0, |older| older + 1));
     }
     Ok(stamp)

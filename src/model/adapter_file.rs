@@ -1,5 +1,6 @@
 //! Adapters on disk as PEFT reads and writes them: `adapter_model.safetensors` and `adapter_config.json`.
 
+use std::io::Write;
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -182,8 +183,8 @@ impl AdapterConfig {
         })
     }
 
-    /// Writes `adapter_config.json`.
-    pub fn save(&self, dir: &Path) -> Result<()> {
+    /// The text of `adapter_config.json`.
+    pub fn to_json(&self) -> String {
         let names: Vec<&str> = self.lora.target_modules.iter().map(|p| p.name()).collect();
         let saved: Vec<&str> = self.lora.modules_to_save.iter().map(|t| t.name()).collect();
         let config = json!({
@@ -205,9 +206,7 @@ impl AdapterConfig {
             "use_dora": false,
             "use_rslora": self.lora.use_rslora,
         });
-        let path = dir.join(CONFIG_FILE);
-        let text = serde_json::to_string_pretty(&config).expect("a JSON value always serialises") + "\n";
-        std::fs::write(&path, text).map_err(Error::io("write", &path))
+        serde_json::to_string_pretty(&config).expect("a JSON value always serialises") + "\n"
     }
 }
 
@@ -272,15 +271,15 @@ pub fn load_into(files: &TensorFiles, params: &mut ParamBuffer) -> Result<()> {
     params.refresh_compute()
 }
 
-/// Writes named tensors as a safetensors file in fp32; trained tables in `table_dtype`.
-pub fn save_tensors(path: &Path, named: &[(String, Tensor)], table_dtype: Dtype) -> Result<()> {
+/// Writes named tensors as a safetensors file in fp32; trained tables in `table_dtype`. `path` is its name in messages.
+pub fn write_tensors(out: impl Write, path: &Path, named: &[(String, Tensor)], table_dtype: Dtype) -> Result<()> {
     let is_table = |name: &str| Table::ALL.iter().any(|t| name.ends_with(t.base_key()));
     let planned = named.iter().map(|(name, tensor)| Planned {
         name: name.clone(),
         dtype: if is_table(name) { table_dtype } else { Dtype::F32 },
         shape: tensor.size(),
     });
-    let mut file = TensorFileWriter::create(path, planned.collect())?;
+    let mut file = TensorFileWriter::new(out, path, planned.collect())?;
     for (name, tensor) in named {
         file.write(name, tensor)?;
     }

@@ -204,6 +204,11 @@ impl ParamBuffer {
     }
 }
 
+/// Names and copies on the CPU of any flat buffer of a layout: it may change while they are written.
+pub fn named_copies(layout: &Layout, flat: &Tensor) -> Result<Vec<(String, Tensor)>> {
+    named_views(layout, &flat.f_to_device_(Device::Cpu, Kind::Float, false, true)?)
+}
+
 /// Names and views of any flat buffer of a layout.
 pub fn named_views(layout: &Layout, flat: &Tensor) -> Result<Vec<(String, Tensor)>> {
     (0..layout.entries().len()).map(|i| Ok((layout.entries()[i].name.clone(), layout.view(flat, i)?))).collect()

@@ -1,7 +1,6 @@
 //! Writing safetensors files one tensor at a time, so that no more than one tensor need be in memory.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -30,15 +29,15 @@ impl Planned {
 }
 
 /// A safetensors file being written: its header first, then each tensor in the planned order.
-pub struct TensorFileWriter {
+pub struct TensorFileWriter<W> {
     path: PathBuf,
-    file: BufWriter<File>,
+    out: W,
     planned: std::vec::IntoIter<Planned>,
 }
 
-impl TensorFileWriter {
-    /// Writes the header of a file that will hold the planned tensors.
-    pub fn create(path: &Path, planned: Vec<Planned>) -> Result<Self> {
+impl<W: Write> TensorFileWriter<W> {
+    /// Writes the header of a file that will hold the planned tensors; `path` is its name in messages.
+    pub fn new(out: W, path: &Path, planned: Vec<Planned>) -> Result<Self> {
         let mut header = Map::new();
         header.insert("__metadata__".into(), json!({ "format": "pt" }));
         let mut end = 0;
@@ -54,8 +53,7 @@ impl TensorFileWriter {
         while !text.len().is_multiple_of(8) {
             text.push(' ');
         }
-        let file = File::create(path).map_err(Error::io("create", path))?;
-        let mut writer = Self { path: path.to_path_buf(), file: BufWriter::new(file), planned: planned.into_iter() };
+        let mut writer = Self { path: path.to_path_buf(), out, planned: planned.into_iter() };
         writer.put(&(text.len() as u64).to_le_bytes())?;
         writer.put(text.as_bytes())?;
         Ok(writer)
@@ -93,11 +91,11 @@ impl TensorFileWriter {
         if let Some(missing) = self.planned.next() {
             return Err(Error::failed(self.path.display().to_string(), format!("{} was not written", missing.name)));
         }
-        self.file.flush().map_err(Error::io("write", &self.path))
+        self.out.flush().map_err(Error::io("write", &self.path))
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(Error::io("write", &self.path))
+        self.out.write_all(bytes).map_err(Error::io("write", &self.path))
     }
 }
 

@@ -13,8 +13,9 @@ use crate::error::{Error, Fault, Result};
 use crate::model::config::LlamaConfig;
 use crate::model::lora::{Projection, Table};
 
-/// Bytes at either end of a tensor that its fingerprint reads.
-const SAMPLED_BYTES: usize = 4096;
+/// Pages of a tensor by which it is told from another, and their size.
+const SAMPLED_PAGES: usize = 16;
+const PAGE_BYTES: usize = 4096;
 
 /// One tensor's place in the files of a model.
 #[derive(Debug, Clone)]
@@ -231,15 +232,23 @@ impl TensorFiles {
         faults
     }
 
-    /// Whether there is a head that is not the embedding table, as far as the ends of both tell.
+    /// Whether there is a head that is not the embedding table, as far as the pages of both that are sampled tell.
     fn stores_another_head(&self) -> bool {
-        let ends = |table: Table| {
+        let sampled = |table: Table| {
             let t = self.tensors.get(table.base_key())?;
-            let bytes = &self.files[t.file].1[t.start..t.end];
-            let sampled = bytes.len().min(SAMPLED_BYTES);
-            Some((t.dtype, &t.shape, &bytes[..sampled], &bytes[bytes.len() - sampled..]))
+            Some((t.dtype, &t.shape, self.sampled_pages(t).collect::<Vec<_>>()))
         };
-        ends(Table::Head).is_some_and(|head| ends(Table::Embed) != Some(head))
+        sampled(Table::Head).is_some_and(|head| sampled(Table::Embed) != Some(head))
+    }
+
+    /// Pages of a tensor, spread evenly from its first to its last.
+    fn sampled_pages(&self, t: &Located) -> impl Iterator<Item = &[u8]> {
+        let bytes = &self.files[t.file].1[t.start..t.end];
+        let last_page = bytes.len().saturating_sub(PAGE_BYTES);
+        (0..SAMPLED_PAGES).map(move |page| {
+            let start = last_page * page / (SAMPLED_PAGES - 1);
+            &bytes[start..bytes.len().min(start + PAGE_BYTES)]
+        })
     }
 
     /// Holds the files against the tensors they must have; one fault for each way to fall short.
@@ -279,15 +288,12 @@ impl TensorFiles {
         faults
     }
 
-    /// A checksum that tells one model from another: names, dtypes, shapes, and the first and last bytes of each tensor.
+    /// A checksum that tells one model from another: names, dtypes, shapes, and sampled pages of each tensor.
     pub fn fingerprint(&self) -> String {
         let mut hasher = xxhash_rust::xxh3::Xxh3::new();
         for (name, t) in &self.tensors {
             hasher.update(format!("{name} {:?} {:?}", t.dtype, t.shape).as_bytes());
-            let bytes = &self.files[t.file].1[t.start..t.end];
-            let sampled = bytes.len().min(SAMPLED_BYTES);
-            hasher.update(&bytes[..sampled]);
-            hasher.update(&bytes[bytes.len() - sampled..]);
+            self.sampled_pages(t).for_each(|page| hasher.update(page));
         }
         format!("{:032x}", hasher.digest128())
     }

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::params::{Gradients, Layout, ParamBuffer, named_views};
+use crate::model::params::{Gradients, Layout, ParamBuffer, named_copies, named_views};
 use crate::optim::control::Decision;
 use crate::torch::{self, AdamWStep};
 
@@ -35,10 +35,22 @@ impl AdamW {
 
     /// Both moments of every parameter by name, `exp_avg.KEY` and `exp_avg_sq.KEY`: views of the state itself.
     pub fn named_moments(&self, layout: &Layout) -> Result<Vec<(String, Tensor)>> {
+        self.named(layout, named_views)
+    }
+
+    /// Copies of both moments on the CPU, by the same names.
+    pub fn copied_moments(&self, layout: &Layout) -> Result<Vec<(String, Tensor)>> {
+        self.named(layout, named_copies)
+    }
+
+    fn named(
+        &self,
+        layout: &Layout,
+        tensors: impl Fn(&Layout, &Tensor) -> Result<Vec<(String, Tensor)>>,
+    ) -> Result<Vec<(String, Tensor)>> {
         let mut named = Vec::new();
         for (moment, flat) in [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)] {
-            let views = named_views(layout, flat)?;
-            named.extend(views.into_iter().map(|(name, view)| (format!("{moment}.{name}"), view)));
+            named.extend(tensors(layout, flat)?.into_iter().map(|(name, tensor)| (format!("{moment}.{name}"), tensor)));
         }
         Ok(named)
     }

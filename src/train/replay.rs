@@ -4,18 +4,16 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use tch::Kind;
 
-use crate::checkpoint::load;
-use crate::checkpoint::manifest::{checkpoints, verify};
-use crate::checkpoint::state::RunState;
-use crate::config::Config;
+use crate::checkpoint::manifest::{Newest, checkpoints, newest_good_before};
+use crate::checkpoint::state::{ComputedOn, Record};
+use crate::config::{Config, Meaning};
 use crate::error::{Error, Result};
 use crate::log::StepMetrics;
-use crate::optim::adamw::{AdamW, AdamWConfig};
-use crate::optim::scaler::LossScale;
+use crate::train::begin::same_identity;
 use crate::train::non_finite::{SampleLoss, json_line};
-use crate::train::run::{CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, holds_run, same_identity};
+use crate::train::run::{computed_on, trainer_at};
+use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, expect_run};
 use crate::train::setup::Job;
 use crate::train::step::Trainer;
 
@@ -30,6 +28,8 @@ pub struct Replay {
     pub from: Option<PathBuf>,
     /// Newer checkpoints that are damaged and were passed over.
     pub damaged: Vec<(PathBuf, Error)>,
+    /// What decides how sums are rounded here, and what did when the run had the step; `None`: no checkpoint says so.
+    pub computed_on: (ComputedOn, Option<ComputedOn>),
     run_dir: PathBuf,
     /// The step to replay, counted from 1.
     step: u64,
@@ -58,18 +58,15 @@ pub enum Recorded {
 
 impl Replay {
     /// Opens a run before a step, counted from 1: at its newest whole checkpoint from before that step, or at its start.
+    /// `sets` override keys of its config.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a folder that holds no run, a step that the run does not have, and a base or samples that are
     /// no longer those of the run.
-    pub fn open(run_dir: &Path, step: u64) -> Result<Self> {
-        if !holds_run(run_dir) {
-            let what = format!("holds no run: there is no {CONFIG_FILE}");
-            return Err(
-                Error::invalid(run_dir.display().to_string(), what).hint("name the folder that train.output named")
-            );
-        }
-        let config = Config::load(&run_dir.join(CONFIG_FILE), &[])?;
+    pub fn open(run_dir: &Path, step: u64, sets: &[String]) -> Result<Self> {
+        expect_run(run_dir)?;
+        let after = record_after(run_dir, step)?;
+        let config = config_of_step(run_dir, after.as_ref(), sets)?;
         // Tokens that the run has cached are read, and none are written where it did not.
         let cache = config.data.cache_dir.clone();
         let job = Job::inspect(config, Some(&*cache).filter(|cache| cache.is_dir()))?;
@@ -77,12 +74,14 @@ impl Replay {
             let what = format!("the run has no step {step}");
             return Err(Error::invalid("--step", what).hint(format!("name one from 1 to {}", job.total_steps)));
         }
-        let (mut trainer, from, damaged) = newest_before(&job, run_dir, step)?;
+        let Opened { mut trainer, from, before, damaged } = newest_before(&job, run_dir, step)?;
         // What an update is depends on its samples and the state before it, not on when its outcome is asked for.
         trainer.steps_ahead = 0;
         // The update is looked at, whatever the run made of it.
         trainer.settings.max_non_finite = u64::MAX;
-        Ok(Self { trainer, from, damaged, run_dir: run_dir.to_path_buf(), step })
+        let there = after.or(before).map(|record| record.computed_on);
+        let computed_on = (computed_on(&job), there);
+        Ok(Self { trainer, from, damaged, computed_on, run_dir: run_dir.to_path_buf(), step })
     }
 
     /// Does the steps before the one to replay again, and calls `done` with the metrics of each.
@@ -116,54 +115,58 @@ impl Replay {
     }
 }
 
-/// The run at its newest whole checkpoint from before a step, or at its start; with newer ones that are damaged.
-fn newest_before(job: &Job, run_dir: &Path, step: u64) -> Result<(Trainer, Option<PathBuf>, Vec<(PathBuf, Error)>)> {
+/// What the first checkpoint says that is not from before a step.
+fn record_after(run_dir: &Path, step: u64) -> Result<Option<Record>> {
+    let mut after = checkpoints(&run_dir.join(CHECKPOINTS_DIR))?.into_iter().filter(|(at, _)| *at >= step);
+    Ok(after.find_map(|(_, dir)| Record::read(&dir).ok()))
+}
+
+/// The config by which the run had a step: the first checkpoint after it knows. A run may have been resumed since with
+/// another length, and so another learning rate, or with other micro-batches.
+fn config_of_step(run_dir: &Path, after: Option<&Record>, sets: &[String]) -> Result<Config> {
+    let path = run_dir.join(CONFIG_FILE);
+    let mut all = Vec::new();
+    if let Some(record) = after {
+        let changes = Config::load(&path, sets)?.differences(&record.config).into_iter().filter(|change| {
+            // The device is what there is.
+            let is_restored = matches!(change.meaning, Meaning::Length | Meaning::Rounding);
+            is_restored && change.theirs != "not set" && change.key != "model.device"
+        });
+        all.extend(changes.map(|change| format!("{}={}", change.key, change.theirs)));
+    }
+    all.extend_from_slice(sets);
+    Config::load(&path, &all)
+}
+
+/// A run at some step.
+struct Opened {
+    trainer: Trainer,
+    from: Option<PathBuf>,
+    before: Option<Record>,
+    damaged: Vec<(PathBuf, Error)>,
+}
+
+/// The run at its newest whole checkpoint from before a step, or at its start.
+fn newest_before(job: &Job, run_dir: &Path, step: u64) -> Result<Opened> {
     loop {
-        let mut damaged = Vec::new();
-        let mut opened = None;
-        for (at, dir) in checkpoints(&run_dir.join(CHECKPOINTS_DIR))?.into_iter().rev() {
-            if at >= step {
-                continue;
-            }
-            match verify(&dir) {
-                Ok(_) => {
-                    opened = Some((open_at(job, Some(&dir), run_dir), dir));
-                    break;
-                }
-                Err(error) => damaged.push((dir, error)),
-            }
-        }
+        let Newest { good, damaged } = newest_good_before(&run_dir.join(CHECKPOINTS_DIR), step)?;
+        let from = good.map(|(_, dir)| dir);
+        let opened = open_at(job, run_dir, from.as_deref());
         // A run that goes on may have deleted one meanwhile: then there is a newer one.
-        let looked_at = damaged.iter().map(|(dir, _)| dir).chain(opened.iter().map(|(_, dir)| dir));
-        if looked_at.into_iter().any(|dir| !dir.is_dir()) {
-            continue;
+        let looked_at = damaged.iter().map(|(dir, _)| dir).chain(&from);
+        if looked_at.into_iter().all(|dir| dir.is_dir()) {
+            let (trainer, before) = opened?;
+            return Ok(Opened { trainer, from, before, damaged });
         }
-        return match opened {
-            Some((trainer, dir)) => Ok((trainer?, Some(dir), damaged)),
-            None => Ok((open_at(job, None, run_dir)?, None, damaged)),
-        };
     }
 }
 
-/// The run as a checkpoint has it, or as it was before its first step.
-fn open_at(job: &Job, checkpoint: Option<&Path>, run_dir: &Path) -> Result<Trainer> {
-    let settings = &job.model.config.train;
-    let mut params = job.model.initial_params()?;
-    let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };
-    let optimizer = AdamW::new(adamw, &params)?;
-    let scale = match job.model.kind() {
-        Kind::Half => LossScale::dynamic(),
-        _ => LossScale::none(),
-    };
-    let mut state = RunState::start(scale, job.identity());
-    if let Some(dir) = checkpoint {
-        let moments = optimizer.named_moments(params.layout())?;
-        let loaded = load::load(dir, &mut params, &moments)?;
-        same_identity(&loaded, &state, run_dir)?;
-        state = loaded;
+fn open_at(job: &Job, run_dir: &Path, checkpoint: Option<&Path>) -> Result<(Trainer, Option<Record>)> {
+    let record = checkpoint.map(Record::read).transpose()?;
+    if let Some(record) = &record {
+        same_identity(job, record, &[], run_dir)?;
     }
-    let model = job.model.load(&params)?;
-    Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state)
+    Ok((trainer_at(job, checkpoint)?, record))
 }
 
 /// The line of a step without what a clock says.

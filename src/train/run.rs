@@ -1,35 +1,35 @@
-//! The life of a run: its directory, its steps, its checkpoints, its end.
+//! The life of a run: its steps, its checkpoints, its end.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Instant;
 
 use safetensors::Dtype;
 use tch::{Device, Kind};
 
-use crate::checkpoint::manifest::{MANIFEST_FILE, Newest, newest_good, replace_whole, sweep_incomplete, verify};
-use crate::checkpoint::save::{self, Adapter};
-use crate::checkpoint::state::RunState;
-use crate::checkpoint::{load, retention};
+use crate::checkpoint::folder::{remove_whole, replace_whole, sweep_incomplete};
+use crate::checkpoint::load;
+use crate::checkpoint::retention::Keep;
+use crate::checkpoint::save::{Adapter, Snapshot};
+use crate::checkpoint::saver::{self, Saver};
+use crate::checkpoint::state::{ComputedOn, Evaluated, Extent, Record, RunState};
 use crate::config::{self, Auto, Config};
-use crate::data::TemplateFile;
-use crate::error::{Error, Fault, Result};
+use crate::device::{Cuda, cuda};
+use crate::disk::{Disk, put_file, sync_parent};
+use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::log::{EvalMetrics, LogSettings, RunLog, StepMetrics};
-use crate::model::adapter_file;
+use crate::model::params::named_copies;
 use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
 use crate::train::banner;
+use crate::train::begin::{Host, Start, adapter_of_step};
+use crate::train::lock::RunLock;
+use crate::train::non_finite::NonFinite;
+use crate::train::requests::Requests;
+use crate::train::run_dir::{ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, refuse_taken_output};
 use crate::train::setup::Job;
 use crate::train::step::Trainer;
-
-/// The run's own resolved config.
-pub const CONFIG_FILE: &str = "config.toml";
-/// The folder of the final adapter.
-pub const ADAPTER_DIR: &str = "adapter";
-/// The folder of the checkpoints.
-pub const CHECKPOINTS_DIR: &str = "checkpoints";
-/// The numbers of every step.
-const METRICS_FILE: &str = "metrics.jsonl";
 
 /// How a call that should train ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,215 +40,145 @@ pub enum Outcome {
     AlreadyFinished,
 }
 
-/// Starts a run in its output folder; with `resume` goes on with the run that is there, if any.
-///
-/// `stop` holds the number of a signal that asked to stop, or 0; the present step is finished and saved first.
+/// A job's trainer as it stood at a checkpoint, or at the start of the run.
 ///
 /// # Errors
-/// [`Error::Invalid`] before any file is created; [`Error::Interrupted`] after a signal.
-pub fn train(config: Config, resume: bool, stop: &AtomicUsize) -> Result<Outcome> {
-    let run_dir = config.train.output.clone();
-    if !holds_run(&run_dir) {
-        refuse_taken_output(&config)?;
-        return Run::open(config, &run_dir, Start::Fresh, stop)?.run_to_end(stop);
-    }
-    if !resume {
-        refuse_taken_output(&config)?;
-    }
-    let theirs = Config::load(&run_dir.join(CONFIG_FILE), &[])?;
-    let differences: Vec<Fault> = config
-        .differences(&theirs)
-        .into_iter()
-        .map(|d| Fault::new(d.key, format!("is {} here, but the run was started with {}", d.ours, d.theirs)))
-        .collect();
-    if !differences.is_empty() {
-        return Err(Error::Invalid(differences)
-            .hint(format!("these define the run: set them back, or start another run than {}", run_dir.display())));
-    }
-    go_on(keep_settled(config, &theirs), &run_dir, stop)
-}
-
-/// Goes on with the run of a directory, from its newest good checkpoint.
-///
-/// # Errors
-/// As [`train`].
-pub fn resume(run_dir: &Path, stop: &AtomicUsize) -> Result<Outcome> {
-    if !holds_run(run_dir) {
-        let what = format!("holds no run: there is no {CONFIG_FILE}");
-        return Err(Error::invalid(run_dir.display().to_string(), what)
-            .hint("name the folder that train.output named, or start one by `bellora train CONFIG`"));
-    }
-    let mut config = Config::load(&run_dir.join(CONFIG_FILE), &[])?;
-    // The folder may have been moved since.
-    config.train.output = run_dir.to_path_buf();
-    go_on(config, run_dir, stop)
-}
-
-/// Refuses an output folder that holds a run already, or what a run would write over.
-pub fn refuse_taken_output(config: &Config) -> Result<()> {
-    let dir = &config.train.output;
-    if holds_run(dir) {
-        let what = format!("{} holds a run already", dir.display());
-        return Err(Error::invalid("train.output", what).hint(format!(
-            "go on with it by `bellora resume {}` or `--resume`, or choose another folder: --set train.output=OTHER",
-            dir.display()
-        )));
-    }
-    for name in [ADAPTER_DIR, CHECKPOINTS_DIR, METRICS_FILE] {
-        // A run that was killed before it wrote its config leaves empty metrics.
-        if std::fs::symlink_metadata(dir.join(name)).is_ok_and(|found| !found.is_file() || found.len() > 0) {
-            let what = format!("{} holds {name}, but no {CONFIG_FILE} of a run", dir.display());
-            return Err(Error::invalid("train.output", what)
-                .hint(format!("choose another folder: --set train.output=OTHER; or move {name} away")));
+/// A checkpoint or a base that cannot be read.
+pub fn trainer_at(job: &Job, checkpoint: Option<&Path>) -> Result<Trainer> {
+    let settings = &job.model.config.train;
+    let mut params = job.model.initial_params()?;
+    let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };
+    let optimizer = AdamW::new(adamw, &params)?;
+    let state = match checkpoint {
+        Some(dir) => {
+            let moments = optimizer.named_moments(params.layout())?;
+            load::load(dir, &mut params, &moments)?.state
         }
-    }
-    Ok(())
-}
-
-/// Whether a folder holds a run.
-pub fn holds_run(dir: &Path) -> bool {
-    dir.join(CONFIG_FILE).is_file()
-}
-
-/// The folder of a run's final adapter, if it is there.
-pub fn finished_adapter(run_dir: &Path) -> Option<PathBuf> {
-    Some(run_dir.join(ADAPTER_DIR)).filter(|dir| dir.is_dir())
-}
-
-/// Keeps what the run settled for `auto`, unless the user now says otherwise.
-fn keep_settled(mut config: Config, theirs: &Config) -> Config {
-    fn keep<T: Copy + PartialEq>(ours: &mut Auto<T>, theirs: Auto<T>) {
-        if *ours == Auto::Auto {
-            *ours = theirs;
+        None => {
+            let scale = match job.model.kind() {
+                Kind::Half => LossScale::dynamic(),
+                _ => LossScale::none(),
+            };
+            RunState::start(scale, job.identity())
         }
-    }
-    keep(&mut config.model.dtype, theirs.model.dtype);
-    keep(&mut config.model.device, theirs.model.device);
-    keep(&mut config.train.micro_batch_tokens, theirs.train.micro_batch_tokens);
-    keep(&mut config.train.recompute, theirs.train.recompute);
-    config
-}
-
-fn go_on(config: Config, run_dir: &Path, stop: &AtomicUsize) -> Result<Outcome> {
-    if let Some(adapter) = finished_adapter(run_dir) {
-        verify_adapter(&adapter)?;
-        return Ok(Outcome::AlreadyFinished);
-    }
-    let found = newest_good(&run_dir.join(CHECKPOINTS_DIR))?;
-    if found.good.is_none() && !found.damaged.is_empty() {
-        return Err(none_is_whole(&found, run_dir));
-    }
-    Run::open(config, run_dir, Start::From(found), stop)?.run_to_end(stop)
-}
-
-/// Holds an adapter that a run wrote against its manifest. Files beside it that nobody reads (a README) do not count.
-///
-/// # Errors
-/// As [`verify`].
-pub fn verify_adapter(dir: &Path) -> Result<()> {
-    let is_read = |fault: &Fault| {
-        let name = Path::new(&fault.place).file_name().unwrap_or_default().to_string_lossy();
-        let known = [adapter_file::WEIGHTS_FILE, adapter_file::CONFIG_FILE, TemplateFile::NAME, MANIFEST_FILE];
-        known.contains(&&*name) || name.contains("token")
     };
-    match verify(dir) {
-        Err(Error::Invalid(mut faults)) => {
-            faults.retain(is_read);
-            if faults.is_empty() {
-                return Ok(());
-            }
-            let manifest = dir.join(MANIFEST_FILE);
-            Err(Error::Invalid(faults).hint_where_none(&format!(
-                "copy the folder again from where it was whole; if it was changed on purpose, remove {}",
-                manifest.display()
-            )))
-        }
-        other => other.map(drop),
-    }
+    let model = job.model.load(&params)?;
+    Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state)
 }
 
-/// Checkpoints that are all damaged: to start over would throw the run's metrics away, so that is left to the user.
-fn none_is_whole(found: &Newest, run_dir: &Path) -> Error {
-    let mut faults = Vec::new();
-    for (path, error) in &found.damaged {
-        match error.faults() {
-            [] => faults.push(Fault::new(path.display().to_string(), error.to_string())),
-            known => faults.extend_from_slice(known),
-        }
-    }
-    let dir = run_dir.join(CHECKPOINTS_DIR).display().to_string();
-    faults.push(
-        Fault::new(&dir, "holds no checkpoint that is whole")
-            .hint(format!("mend one from a copy, or start over: move {dir} away, or name another train.output")),
-    );
-    Error::Invalid(faults)
+/// What decides how a job's sums are rounded on this machine.
+pub fn computed_on(job: &Job) -> ComputedOn {
+    let device = match (job.model.device(), cuda()) {
+        (Device::Cuda(_), Cuda::Usable(gpu)) => gpu.name.clone(),
+        _ => "cpu".to_owned(),
+    };
+    ComputedOn { device, threads: tch::get_num_threads() }
 }
 
-/// Where a run begins.
-enum Start {
-    /// In a folder that holds none.
-    Fresh,
-    /// Where its checkpoints say.
-    From(Newest),
-}
-
-struct Run {
+/// A run that goes on.
+pub(super) struct Run<'a> {
     dir: PathBuf,
+    disk: Arc<dyn Disk>,
+    requests: &'a Requests,
     job: Job,
     trainer: Trainer,
     log: RunLog,
-    /// The step of the newest checkpoint.
+    saver: Saver,
+    /// The step of the newest checkpoint that is whole.
     saved_step: u64,
+    /// The step of the newest checkpoint that was begun.
+    begun_step: u64,
+    evaluated: Option<Evaluated>,
+    /// Whether the present step is to be evaluated still.
+    evaluation_is_due: bool,
+    _lock: RunLock,
 }
 
-impl Run {
-    /// Checks the job, loads the model and opens the folder's logs.
-    fn open(config: Config, dir: &Path, start: Start, stop: &AtomicUsize) -> Result<Self> {
-        let cache = config.data.cache_dir.clone();
-        let job = Job::inspect(config, Some(&cache))?;
-        not_stopped(stop)?;
-        let settings = &job.model.config.train;
-        let mut params = job.model.initial_params()?;
-        let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };
-        let optimizer = AdamW::new(adamw, &params)?;
-        let scale = match job.model.kind() {
-            Kind::Half => LossScale::dynamic(),
-            _ => LossScale::none(),
-        };
-        let mut state = RunState::start(scale, job.identity());
-        let mut damaged = Vec::new();
-        if let Start::From(found) = start {
-            damaged = found.damaged;
-            if let Some((_, checkpoint)) = found.good {
-                let moments = optimizer.named_moments(params.layout())?;
-                let loaded = load::load(&checkpoint, &mut params, &moments)?;
-                same_identity(&loaded, &state, dir)?;
-                state = loaded;
-            }
-        }
-        let model = job.model.load(&params)?;
-        not_stopped(stop)?;
+impl<'a> Run<'a> {
+    /// Loads the model and opens the folder's logs.
+    pub(super) fn open(start: Start, host: &'a Host) -> Result<Self> {
+        let Start { job, dir, lock, from, notes, damaged } = start;
+        let disk = Arc::clone(&host.disk);
+        let (checkpoint, record) = from.unzip();
+        let trainer = trainer_at(&job, checkpoint.as_deref())?;
+        // What comes before has changed nothing that could be lost.
+        host.requests.wait_for_the_step();
 
-        std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-        sweep_incomplete(dir)?;
-        sweep_incomplete(&dir.join(CHECKPOINTS_DIR))?;
-        let log_settings =
-            LogSettings { last_step: state.step, total_steps: job.total_steps, log_every: settings.log_every };
-        let mut log = RunLog::open(dir, log_settings)?;
-        write_config(&job.model.config, dir)?;
+        let is_new = lock.is_none();
+        let mut lock = match lock {
+            Some(lock) => lock,
+            None => {
+                disk.create_folder(&dir).map_err(Error::io("create", &dir))?;
+                let lock = RunLock::take(&dir)?;
+                // Another process may have been faster.
+                refuse_taken_output(&job.model.config)?;
+                lock
+            }
+        };
+        let stale = lock.stale.take();
+        lock.sign();
+        let checkpoints = dir.join(CHECKPOINTS_DIR);
+        sweep_incomplete(&*disk, &dir)?;
+        sweep_incomplete(&*disk, &checkpoints)?;
+        let settings = &job.model.config.train;
+        let log_settings = LogSettings {
+            last_step: trainer.state.step,
+            last_lines: record.as_ref().map(|record| record.metrics_lines),
+            total_steps: job.total_steps,
+            log_every: settings.log_every,
+        };
+        if let Some(adapter) = finished_adapter(&dir) {
+            // Its run goes on: it is no longer the final one.
+            let aside = adapter_of_step(&dir, trainer.state.step);
+            if aside.exists() {
+                remove_whole(&*disk, &aside)?;
+            }
+            disk.rename(&adapter, &aside).map_err(Error::io("rename", &adapter))?;
+            sync_parent(&*disk, &aside)?;
+        }
+        write_config(&*disk, &job.model.config, &dir)?;
+        if is_new {
+            sync_parent(&*disk, &dir)?;
+        }
+        let mut log = RunLog::open(&disk, &dir, log_settings)?;
         log.banner(&banner::lines(&job)?)?;
         for warning in warnings(&job) {
             log.warn(&warning)?;
         }
+        if let Some(stale) = stale {
+            log.note(&format!(
+                "{stale} had this run before and ended without a word: it was killed, or the machine was"
+            ))?;
+        }
+        if let Some(why) = &lock.missing {
+            log.warn(&format!("{} cannot be locked ({why}): see that no other process uses it", dir.display()))?;
+        }
         for (path, error) in &damaged {
             log.warn(&format!("{} is damaged and was passed over: {error}", path.display()))?;
         }
-        if state.step > 0 {
-            log.note(&format!("goes on from step {} of {}", state.step, job.total_steps))?;
+        for note in &notes {
+            log.note(note)?;
         }
-        let saved_step = state.step;
-        let trainer = Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state)?;
-        let mut run = Self { dir: dir.to_path_buf(), job, trainer, log, saved_step };
+        let step = trainer.state.step;
+        if step > 0 {
+            log.note(&format!("goes on from step {step} of {}", job.total_steps))?;
+        }
+        let keep =
+            Keep { newest: settings.keep_checkpoints, best: settings.keep_best, steps: settings.keep_steps.clone() };
+        let mut run = Self {
+            saver: Saver::new(Arc::clone(&disk), checkpoints, keep),
+            dir,
+            disk,
+            requests: &host.requests,
+            job,
+            trainer,
+            log,
+            saved_step: step,
+            begun_step: step,
+            evaluated: record.as_ref().and_then(|record| record.evaluated),
+            evaluation_is_due: record.is_some_and(|record| record.evaluation_is_due),
+            _lock: lock,
+        };
         if run.job.model.micro_batch_is_solved {
             run.try_largest_micro_batch()?;
         }
@@ -263,40 +193,72 @@ impl Run {
         self.take_note()
     }
 
-    fn run_to_end(mut self, stop: &AtomicUsize) -> Result<Outcome> {
-        let total = self.job.total_steps;
-        let settings = self.job.model.config.train.clone();
-        while self.trainer.state.step < total {
-            let signal = stop.load(Ordering::SeqCst);
-            if signal != 0 {
+    pub(super) fn run_to_end(mut self) -> Result<Outcome> {
+        if self.evaluation_is_due {
+            self.after_step()?;
+        }
+        while self.trainer.state.step < self.job.total_steps {
+            if let Some(signal) = self.requests.stop_signal() {
                 return Err(self.interrupted(signal)?);
             }
-            let metrics = self.trainer.step()?;
-            self.log_step(metrics)?;
+            if self.requests.take_save() {
+                self.save_as_asked()?;
+            }
+            let stepped = self.trainer.step();
+            self.log_step(stepped)?;
             self.take_note()?;
-            let step = self.trainer.state.step;
-            let due = |every: u64| every > 0 && (step == total || step.is_multiple_of(every));
-            // In this order: what comes after the last checkpoint is lost to a run that is killed there, but for the
-            // adapter.
-            if due(settings.eval_every) {
-                self.evaluate()?;
-            }
-            if due(settings.checkpoint_every) {
-                self.save()?;
-            }
+            let outcome = self.saver.poll();
+            self.was_saved(outcome)?;
+            self.after_step()?;
         }
+        self.wait_for_the_saver()?;
         self.write_adapter()?;
         self.log.flush()?;
         Ok(Outcome::Trained)
     }
 
-    fn log_step(&mut self, metrics: Option<StepMetrics>) -> Result<()> {
-        let Some(metrics) = metrics else { return Ok(()) };
-        self.log.step(&metrics)?;
-        if metrics.skipped {
-            self.log.note(&format!("step {} was skipped", metrics.step))?;
+    /// Evaluates and saves where the present step asks for it.
+    ///
+    /// In this order: what comes after the last checkpoint is lost to a run that is killed there, but for the adapter.
+    fn after_step(&mut self) -> Result<()> {
+        let settings = &self.job.model.config.train;
+        let step = self.trainer.state.step;
+        let due = |every: u64| every > 0 && (step == self.job.total_steps || step.is_multiple_of(every));
+        let saves = due(settings.checkpoint_every) || settings.keep_steps.contains(&step);
+        if due(settings.eval_every) || self.evaluation_is_due {
+            self.evaluation_is_due = true;
+            match self.evaluate() {
+                Err(Error::Interrupted { signal, .. }) => return Err(self.interrupted(signal as usize)?),
+                outcome => outcome?,
+            }
+            self.evaluation_is_due = false;
         }
-        Ok(())
+        if saves { self.save() } else { Ok(()) }
+    }
+
+    /// Logs what has become known of a step, good or bad.
+    fn log_step(&mut self, stepped: Result<Option<StepMetrics>>) -> Result<()> {
+        let non_finite = self.trainer.take_non_finite();
+        if let Some(found) = &non_finite {
+            self.keep_samples(found)?;
+        }
+        let Some(metrics) = stepped? else { return Ok(()) };
+        self.log.step(&metrics)?;
+        match non_finite {
+            Some(found) => self.log.warn(&found.warning()),
+            None if metrics.skipped => self.log.note(&format!("step {} was skipped", metrics.step)),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the samples of a step that is not finite into a file of their own.
+    fn keep_samples(&mut self, found: &NonFinite) -> Result<()> {
+        let path = self.dir.join(format!("non_finite-step-{:08}.jsonl", found.step));
+        match put_file(&*self.disk, &path, found.to_json_lines().as_bytes()) {
+            Ok(()) => self.log.note(&format!("the samples of step {} are in {}", found.step, path.display())),
+            // The step's own fault matters more.
+            Err(error) => self.log.warn(&format!("the samples of step {} were not kept: {error}", found.step)),
+        }
     }
 
     /// Logs what the trainer had to change, and has the run's config say it.
@@ -306,22 +268,26 @@ impl Run {
         let config = &mut self.job.model.config;
         let tokens = self.trainer.settings.micro_batch_tokens.max(config.data.max_length);
         config.train.micro_batch_tokens = Auto::Is(tokens);
-        write_config(config, &self.dir)
+        write_config(&*self.disk, config, &self.dir)
     }
 
     /// Waits until every step that was begun is done and logged, and the state is that of the last of them.
     fn settle(&mut self) -> Result<()> {
-        let metrics = self.trainer.finish()?;
-        self.log_step(metrics)
+        let stepped = self.trainer.finish();
+        self.log_step(stepped)
     }
 
     fn evaluate(&mut self) -> Result<()> {
         self.settle()?;
         let Some(validation) = &self.job.validation else { return Ok(()) };
-        let started = std::time::Instant::now();
-        let result = evaluate(&self.trainer.model, validation, self.trainer.settings.micro_batch_tokens)?;
+        let started = Instant::now();
+        let tokens = self.trainer.settings.micro_batch_tokens;
+        let result = evaluate(&self.trainer.model, validation, tokens, &self.requests.stop)?;
+        let step = self.trainer.state.step;
+        let eval_loss = Some(result.eval_loss).filter(|loss| loss.is_finite());
+        self.evaluated = Some(Evaluated { step, eval_loss });
         self.log.eval(&EvalMetrics {
-            step: self.trainer.state.step,
+            step,
             eval_loss: result.eval_loss,
             perplexity: result.perplexity,
             samples: result.samples,
@@ -330,66 +296,119 @@ impl Run {
         })
     }
 
+    /// Begins to write a checkpoint of the present step. Training waits for the copy, and for an earlier checkpoint that
+    /// is still being written.
     fn save(&mut self) -> Result<()> {
-        // Metrics first: a checkpoint never knows of a step whose line could still be lost.
         self.settle()?;
-        self.log.flush()?;
+        self.wait_for_the_saver()?;
+        let started = Instant::now();
         let trainer = &self.trainer;
-        let checkpoints = self.dir.join(CHECKPOINTS_DIR);
-        std::fs::create_dir_all(&checkpoints).map_err(Error::io("create", &checkpoints))?;
-        let moments = trainer.optimizer.named_moments(trainer.params.layout())?;
-        let model = &self.job.model;
-        let adapter = Adapter {
-            config: &model.adapter_config(),
-            tensors: &trainer.params.named()?,
-            beside: &model.files_beside(),
-        };
-        save::save(&checkpoints, &adapter, &moments, &trainer.state)?;
-        self.saved_step = trainer.state.step;
-        retention::prune(&checkpoints, self.saved_step, model.config.train.keep_checkpoints)?;
+        let mut record = Record::new(
+            trainer.state.clone(),
+            Extent { steps_per_epoch: self.job.steps_per_epoch, total_steps: self.job.total_steps },
+            computed_on(&self.job),
+            self.job.model.config.values_to_keep(),
+        );
+        record.metrics_lines = self.log.n_lines();
+        record.evaluated = self.evaluated;
+        record.evaluation_is_due = self.evaluation_is_due;
+        let moments = trainer.optimizer.copied_moments(trainer.params.layout())?;
+        let snapshot = Snapshot { adapter: self.adapter()?, moments, record };
+        // Metrics first: a checkpoint never knows of a step whose line could still be lost.
+        let log = self.log.durable();
+        self.saver.begin(snapshot, move || log.sync())?;
+        self.begun_step = self.trainer.state.step;
+        let copy_secs = started.elapsed().as_secs_f64();
+        self.log.record(&format!("checkpoint of step {}: copied in {copy_secs:.3} s", self.begun_step))
+    }
+
+    fn save_as_asked(&mut self) -> Result<()> {
+        self.settle()?;
+        let step = self.trainer.state.step;
+        if self.begun_step < step {
+            self.save()?;
+        }
+        self.wait_for_the_saver()?;
+        if self.saved_step == step {
+            self.log.note(&format!("step {step} is saved, as asked by SIGUSR1"))?;
+        }
         Ok(())
+    }
+
+    fn adapter(&self) -> Result<Adapter> {
+        let (model, params) = (&self.job.model, &self.trainer.params);
+        Ok(Adapter {
+            config: model.adapter_config(),
+            tensors: named_copies(params.layout(), params.master())?,
+            beside: model.files_beside(),
+        })
+    }
+
+    fn wait_for_the_saver(&mut self) -> Result<()> {
+        let outcome = self.saver.wait();
+        self.was_saved(outcome)
+    }
+
+    /// Tells what became of a checkpoint. One that a disk would not take costs the save, not the run.
+    fn was_saved(&mut self, outcome: Option<saver::Outcome>) -> Result<()> {
+        let Some((step, saved)) = outcome else { return Ok(()) };
+        match saved {
+            Ok(saved) => {
+                self.saved_step = step;
+                let mb = saved.bytes as f64 / 1e6;
+                self.log
+                    .record(&format!("checkpoint of step {step}: {mb:.1} MB written in {:.3} s", saved.write_secs))?;
+                match saved.not_pruned {
+                    Some(error) => self.log.warn(&format!("old checkpoints could not be deleted: {error}")),
+                    None => Ok(()),
+                }
+            }
+            Err(error @ Error::Io { .. }) => {
+                let whole = match self.saved_step {
+                    0 => "none is whole yet".to_owned(),
+                    step => format!("the newest that is whole is of step {step}"),
+                };
+                self.log.warn(&format!(
+                    "the checkpoint of step {step} could not be written: {error} ({}); {whole}; training goes on",
+                    error.advice()
+                ))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn write_adapter(&mut self) -> Result<()> {
         self.settle()?;
-        let model = &self.job.model;
-        let table_dtype = match model.config.train.save_dtype {
+        let table_dtype = match self.job.model.config.train.save_dtype {
             config::SaveDtype::Fp32 => Dtype::F32,
             config::SaveDtype::Bf16 => Dtype::BF16,
             config::SaveDtype::Fp16 => Dtype::F16,
         };
-        let adapter = Adapter {
-            config: &model.adapter_config(),
-            tensors: &self.trainer.params.named()?,
-            beside: &model.files_beside(),
-        };
         let dir = self.dir.join(ADAPTER_DIR);
-        replace_whole(&dir, |tmp| adapter.write(tmp, table_dtype))?;
+        let adapter = self.adapter()?;
+        replace_whole(&*self.disk, &dir, |folder| adapter.write(folder, table_dtype))?;
         self.log.note(&format!("adapter written to {}", dir.display()))
     }
 
     /// Saves what there is and says how to go on.
     fn interrupted(&mut self, signal: usize) -> Result<Error> {
         self.settle()?;
-        if self.saved_step < self.trainer.state.step {
+        self.wait_for_the_saver()?;
+        let step = self.trainer.state.step;
+        if self.saved_step < step || self.evaluation_is_due {
             self.save()?;
+            if let Some((_, Err(error))) = self.saver.wait() {
+                return Ok(error);
+            }
         }
-        let done = match self.trainer.state.step {
+        let done = match step {
             0 => "no step was done".to_string(),
             step => format!("step {step} is saved"),
         };
         let note = format!("{done}; go on with: bellora resume {}", self.dir.display());
-        self.log.note(&note)?;
+        self.log.record(&note)?;
         self.log.flush()?;
         Ok(Error::Interrupted { signal: signal as i32, note })
-    }
-}
-
-/// Ends the start of a run when a signal has asked for it; the run's folder is as it was.
-fn not_stopped(stop: &AtomicUsize) -> Result<()> {
-    match stop.load(Ordering::SeqCst) {
-        0 => Ok(()),
-        signal => Err(Error::Interrupted { signal: signal as i32, note: "the training had not begun".into() }),
     }
 }
 
@@ -414,25 +433,7 @@ pub fn warnings(job: &Job) -> Vec<String> {
     warnings
 }
 
-fn same_identity(loaded: &RunState, here: &RunState, dir: &Path) -> Result<()> {
-    let mut faults = Vec::new();
-    for (what, key, ours, theirs) in [
-        ("the base model", "model.base", &here.identity.base, &loaded.identity.base),
-        ("the training data", "data.train", &here.identity.data, &loaded.identity.data),
-    ] {
-        if ours != theirs {
-            faults.push(
-                Fault::new(key, format!("{what} is not what the run in {} was started with", dir.display()))
-                    .hint("put the files back as they were, or start a new run"),
-            );
-        }
-    }
-    if faults.is_empty() { Ok(()) } else { Err(Error::Invalid(faults)) }
-}
-
-/// Writes the resolved config; in one rename, so that a folder holds a whole one or none.
-fn write_config(config: &Config, dir: &Path) -> Result<()> {
-    let (path, tmp) = (dir.join(CONFIG_FILE), dir.join(".config.toml.tmp"));
-    std::fs::write(&tmp, config.to_toml()).map_err(Error::io("write", &tmp))?;
-    std::fs::rename(&tmp, &path).map_err(Error::io("rename", &tmp))
+/// Writes the resolved config: a folder holds a whole one or none.
+fn write_config(disk: &dyn Disk, config: &Config, dir: &Path) -> Result<()> {
+    put_file(disk, &dir.join(CONFIG_FILE), config.to_toml().as_bytes())
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use tch::{Device, Kind};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::checkpoint::save::RunBytes;
 use crate::checkpoint::state::Identity;
 use crate::config::{self, Auto, Config, Duration, TemplateChoice, Warmup};
 use crate::data::{self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, Tokenizer, Truncation};
@@ -16,7 +17,7 @@ use crate::model::config::LlamaConfig;
 use crate::model::init::{NewRows, initialise};
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Projection, Table};
-use crate::model::params::{Layout, ParamBuffer};
+use crate::model::params::{Layout, ParamBuffer, table_key};
 use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::plan::MemoryModel;
@@ -65,6 +66,9 @@ pub struct Job {
     /// The learning rate.
     pub schedule: LrSchedule,
 }
+
+/// Bytes of a checkpoint for each parameter: the parameter itself and two moments, all fp32.
+const CHECKPOINT_BYTES_PER_PARAM: u64 = 12;
 
 /// Collects faults from steps that do not depend on each other.
 #[derive(Default)]
@@ -296,6 +300,24 @@ impl Job {
         step_settings(&self.model.config, self.schedule)
     }
 
+    /// The most that the run will write below its folder.
+    pub fn run_bytes(&self) -> RunBytes {
+        let config = &self.model.config.train;
+        let params = self.model.layout.n_params() as u64;
+        let tables = self.model.layout.entries().iter().filter(|entry| is_table(&entry.name));
+        let table_params = tables.map(|entry| entry.numel() as u64).sum::<u64>();
+        let table_bytes = if config.save_dtype == config::SaveDtype::Fp32 { 4 } else { 2 };
+        // One after the last step too; a run that saves none as it goes on still does when it is stopped.
+        let regular = self.total_steps.checked_div(config.checkpoint_every).map_or(0, |saves| saves + 1);
+        let pinned = config.keep_steps.len() as u64;
+        let kept = (config.keep_checkpoints + config.keep_best) as u64 + pinned;
+        RunBytes {
+            checkpoint: CHECKPOINT_BYTES_PER_PARAM * params,
+            checkpoints: (kept + 1).min(regular + pinned).max(1),
+            adapter: 4 * (params - table_params) + table_bytes * table_params,
+        }
+    }
+
     /// Checksums of what the run reads.
     pub fn identity(&self) -> Identity {
         let mut hasher = Xxh3::new();
@@ -306,7 +328,10 @@ impl Job {
                 hasher.update(&id.to_le_bytes());
             }
         }
-        Identity { base: self.model.files.fingerprint(), data: format!("{:032x}", hasher.digest128()) }
+        let mut base = Xxh3::new();
+        base.update(format!("{:?}", self.model.base).as_bytes());
+        base.update(self.model.files.fingerprint().as_bytes());
+        Identity { base: format!("{:032x}", base.digest128()), data: format!("{:032x}", hasher.digest128()) }
     }
 }
 
@@ -327,6 +352,10 @@ pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
         },
         schedule,
     }
+}
+
+fn is_table(name: &str) -> bool {
+    Table::ALL.iter().any(|table| table_key(*table) == name)
 }
 
 fn micro_batch_tokens(config: &Config) -> usize {

@@ -112,7 +112,10 @@ fn a_run_directory_holds_what_was_promised() {
     let ran = place.run(&["train", "c.toml"]).ok();
     assert_eq!(ran.stdout, "", "standard output is data, and training has none");
     let run = place.path("run");
-    assert_eq!(names(&run), ["adapter", "checkpoints", "config.toml", "metrics.jsonl", "tensorboard", "train.log"]);
+    assert_eq!(
+        names(&run),
+        ["adapter", "checkpoints", "config.toml", "metrics.jsonl", "run.lock", "tensorboard", "train.log"]
+    );
     assert_eq!(names(&run.join("checkpoints")), ["step-00000001", "step-00000002"]);
     let beside = ["template.json", "tokenizer.json", "tokenizer_config.json"];
     let adapter = ["MANIFEST.json", "adapter_config.json", "adapter_model.safetensors"];

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use bellora::config::{Auto, Config, Duration, TARGET_MODULES, Warmup};
+use bellora::config::{Auto, Config, Dtype, Duration, TARGET_MODULES, Warmup, values_of};
 use bellora::error::{Error, Fault};
 
 /// A folder with a base, a data file and a place for the run.
@@ -126,6 +126,8 @@ non_finite = "stop"
 max_non_finite = 10
 checkpoint_every = 200
 keep_checkpoints = 3
+keep_best = 0
+keep_steps = []
 eval_every = 200
 log_every = 1
 save_dtype = "fp32"
@@ -165,8 +167,8 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
          max_grad_norm = 0\n\
          loss_average = \"samples\"\nloss_group_samples = 2\nseed = 0\nrecompute = \"none\"\ndeterministic = true\n\
          non_finite = \"skip\"\nmax_non_finite = 1\n\
-         checkpoint_every = 0\n\
-         keep_checkpoints = 1\neval_every = 4\nlog_every = 0\nsave_dtype = \"fp16\"",
+         checkpoint_every = 8\n\
+         keep_checkpoints = 1\nkeep_best = 2\nkeep_steps = [3]\neval_every = 4\nlog_every = 0\nsave_dtype = \"fp16\"",
     );
     let config = parse(&text, &[]).unwrap();
     assert_eq!(config.lora.target_modules, ["q_proj", "v_proj"], "in the model's order");
@@ -439,22 +441,47 @@ fn paths_and_values_that_cannot_be_are_refused() {
 }
 
 #[test]
-fn differences_name_what_defines_the_run_and_nothing_else() {
+fn differences_are_named_with_what_they_mean_to_the_run() {
     let place = Place::new();
-    let run = parse(&place.minimal(), &["train.micro_batch_tokens=4096", "model.dtype=fp32"]).unwrap();
-    let same = ["train.output=elsewhere", "train.micro_batch_tokens=1024", "train.log_every=7", "data.cache_dir=x"];
-    let same = [&same[..], &["train.non_finite=skip", "train.max_non_finite=3"]].concat();
-    assert_eq!(parse(&place.minimal(), &same).unwrap().differences(&run), []);
-    let other = parse(&place.minimal(), &["train.max_steps=5", "lora.r=8", "model.dtype=bf16"]).unwrap();
-    let shown: Vec<_> =
-        other.differences(&run).into_iter().map(|d| format!("{}: {} / {}", d.key, d.ours, d.theirs)).collect();
+    let run = parse(&place.minimal(), &["train.micro_batch_tokens=4096", "model.dtype=fp32"]).unwrap().values();
+    let shown = |sets: &[&str]| -> Vec<String> {
+        let config = parse(&place.minimal(), sets).unwrap();
+        let differences = config.differences(&run).into_iter();
+        differences.map(|d| format!("{:?} {}: {} / {}", d.meaning, d.key, d.ours, d.theirs)).collect()
+    };
+    // `auto` agrees with what was settled, and 128 is 128.0.
+    assert_eq!(shown(&["lora.alpha=128", "train.betas=[0.9, 0.999]", "train.output=elsewhere"]), [""; 0]);
     let expected = [
-        "model.dtype: \"bf16\" / \"fp32\"",
-        "lora.r: 8 / 64",
-        "train.epochs: not set / 1",
-        "train.max_steps: 5 / not set",
+        "Defines lora.r: 8 / 64",
+        "Defines model.dtype: \"bf16\" / \"fp32\"",
+        "Free train.log_every: 7 / 1",
+        "Length train.max_steps: 5 / not set",
+        "Rounding train.micro_batch_tokens: 1024 / 4096",
+        "Length train.epochs: not set / 1",
     ];
-    assert_eq!(shown, expected);
+    let other = ["train.max_steps=5", "lora.r=8", "model.dtype=bf16", "train.log_every=7"];
+    assert_eq!(shown(&[&other[..], &["train.micro_batch_tokens=1024"]].concat()), expected);
+    assert!(shown(&["data.template=chinese-alpaca"])[0].starts_with("Contents data.template"));
+
+    // What a run settled stays, unless the config says otherwise.
+    let mut config = parse(&place.minimal(), &["model.dtype=bf16"]).unwrap();
+    config.keep_settled(&run);
+    assert_eq!(config.train.micro_batch_tokens, Auto::Is(4096));
+    assert_eq!(config.model.dtype, Auto::Is(Dtype::Bf16));
+}
+
+#[test]
+fn a_runs_values_are_read_without_its_files() {
+    let place = Place::new();
+    let config = parse(&place.minimal(), &["lora.alpha=16", "train.keep_steps=[5, 2, 5]"]).unwrap();
+    let path = std::env::temp_dir().join(format!("bellora-values-{}.toml", std::process::id()));
+    std::fs::write(&path, config.to_toml().replace("base = \"", "base = \"/gone")).unwrap();
+    let values = values_of(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    assert!(values["model.base"].as_str().unwrap().starts_with("/gone"));
+    assert_eq!((values["lora.alpha"].as_f64(), &values["train.keep_steps"]), (Some(16.0), &serde_json::json!([2, 5])));
+    let differences = config.differences(&values);
+    assert_eq!(differences.iter().map(|d| &*d.key).collect::<Vec<_>>(), ["model.base"]);
 }
 
 #[test]

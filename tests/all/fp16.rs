@@ -12,18 +12,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use bellora::data::{PackedBatch, build_batches};
 use bellora::error::Error;
 use bellora::log::StepMetrics;
-use bellora::model::adapter_file::{self, WEIGHTS_FILE};
+use bellora::model::adapter_file::WEIGHTS_FILE;
 use bellora::model::lora::Projection;
 use bellora::model::params::{Gradients, lora_key, named_views};
 use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::optim::scaler::LossScale;
-use safetensors::Dtype;
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use crate::resume::straight_equals_resumed;
 use crate::support::{
     Lab, Named, Rig, Shape, golden_dir, input, metrics, read_tensors, rows, snapshot, trainer, trainer_at,
+    write_tensors,
 };
 
 /// The silent channel of the residual stream, and a feature of the MLP that it alone may reach.
@@ -265,7 +265,7 @@ fn lab(place: &Place) -> Lab {
     (place.make)(&weights);
     for (path, tensors) in [(base, weights.base), (adapter, weights.adapter)] {
         let named: Named = tensors.into_iter().collect();
-        adapter_file::save_tensors(&path, &named, Dtype::F32).unwrap();
+        write_tensors(&path, &named);
     }
 
     let mut data = Vec::new();

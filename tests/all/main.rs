@@ -26,3 +26,4 @@ mod selftest;
 mod support;
 mod tidy;
 mod tokens;
+mod verify;

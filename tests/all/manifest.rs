@@ -2,23 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
-use bellora::checkpoint::manifest::{
-    MANIFEST_FILE, newest_good, replace_whole, step_dir, sweep_incomplete, verify, write_whole,
-};
-use bellora::checkpoint::retention::prune;
+use bellora::checkpoint::folder::{NewFolder, replace_whole, sweep_incomplete, write_whole};
+use bellora::checkpoint::manifest::{MANIFEST_FILE, newest_good, newest_good_before, step_dir, verify};
+use bellora::checkpoint::retention::{Keep, prune};
+use bellora::checkpoint::state::{ComputedOn, Evaluated, Extent, Identity, Record, RunState, STATE_FILE};
+use bellora::disk::LocalDisk;
 use bellora::error::{Error, Result};
-
-fn put(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    std::fs::write(dir.join(name), bytes).map_err(Error::io("write", dir))
-}
+use bellora::optim::scaler::LossScale;
 
 /// A checkpoint with a small file and one of more than one piece of the checksum's reading.
 fn checkpoint(checkpoints: &Path, step: u64) -> PathBuf {
     let dir = step_dir(checkpoints, step);
     let large: Vec<u8> = (0..(3 << 20) + 5).map(|i: u32| (i / 7) as u8).collect();
-    let write =
-        |tmp: &Path| put(tmp, "large.safetensors", &large).and_then(|()| put(tmp, "state.json", b"{\"step\": 1}\n"));
-    write_whole(&dir, write).unwrap();
+    let write = |folder: &mut NewFolder<'_>| {
+        folder.put("large.safetensors", &large)?;
+        folder.put("state.json", b"{\"step\": 1}\n")
+    };
+    write_whole(&LocalDisk, &dir, write).unwrap();
     dir
 }
 
@@ -38,7 +38,7 @@ fn a_whole_folder_verifies_and_the_manifest_says_what_is_in_it() {
     let sizes: Vec<_> = manifest.files.iter().map(|(name, entry)| (&**name, entry.size_bytes)).collect();
     assert_eq!(sizes, [("large.safetensors", (3 << 20) + 5), ("state.json", 12)]);
     // The checksum of the empty text is a published constant: the algorithm is the one the manifest names.
-    let empty = write_whole(&root.path().join("empty"), |tmp| put(tmp, "nothing", b"")).unwrap();
+    let empty = write_whole(&LocalDisk, &root.path().join("empty"), |folder| folder.put("nothing", b"")).unwrap();
     assert_eq!(empty.files["nothing"].xxh3_64, "2d06800538d394c2");
     assert_eq!(listing(root.path()), ["deep", "empty"]);
 }
@@ -57,10 +57,12 @@ fn every_kind_of_damage_is_found_and_the_file_named() {
     };
     let grow: Damage = |dir| std::fs::write(dir.join("state.json"), "{\"step\": 1}\n ").unwrap();
     let lose: Damage = |dir| std::fs::remove_file(dir.join("state.json")).unwrap();
-    let add: Damage = |dir| std::fs::write(dir.join("stray.bin"), "").unwrap();
-    let nest: Damage = |dir| std::fs::create_dir(dir.join("folder")).unwrap();
     let no_manifest: Damage = |dir| std::fs::remove_file(dir.join(MANIFEST_FILE)).unwrap();
     let torn_manifest: Damage = |dir| std::fs::write(dir.join(MANIFEST_FILE), "{\"format_version\": 1, \"fi").unwrap();
+    let other_space: Damage = |dir| {
+        let text = std::fs::read_to_string(dir.join(MANIFEST_FILE)).unwrap();
+        std::fs::write(dir.join(MANIFEST_FILE), text.replacen(' ', "\t", 1)).unwrap();
+    };
     let later_manifest: Damage = |dir| {
         std::fs::write(dir.join(MANIFEST_FILE), "{\"format_version\": 2, \"files\": {}}").unwrap();
     };
@@ -69,10 +71,9 @@ fn every_kind_of_damage_is_found_and_the_file_named() {
         (cut, "large.safetensors", "expected 3145733 bytes, found 1000"),
         (grow, "state.json", "expected 12 bytes, found 13"),
         (lose, "state.json", "missing"),
-        (add, "stray.bin", "unexpected"),
-        (nest, "folder", "unexpected"),
         (no_manifest, MANIFEST_FILE, "missing"),
         (torn_manifest, MANIFEST_FILE, "damaged"),
+        (other_space, MANIFEST_FILE, "damaged: not as it was written"),
         (later_manifest, MANIFEST_FILE, "expected format version 1, found 2"),
     ];
     for (damage, name, what) in cases {
@@ -90,7 +91,7 @@ fn every_kind_of_damage_is_found_and_the_file_named() {
         assert_eq!(newest.damaged.iter().map(|(dir, _)| dir).collect::<Vec<_>>(), [&new]);
         assert!(newest.damaged[0].1.to_string().contains(name));
         // Reaching the step again replaces it.
-        replace_whole(&new, |tmp| put(tmp, "again", b"1")).unwrap();
+        replace_whole(&LocalDisk, &new, |folder| folder.put("again", b"1")).unwrap();
         assert_eq!(listing(&new), [MANIFEST_FILE, "again"]);
         assert_eq!(newest_good(root.path()).unwrap().good, Some((1_000_000_000, new)));
         assert_eq!(listing(root.path()), ["step-00000200", "step-1000000000"]);
@@ -100,21 +101,33 @@ fn every_kind_of_damage_is_found_and_the_file_named() {
 }
 
 #[test]
+fn files_that_are_nobodys_business_are_no_damage() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = checkpoint(root.path(), 200);
+    std::fs::write(dir.join("notes.txt"), "mine").unwrap();
+    std::fs::create_dir(dir.join("folder")).unwrap();
+    verify(&dir).unwrap();
+    assert_eq!(newest_good(root.path()).unwrap().good, Some((200, dir.clone())));
+    checkpoint(root.path(), 400);
+    assert_eq!(newest_good_before(root.path(), 400).unwrap().good, Some((200, dir)));
+}
+
+#[test]
 fn interrupted_writes_leave_nothing_under_the_final_name() {
     let root = tempfile::tempdir().unwrap();
     let dir = step_dir(root.path(), 7);
     // An error while writing is handed on, and its folder goes at once.
-    let failing = |tmp: &Path| -> Result<()> {
-        put(tmp, "half", b"1")?;
+    let failing = |folder: &mut NewFolder<'_>| -> Result<()> {
+        folder.put("half", b"1")?;
         assert!(!dir.exists());
         Err(Error::failed("here", "disk full"))
     };
-    assert_eq!(write_whole(&dir, failing).unwrap_err().to_string(), "here: disk full");
+    assert_eq!(write_whole(&LocalDisk, &dir, failing).unwrap_err().to_string(), "here: disk full");
     assert_eq!(listing(root.path()), [""; 0]);
     // A process that dies while writing leaves its temporary folder alone (a panic stands for it).
     let dying = std::panic::AssertUnwindSafe(|| {
-        write_whole(&dir, |tmp| {
-            put(tmp, "half", b"1")?;
+        write_whole(&LocalDisk, &dir, |folder| {
+            folder.put("half", b"1")?;
             std::panic::resume_unwind(Box::new(()));
         })
     });
@@ -122,19 +135,44 @@ fn interrupted_writes_leave_nothing_under_the_final_name() {
     assert_eq!(listing(root.path()), [".incomplete-step-00000007"]);
     assert!(newest_good(root.path()).unwrap().good.is_none());
     std::fs::write(root.path().join(".incomplete-note"), "a file of the user's").unwrap();
-    let swept = sweep_incomplete(root.path()).unwrap();
-    assert_eq!(swept, [root.path().join(".incomplete-step-00000007")]);
+    sweep_incomplete(&LocalDisk, root.path()).unwrap();
     assert_eq!(listing(root.path()), [".incomplete-note"]);
-    assert!(sweep_incomplete(&root.path().join("absent")).unwrap().is_empty());
+    sweep_incomplete(&LocalDisk, &root.path().join("absent")).unwrap();
     // What stands there already is not touched unless asked; an empty folder is no obstacle.
     std::fs::create_dir(&dir).unwrap();
-    write_whole(&dir, |tmp| put(tmp, "first", b"1")).unwrap();
-    let refused = write_whole(&dir, |_| panic!("nothing is written to a place that is taken")).unwrap_err();
+    write_whole(&LocalDisk, &dir, |folder| folder.put("first", b"1")).unwrap();
+    let unasked = |_: &mut NewFolder<'_>| panic!("nothing is written to a place that is taken");
+    let refused = write_whole(&LocalDisk, &dir, unasked).unwrap_err();
     assert!(refused.to_string().contains("already exists") && refused.exit_code() == 1, "{refused}");
     // A replacement that fails leaves the old folder whole.
-    replace_whole(&dir, |_| Err(Error::failed("here", "disk full"))).unwrap_err();
+    replace_whole(&LocalDisk, &dir, |_| Err(Error::failed("here", "disk full"))).unwrap_err();
     assert_eq!(listing(&dir), [MANIFEST_FILE, "first"]);
     verify(&dir).unwrap();
+}
+
+/// Between the two renames of a replacement neither folder has the name.
+#[test]
+fn a_folder_whose_replacement_never_came_is_put_back() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = checkpoint(root.path(), 7);
+    let aside = root.path().join(".incomplete-old-step-00000007");
+    std::fs::rename(&dir, &aside).unwrap();
+    sweep_incomplete(&LocalDisk, root.path()).unwrap();
+    verify(&dir).unwrap();
+    assert_eq!(listing(root.path()), ["step-00000007"]);
+    // One that is damaged, or whose replacement did come, goes.
+    std::fs::rename(&dir, &aside).unwrap();
+    checkpoint(root.path(), 7);
+    sweep_incomplete(&LocalDisk, root.path()).unwrap();
+    assert_eq!(listing(root.path()), ["step-00000007"]);
+    std::fs::rename(&dir, &aside).unwrap();
+    std::fs::write(aside.join("state.json"), "half").unwrap();
+    sweep_incomplete(&LocalDisk, root.path()).unwrap();
+    assert_eq!(listing(root.path()), [""; 0]);
+}
+
+fn newest(count: usize) -> Keep {
+    Keep { newest: count, best: 0, steps: Vec::new() }
 }
 
 #[test]
@@ -147,9 +185,47 @@ fn retention_keeps_the_newest_and_what_is_not_a_checkpoint() {
         std::fs::create_dir(root.path().join(other)).unwrap();
     }
     // The latest was there before a resume from an earlier one.
-    let deleted = prune(root.path(), 100_000_000, 1).unwrap();
+    let deleted = prune(&LocalDisk, root.path(), 100_000_000, &newest(1)).unwrap();
     assert_eq!(deleted, [9_999_999, 10_000_000, 99_999_999].map(|step| step_dir(root.path(), step)));
     let left = ["notes", "step-", "step-100000000", "step-100000001", "step-final"];
     assert_eq!(listing(root.path()), left);
-    assert!(prune(root.path(), 100_000_000, 1).unwrap().is_empty());
+    assert!(prune(&LocalDisk, root.path(), 100_000_000, &newest(1)).unwrap().is_empty());
+}
+
+fn steps(root: &Path) -> Vec<u64> {
+    listing(root).iter().map(|name| name.strip_prefix("step-").unwrap().parse().unwrap()).collect()
+}
+
+#[test]
+fn retention_does_not_count_what_is_damaged() {
+    let root = tempfile::tempdir().unwrap();
+    for step in 1..=5 {
+        checkpoint(root.path(), step);
+    }
+    std::fs::write(step_dir(root.path(), 4).join("state.json"), "half").unwrap();
+    prune(&LocalDisk, root.path(), 5, &newest(2)).unwrap();
+    assert_eq!(steps(root.path()), [3, 4, 5]);
+    checkpoint(root.path(), 6);
+    prune(&LocalDisk, root.path(), 6, &newest(2)).unwrap();
+    assert_eq!(steps(root.path()), [5, 6]);
+}
+
+#[test]
+fn retention_keeps_the_best_and_the_pinned() {
+    let root = tempfile::tempdir().unwrap();
+    let losses = [Some(3.0), Some(1.0), None, Some(2.0), Some(1.0), Some(4.0), Some(5.0), Some(6.0)];
+    for (step, eval_loss) in (1..).zip(losses) {
+        let identity = Identity { base: String::new(), data: String::new() };
+        let state = RunState { step, ..RunState::start(LossScale::none(), identity) };
+        let cpu = ComputedOn { device: "cpu".into(), threads: 1 };
+        let extent = Extent { steps_per_epoch: 8, total_steps: 8 };
+        let mut record = Record::new(state, extent, cpu, serde_json::Map::new());
+        // An evaluation of another step says nothing of this one.
+        record.evaluated = Some(Evaluated { step: if step == 8 { 7 } else { step }, eval_loss });
+        let text = serde_json::to_string(&record).unwrap();
+        let dir = step_dir(root.path(), step);
+        write_whole(&LocalDisk, &dir, |folder| folder.put(STATE_FILE, text.as_bytes())).unwrap();
+        prune(&LocalDisk, root.path(), step, &Keep { newest: 1, best: 2, steps: vec![3] }).unwrap();
+    }
+    assert_eq!(steps(root.path()), [2, 3, 5, 8]);
 }

@@ -2,15 +2,14 @@
 //! fail, in every dtype. And gradients that overflow while every loss is in order.
 
 use bellora::log::StepMetrics;
-use bellora::model::adapter_file::{self, WEIGHTS_FILE};
+use bellora::model::adapter_file::WEIGHTS_FILE;
 use bellora::optim::scaler::LossScale;
 use bellora::train::non_finite::{NonFinite, SampleLoss};
 use bellora::train::step::Trainer;
-use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::fp16::token_id;
-use crate::support::{Lab, Named, Rig, Shape, read_tensors, rows, snapshot, trainer, trainer_at};
+use crate::support::{Lab, Named, Rig, Shape, read_tensors, rows, snapshot, trainer, trainer_at, write_tensors};
 
 /// What stands in a table for a number that is too large for a dtype, or for none.
 const EMBEDDINGS: [(&str, f32); 4] = [("fp32", f32::NAN), ("bf16", f32::NAN), ("bf16", f32::MAX), ("fp16", 100_000.0)];
@@ -19,7 +18,7 @@ const EMBEDDINGS: [(&str, f32); 4] = [("fp32", f32::NAN), ("bf16", f32::NAN), ("
 fn rewrite(path: &std::path::Path, change: impl Fn(&str, &tch::Tensor)) {
     let named: Named = read_tensors(path).into_iter().collect();
     named.iter().for_each(|(name, tensor)| change(name, tensor));
-    adapter_file::save_tensors(path, &named, Dtype::F32).unwrap();
+    write_tensors(path, &named);
 }
 
 /// A job of `n` samples, two an update in file order, in which those of the lines `bad` (from 1) are not finite.

@@ -336,8 +336,9 @@ fn write_base(dir: &Path, shape: &Value) {
     }
     let planned =
         |(name, shape): &(String, Vec<i64>)| Planned { name: name.clone(), dtype: Dtype::F32, shape: shape.clone() };
-    let mut file =
-        TensorFileWriter::create(&dir.join("model.safetensors"), tensors.iter().map(planned).collect()).unwrap();
+    let path = dir.join("model.safetensors");
+    let out = std::io::BufWriter::new(std::fs::File::create(&path).unwrap());
+    let mut file = TensorFileWriter::new(out, &path, tensors.iter().map(planned).collect()).unwrap();
     for (name, shape) in &tensors {
         let scale = if shape.len() == 1 { 1.0 } else { 0.02 };
         file.write(name, &(Tensor::ones(shape, (Kind::Float, Device::Cpu)) * scale)).unwrap();

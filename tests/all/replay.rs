@@ -10,10 +10,10 @@ use serde_json::Value;
 use tch::Tensor;
 
 use crate::non_finite;
-use crate::support::{Lab, Named, Shape, bellora, metrics, read_tensors, snapshot};
+use crate::support::{Lab, Named, Shape, bellora, metrics, read_tensors, run, snapshot};
 
 /// Every file beneath a folder with its contents.
-fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
         if entry.path().is_dir() {
@@ -38,7 +38,7 @@ fn copy_run(from: &Path, to: &Path, kept: &[u64]) {
     }
 }
 
-fn step_dir(run_dir: &Path, step: u64) -> PathBuf {
+pub(crate) fn step_dir(run_dir: &Path, step: u64) -> PathBuf {
     run_dir.join(format!("checkpoints/step-{step:08}"))
 }
 
@@ -50,7 +50,7 @@ fn updates(run_dir: &Path) -> Vec<Value> {
 fn open(run_dir: &Path, step: u64) -> Result<Replay, Error> {
     // As many threads as the run had: sums have one order then.
     tch::set_num_threads(1);
-    Replay::open(run_dir, step)
+    Replay::open(run_dir, step, &[])
 }
 
 /// The parameters and moments of a checkpoint.
@@ -156,7 +156,11 @@ fn fp16_with_overflows() {
 
 /// `bellora replay`: exit code, the lines of stdout, stderr.
 fn replay(run_dir: &Path, step: &str) -> (Option<i32>, Vec<Value>, String) {
-    let output = bellora().arg("replay").arg(run_dir).args(["--step", step]).output().unwrap();
+    replay_with(run_dir, step, &[])
+}
+
+fn replay_with(run_dir: &Path, step: &str, more: &[&str]) -> (Option<i32>, Vec<Value>, String) {
+    let output = bellora().arg("replay").arg(run_dir).args(["--step", step]).args(more).output().unwrap();
     let lines = String::from_utf8(output.stdout).unwrap();
     let lines = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     (output.status.code(), lines, String::from_utf8_lossy(&output.stderr).into_owned())
@@ -199,7 +203,12 @@ fn the_command_prints_samples_and_the_line_and_changes_nothing() {
         stderr.contains(&format!("not the same as in metrics.jsonl: grad_norm {norm} here, 7.5 there\n")),
         "{stderr}"
     );
-    assert!(stderr.contains("  hint: ") && stderr.contains("threads"), "{stderr}");
+    assert!(stderr.contains("  hint: sums are rounded otherwise"), "{stderr}");
+    // With more threads the losses may be the same or not; the line above is not.
+    let mut more = bellora();
+    let output = more.env("OMP_NUM_THREADS", "2").arg("replay").arg(&run_dir).args(["--step", "2"]).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("  hint: it computes on cpu with 2 threads here, and the run on cpu with 1"), "{stderr}");
     let torn = text.find("{\"step\":2,").unwrap() + 20;
     for kept in [&text[..torn], ""] {
         std::fs::write(&path, kept).unwrap();
@@ -304,4 +313,39 @@ fn a_step_that_is_not_finite_can_be_replayed() {
         assert!(!is_bad || lines[1]["loss"] == "NaN", "{lines:?}");
         assert!(lines[2]["skipped"] == is_bad && lines[2]["loss"].is_null() == is_bad, "{lines:?}");
     }
+}
+
+/// A run that goes on may be longer than it was meant to be, which changes its learning rates, and have other micro-batches:
+/// the steps before are those of the config that they had.
+#[test]
+fn every_step_has_the_config_that_it_had_then() {
+    let lab = uneven("fp32");
+    let run_dir = lab.path("run");
+    lab.run("train", &[], &["train.epochs=1", "train.checkpoint_every=2", "train.keep_checkpoints=9"]).ok();
+    let longer = ["--set", "train.epochs=2", "--set", "train.micro_batch_tokens=4096"];
+    run(bellora().arg("resume").arg(&run_dir).args(longer)).ok();
+    let lines = updates(&run_dir);
+    assert_eq!(lines.len(), 10);
+    // Another length is another rate, and so it would show.
+    assert!(lines[4]["lr"].as_f64() < lines[5]["lr"].as_f64(), "{lines:?}");
+    for step in 1..=10 {
+        let mut replay = open(&run_dir, step).unwrap();
+        replay.catch_up(|_| ()).unwrap();
+        assert_eq!(replay.replay().unwrap().recorded, Recorded::Same, "step {step}");
+    }
+    // Without a checkpoint after it a step is thought to be one of the newest config.
+    std::fs::remove_dir_all(run_dir.join("checkpoints")).unwrap();
+    let mut replay = open(&run_dir, 5).unwrap();
+    replay.catch_up(|_| ()).unwrap();
+    let Recorded::Others(others) = replay.replay().unwrap().recorded else { panic!("it cannot be the same") };
+    assert!(others.iter().any(|(key, ..)| key == "lr"), "{others:?}");
+
+    // What the run read may have moved; and a key may be tried out.
+    std::fs::rename(lab.path("base"), lab.path("moved")).unwrap();
+    let (code, _, stderr) = replay_with(&run_dir, "1", &[]);
+    assert!(code == Some(2) && stderr.contains("model.base"), "{stderr}");
+    let sets = ["base", "tokenizer"].map(|key| format!("model.{key}={}", lab.path("moved").display()));
+    let (code, _, stderr) =
+        replay_with(&run_dir, "1", &["--set", &sets[0], "--set", &sets[1], "--set", "train.epochs=1"]);
+    assert!(code == Some(0) && stderr.contains("not the same"), "{stderr}");
 }

@@ -15,7 +15,6 @@ use bellora::model::config::LlamaConfig;
 use bellora::model::llama::{BatchInput, Llama};
 use bellora::model::lora::Projection;
 use bellora::model::params::{Gradients, ParamBuffer, named_views};
-use bellora::model::tensor_file_out::{Planned, TensorFileWriter};
 use bellora::model::weights::TensorFiles;
 use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::DropoutKey;
@@ -193,8 +192,8 @@ warmup_steps = 1
             let std = if entry.name.contains("lora_") { 0.2 } else { 0.08 };
             named.push((entry.name.clone(), draws.normal(&entry.shape, std)));
         }
-        setup.adapter_config().save(&dir).unwrap();
-        adapter_file::save_tensors(&dir.join(adapter_file::WEIGHTS_FILE), &named, Dtype::F32).unwrap();
+        std::fs::write(dir.join(adapter_file::CONFIG_FILE), setup.adapter_config().to_json()).unwrap();
+        write_tensors(&dir.join(adapter_file::WEIGHTS_FILE), &named);
         let set = format!("model.init_adapter={}", dir.display());
         self.with(&[&set])
     }
@@ -320,14 +319,12 @@ fn write_base(dir: &Path, shape: Shape) {
         let std = 0.1 * shape.head_gain;
         tensors.push(("lm_head.weight".to_string(), draws.normal(&[shape.vocab_size, shape.hidden], std)));
     }
-    let planned =
-        |(name, tensor): &(String, Tensor)| Planned { name: name.clone(), dtype: Dtype::F32, shape: tensor.size() };
-    let mut file =
-        TensorFileWriter::create(&dir.join("model.safetensors"), tensors.iter().map(planned).collect()).unwrap();
-    for (name, tensor) in &tensors {
-        file.write(name, tensor).unwrap();
-    }
-    file.finish().unwrap();
+    write_tensors(&dir.join("model.safetensors"), &tensors);
+}
+
+/// Writes a safetensors file in fp32.
+pub(crate) fn write_tensors(path: &Path, named: &[(String, Tensor)]) {
+    adapter_file::write_tensors(std::fs::File::create(path).unwrap(), path, named, Dtype::F32).unwrap();
 }
 
 /// The folder of the golden cases.

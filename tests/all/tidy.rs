@@ -7,7 +7,7 @@ use std::process::Command;
 ///
 /// A module uses lower layers; those of one layer do not know each other, but for what [`SIBLINGS`] says.
 const LAYERS: [&[&str]; 6] = [
-    &["error", "torch", "device"],
+    &["error", "disk", "torch", "device"],
     &["ops"],
     &["model", "data"],
     &["optim", "checkpoint"],
@@ -16,7 +16,8 @@ const LAYERS: [&[&str]; 6] = [
 ];
 
 /// Who may use whom within a layer.
-const SIBLINGS: [(&str, &[&str]); 8] = [
+const SIBLINGS: [(&str, &[&str]); 9] = [
+    ("disk", &["error"]),
     ("torch", &["error"]),
     ("device", &["torch"]),
     // A checkpoint keeps the loss scale.
