@@ -74,6 +74,9 @@ impl Replay {
             let what = format!("the run has no step {step}");
             return Err(Error::invalid("--step", what).hint(format!("name one from 1 to {}", job.total_steps)));
         }
+        if let Some(record) = &after {
+            same_identity(&job, record, &[], run_dir)?;
+        }
         let Opened { mut trainer, from, before, damaged } = newest_before(&job, run_dir, step)?;
         // What an update is depends on its samples and the state before it, not on when its outcome is asked for.
         trainer.steps_ahead = 0;

@@ -263,9 +263,12 @@ fn what_is_no_step_of_the_run_or_no_longer_the_run_is_refused() {
         let at = edited.windows(5).rposition(|w| w == b"stone").unwrap_or(edited.len() - 3);
         edited[at] ^= 1;
         std::fs::write(&path, edited).unwrap();
-        let (code, lines, stderr) = replay(&run_dir, "9");
-        assert_eq!((code, lines.len()), (Some(2), 0), "{key}: {stderr}");
-        assert!(stderr.contains(key) && stderr.contains("started with"), "{key}: {stderr}");
+        // From a checkpoint, and from the start, where a later one knows.
+        for step in ["9", "1"] {
+            let (code, lines, stderr) = replay(&run_dir, step);
+            assert_eq!((code, lines.len()), (Some(2), 0), "{key}: {stderr}");
+            assert!(stderr.contains(key) && stderr.contains("started with"), "{key}: {stderr}");
+        }
         std::fs::write(&path, original).unwrap();
     }
     let (code, _, stderr) = replay(&run_dir, "9");
