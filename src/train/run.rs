@@ -194,6 +194,15 @@ impl<'a> Run<'a> {
     }
 
     pub(super) fn run_to_end(mut self) -> Result<Outcome> {
+        let ended = self.steps().and_then(|()| self.end());
+        // Whatever ended the run, a checkpoint in flight becomes whole, or the user learns why it did not.
+        if let (Err(_), Some((step, Err(error)))) = (&ended, self.saver.wait()) {
+            self.log.warn(&format!("the checkpoint of step {step} was not written: {error}"))?;
+        }
+        ended.map(|()| Outcome::Trained)
+    }
+
+    fn steps(&mut self) -> Result<()> {
         if self.evaluation_is_due {
             self.after_step()?;
         }
@@ -211,10 +220,12 @@ impl<'a> Run<'a> {
             self.was_saved(outcome)?;
             self.after_step()?;
         }
-        self.wait_for_the_saver()?;
+        self.wait_for_the_saver()
+    }
+
+    fn end(&mut self) -> Result<()> {
         self.write_adapter()?;
-        self.log.flush()?;
-        Ok(Outcome::Trained)
+        self.log.flush()
     }
 
     /// Evaluates and saves where the present step asks for it.
