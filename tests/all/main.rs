@@ -10,6 +10,7 @@ mod config;
 mod data;
 mod device;
 mod fp16;
+mod going_on;
 mod golden;
 mod gradcheck;
 mod invariance;

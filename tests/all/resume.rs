@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::support::{Lab, Ran, Shape, bellora, metrics, rows, run};
 
 /// Every file beneath a folder with its contents.
-fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
         if entry.path().is_dir() {
@@ -23,7 +23,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-fn copy_folder(from: &Path, to: &Path) {
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
     for (path, contents) in files(from) {
         let path = to.join(path.strip_prefix(from).unwrap());
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -31,11 +31,11 @@ fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-fn step_dir(run_dir: &Path, step: u64) -> PathBuf {
+pub(crate) fn step_dir(run_dir: &Path, step: u64) -> PathBuf {
     run_dir.join(format!("checkpoints/step-{step:08}"))
 }
 
-fn checkpoint_steps(run_dir: &Path) -> Vec<u64> {
+pub(crate) fn checkpoint_steps(run_dir: &Path) -> Vec<u64> {
     let names = std::fs::read_dir(run_dir.join("checkpoints")).unwrap();
     let step = |name: &str| name.strip_prefix("step-").and_then(|digits| digits.parse().ok());
     let mut steps: Vec<u64> = names.filter_map(|entry| step(entry.unwrap().file_name().to_str().unwrap())).collect();
@@ -58,14 +58,14 @@ fn timeless_metrics(run_dir: &Path) -> Vec<Value> {
 }
 
 /// The steps of the lines that tell of updates.
-fn logged_steps(run_dir: &Path) -> Vec<u64> {
+pub(crate) fn logged_steps(run_dir: &Path) -> Vec<u64> {
     let lines = metrics(run_dir);
     lines.iter().filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
 }
 
 /// Holds a run that was stopped against one that was not: adapter, last checkpoint with the optimizer's state, metrics.
 #[track_caller]
-fn assert_same_run(what: &str, ours: &Path, judge: &Path) {
+pub(crate) fn assert_same_run(what: &str, ours: &Path, judge: &Path) {
     let last = *checkpoint_steps(judge).last().unwrap();
     for folder in [PathBuf::from("adapter"), step_dir(Path::new(""), last)] {
         let (ours_dir, judge_dir) = (ours.join(&folder), judge.join(&folder));
@@ -86,7 +86,7 @@ fn assert_same_run(what: &str, ours: &Path, judge: &Path) {
     assert_eq!(ours.len(), judge.len(), "{what}: lines of metrics.jsonl");
 }
 
-fn resume(run_dir: &Path) -> Ran {
+pub(crate) fn resume(run_dir: &Path) -> Ran {
     run(bellora().arg("resume").arg(run_dir))
 }
 
@@ -167,7 +167,7 @@ fn fp16_with_overflows_on_the_way() {
 
 /// Waits until a running program has come far enough; it must not have ended by then.
 #[track_caller]
-fn wait_until(child: &mut Child, has_come_far_enough: impl Fn() -> bool) {
+pub(crate) fn wait_until(child: &mut Child, has_come_far_enough: impl Fn() -> bool) {
     let started = Instant::now();
     while !has_come_far_enough() {
         let ended = child.try_wait().unwrap();
@@ -177,17 +177,17 @@ fn wait_until(child: &mut Child, has_come_far_enough: impl Fn() -> bool) {
     }
 }
 
-fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     let sent = std::process::Command::new("sh").args(["-c", &format!("kill -{name} {}", child.id())]).status().unwrap();
     assert!(sent.success());
 }
 
-fn ended(child: Child) -> Ran {
+pub(crate) fn ended(child: Child) -> Ran {
     let output = child.wait_with_output().unwrap();
     Ran { code: output.status.code(), stderr: String::from_utf8_lossy(&output.stderr).into_owned() }
 }
 
-fn n_lines(run_dir: &Path) -> usize {
+pub(crate) fn n_lines(run_dir: &Path) -> usize {
     std::fs::read(run_dir.join("metrics.jsonl")).map_or(0, |text| text.iter().filter(|&&b| b == b'\n').count())
 }
 
