@@ -10,7 +10,8 @@ use crate::checkpoint::manifest::{MANIFEST_FILE, checkpoints, step_dir, verify};
 use crate::checkpoint::state::{Record, STATE_FILE};
 use crate::config::Config;
 use crate::disk::{is_temporary, names};
-use crate::error::{Error, Result};
+use crate::error::{Error, Fault, Result};
+use crate::log::{EVENTS_DIR, count_records};
 use crate::train::run_dir::{ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, holds_run};
 
 /// Faults of one file of lines that are told at most.
@@ -97,6 +98,7 @@ fn parts_of_run(dir: &Path, checkpoints: &[(u64, PathBuf)]) -> Result<Vec<Part>>
     }
     // After the checkpoints: none of them knows of a step whose line was not written before.
     parts.extend(metrics(dir, newest.as_ref())?);
+    parts.extend(events(dir)?);
     for name in names(dir)? {
         let path = dir.join(&name);
         let is_adapter = name == ADAPTER_DIR || path.join(MANIFEST_FILE).is_file();
@@ -133,8 +135,7 @@ fn faults_of(dir: &Path, error: &Error) -> Vec<String> {
     match error.faults() {
         [] => vec![error.to_string()],
         faults => {
-            let fault =
-                |fault: &crate::error::Fault| format!("{}: {}", below(dir, Path::new(&fault.place)), fault.what);
+            let fault = |fault: &Fault| format!("{}: {}", below(dir, Path::new(&fault.place)), fault.what);
             faults.iter().map(fault).collect()
         }
     }
@@ -221,4 +222,19 @@ fn metrics(dir: &Path, newest: Option<&Record>) -> Result<Option<Part>> {
     }
     details.insert(0, format!("{last} updates"));
     Ok(Some(part(METRICS_FILE, faults, details)))
+}
+
+/// TensorBoard's files have a checksum in every record.
+fn events(dir: &Path) -> Result<Option<Part>> {
+    let (mut faults, mut n_records) = (Vec::new(), 0);
+    let files = names(&dir.join(EVENTS_DIR))?;
+    for name in &files {
+        let path = dir.join(EVENTS_DIR).join(name);
+        match count_records(&std::fs::read(&path).map_err(Error::io("read", &path))?) {
+            Ok(n) => n_records += n,
+            Err(at) => faults.push(format!("{name}: the record at byte {at} is damaged")),
+        }
+    }
+    let details = vec![format!("{n_records} records in {} files", files.len())];
+    Ok((!files.is_empty()).then(|| part(EVENTS_DIR, faults, details)))
 }

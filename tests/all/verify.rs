@@ -63,16 +63,17 @@ fn a_run_is_whole_and_each_part_is_named() {
         "checkpoints/step-00000006",
         "checkpoints/step-00000008",
         "metrics.jsonl",
+        "tensorboard",
         "adapter",
         ".config.toml.new",
         "checkpoints/.incomplete-step-00000009",
     ];
     assert_eq!(names, expected, "{stdout}");
-    assert!(lines[..5].iter().all(|line| line.contains(": whole")) && lines[3].ends_with(": 8 updates"), "{stdout}");
-    assert!(lines[5..].iter().all(|line| line.contains(": harmless: ")), "{stdout}");
+    assert!(lines[..6].iter().all(|line| line.contains(": whole")) && lines[3].ends_with(": 8 updates"), "{stdout}");
+    assert!(lines[6..].iter().all(|line| line.contains(": harmless: ")), "{stdout}");
     let (code, json, _) = verify(&run_dir, &["--json"]);
     let json: Value = serde_json::from_str(&json).unwrap();
-    assert!(code == Some(0) && json["whole"] == true && json["parts"].as_array().unwrap().len() == 7, "{json}");
+    assert!(code == Some(0) && json["whole"] == true && json["parts"].as_array().unwrap().len() == 8, "{json}");
     assert!(json["parts"][1]["name"] == expected[1] && json["parts"][1]["verdict"] == "whole", "{json}");
     assert!(files(&run_dir) == before, "a file has changed");
 
@@ -125,7 +126,7 @@ fn a_byte_a_length_or_a_file_that_is_otherwise_is_found_in_every_folder() {
     assert!(stdout.contains("checkpoints/step-00000006: damaged: state.json: missing"), "{stdout}");
     assert!(stdout.contains("adapter: damaged: MANIFEST.json: missing"), "{stdout}");
     assert!(stdout.contains("checkpoints/step-00000008: whole"), "{stdout}");
-    assert!(stderr.contains("2 of 5 parts are damaged") && stderr.contains("hint: "), "{stderr}");
+    assert!(stderr.contains("2 of 6 parts are damaged") && stderr.contains("hint: "), "{stderr}");
     let (code, json, _) = verify(&run_dir, &["--json"]);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert!(code == Some(1) && json["whole"] == false && json["parts"][1]["verdict"] == "damaged", "{json}");
@@ -179,6 +180,33 @@ fn metrics_must_have_every_update_once_and_know_of_the_newest_checkpoint() {
     let report = inspect(&run_dir).unwrap();
     let part = report.parts.iter().find(|part| part.name == "metrics.jsonl").unwrap();
     assert!(report.whole && part.details[0] == "9 updates" && part.details[1].contains("torn"), "{part:?}");
+}
+
+#[test]
+fn tensorboards_records_are_held_against_their_checksums() {
+    let lab = lab();
+    let run_dir = run_of(&lab);
+    let found = files(&run_dir.join("tensorboard"));
+    let [(path, contents)] = &found.iter().collect::<Vec<_>>()[..] else { panic!("{:?}", found.keys()) };
+    // The version, the start, eight updates and four evaluations.
+    let n_records = 14;
+    let part_of = |contents: &[u8]| {
+        std::fs::write(path, contents).unwrap();
+        let parts = inspect(&run_dir).unwrap().parts;
+        parts.into_iter().find(|part| part.name == "tensorboard").unwrap()
+    };
+    assert_eq!(part_of(contents).details, [format!("{n_records} records in 1 files")]);
+    for at in (0..contents.len()).step_by(5) {
+        let mut flipped = (*contents).clone();
+        flipped[at] ^= 32;
+        let part = part_of(&flipped);
+        assert!(part.verdict == Verdict::Damaged && part.details[0].contains("the record at byte "), "{at}: {part:?}");
+    }
+    // Torn at the end, as a kill leaves it.
+    for kept in [contents.len() - 1, contents.len() - 30, 13, 11, 0] {
+        let part = part_of(&contents[..kept]);
+        assert!(part.verdict == Verdict::Whole && !part.details[0].starts_with(&n_records.to_string()), "{part:?}");
+    }
 }
 
 #[test]
