@@ -305,10 +305,12 @@ fn adapter(run_dir: &Path) -> Vec<u8> {
 
 #[test]
 fn a_run_that_skips_is_the_same_after_a_resume_and_saves_nothing_that_is_not_finite() {
+    /// Dtype, embedding, steps, bad lines, the steps that are counted, the checkpoints that it is resumed from.
+    type Case<'a> = (&'a str, f32, usize, &'a [usize], &'a [u64], &'a [u64]);
     // In fp16 it takes sixteen overflows until the loss scale is 1 and mends no more.
     let first_16: Vec<usize> = (0..16).map(|step| 2 * step + 1).collect();
     let in_fp16 = [&first_16[..], &[35, 37]].concat();
-    let cases: [(&str, f32, usize, &[usize], &[u64], &[u64]); 4] = [
+    let cases: [Case<'_>; 4] = [
         ("fp32", f32::NAN, 7, &[5, 7, 13], &[3, 4, 7], &[2, 3, 6]),
         ("bf16", f32::NAN, 7, &[5, 7, 13], &[3, 4, 7], &[3]),
         ("bf16", f32::MAX, 7, &[5, 7, 13], &[3, 4, 7], &[4]),

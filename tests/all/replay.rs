@@ -10,7 +10,7 @@ use serde_json::Value;
 use tch::Tensor;
 
 use crate::non_finite;
-use crate::support::{Lab, Named, Shape, bellora, metrics, read_tensors, run, snapshot};
+use crate::support::{Lab, Named, Shape, bellora, metrics, read_tensors, rows, run, snapshot};
 
 /// Every file beneath a folder with its contents.
 pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -351,4 +351,17 @@ fn every_step_has_the_config_that_it_had_then() {
     let (code, _, stderr) =
         replay_with(&run_dir, "1", &["--set", &sets[0], "--set", &sets[1], "--set", "train.epochs=1"]);
     assert!(code == Some(0) && stderr.contains("not the same"), "{stderr}");
+}
+
+#[test]
+fn an_update_with_nothing_to_learn_can_be_replayed() {
+    let lab = Lab::new(Shape::default()).with(&["data.truncation=cut", "train.global_batch=1", "train.max_steps=3"]);
+    let mut data = rows(3, 2);
+    data[1].0 = "stone ".repeat(200);
+    lab.write_rows("rows.jsonl", &data);
+    lab.run("train", &[], &[]).ok();
+    let (code, lines, stderr) = replay(&lab.path("run"), "2");
+    assert!(code == Some(0) && stderr.contains("bit for bit"), "{stderr}");
+    assert_eq!((lines.len(), &lines[0]["label_tokens"], &lines[0]["loss"]), (2, &Value::from(0), &Value::Null));
+    assert!(lines[1]["skipped"] == true && lines[1]["loss"].is_null(), "{lines:?}");
 }
