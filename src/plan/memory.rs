@@ -35,7 +35,7 @@ pub enum Part {
     Temporaries,
     /// Ids, positions, targets, weights, rotations.
     Batch,
-    /// Workspaces of the device's libraries.
+    /// Workspaces of the device's libraries; on a CPU also their code and what they remember.
     Workspaces,
 }
 
@@ -166,9 +166,18 @@ impl MemoryModel {
             buffer_len: layout.buffer_len(),
             kind,
             is_cuda: device.is_cuda(),
+            sizes_differ: true,
             recompute,
         };
         Self { dims }
+    }
+
+    /// The memory of a run whose micro-batches all have one size, as where all samples are equally long. A CPU's libraries then
+    /// remember fewer products.
+    #[must_use]
+    pub fn of_equal_micro_batches(mut self) -> Self {
+        self.dims.sizes_differ = false;
+        self
     }
 
     /// Runs a micro-batch of so many tokens without running it.
