@@ -32,7 +32,7 @@ const CPU_PROCESS: i64 = 28 << 20;
 
 /// What oneDNN and libtorch's layer above it keep of the products that they have made: a description and the code of each. Their
 /// number is bounded (`cli/mod.rs`); micro-batches of one size need but a part of it. Measured, as above.
-const CPU_PRODUCTS: Products = Products { fp32: [2 << 20, 15 << 20], half: [8 << 20, 40 << 20] };
+const CPU_PRODUCTS: Products = Products { fp32: [2 << 20, 15 << 20], half: [5 << 20, 44 << 20] };
 
 /// Bytes of remembered products: where micro-batches have one size, and where they differ.
 struct Products {

@@ -28,8 +28,7 @@ class Pages {
     std::lock_guard<std::mutex> lock(mutex_);
     char* piece = take_free(bytes);
     if (!piece) {
-      most_live_ = std::max(most_live_, live_ + bytes);
-      shrink_to(most_live_ - bytes);
+      shrink_to(std::max(most_live_, live_ + bytes) - bytes);
       piece = map(bytes);
       if (!piece) {
         shrink_to(live_);
@@ -92,7 +91,8 @@ class Pages {
       for (auto it = free_.begin(); it != free_.end(); ++it)
         if (it->second.since < oldest->second.since) oldest = it;
       const size_t part = std::min(oldest->second.bytes, held_ - bytes);
-      munmap(oldest->first + (oldest->second.bytes - part), part);
+      // Fails only where the process has too many pieces of memory apart; this one then stays.
+      if (munmap(oldest->first + (oldest->second.bytes - part), part) != 0) return;
       held_ -= part;
       oldest->second.bytes -= part;
       if (oldest->second.bytes == 0) free_.erase(oldest);
