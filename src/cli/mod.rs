@@ -102,8 +102,8 @@ const READ_AT_START: [(&str, &str); 4] = [
     ("OMP_WAIT_POLICY", "passive"),
     // cuBLAS gives equal results for equal products only with a work space of a fixed size; it is no larger than its own.
     ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
-    // How many products oneDNN and libtorch's layer above it remember how to make. By default it is 1,024 each; where samples
-    // differ in length, attention in bf16 fills both with products of shapes that hardly come again, at 256 KiB apiece.
+    // How many products oneDNN and libtorch's layer above it remember. By default it is 1,024 each; where micro-batches differ in
+    // size, both fill with products of sizes that hardly come again, at up to 1 MiB for both. A step has some forty.
     ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"),
     ("LRU_CACHE_CAPACITY", "64"),
 ];

@@ -273,8 +273,8 @@ fn wide(kind: Kind) -> Kind {
 
 /// One run's queries, keys and values, `[B, H, T, E]` in fp32 or wider; keys and values repeated for their group of query heads.
 ///
-/// In bf16 the kernel has oneDNN make products of its own for every length of a document that it meets, and keeps them: where
-/// lengths differ, making them takes longer than attending, and they grow to hundreds of megabytes.
+/// In bf16 the kernel has oneDNN make products of its own for every length of a document that it meets. Where lengths differ that
+/// takes time, and what is kept of them grows to hundreds of megabytes.
 fn run_parts(qkv: &Tensor, heads: Heads, run: Run) -> Result<Parts> {
     let Parts { q, k, v } = Parts::of(&qkv.f_narrow(0, run.start, run.n_docs * run.len)?, heads)?;
     let as_bhte = |x: Tensor, n_heads: i64| -> Result<Tensor> {

@@ -1,9 +1,9 @@
 //! A micro-batch's passes with bytes in place of tensors.
 //!
 //! The functions follow `model/block.rs`, `model/llama.rs`, `model/adapted_linear.rs` and `ops/` line by line: a tensor there
-//! is a [`Held`] here, made where it is made and dropped where it is dropped (a shadowed name lives on to the end of its
-//! function). Views take nothing. What libtorch's own kernels allocate besides their results is counted where it grows with
-//! the tokens; scratch of fixed size is not.
+//! is a [`Held`] here, made where it is made and dropped where it is dropped. Views take nothing. What libtorch's own kernels
+//! allocate besides their results is counted where it grows with the tokens; what is the same for all sizes is measured, as
+//! part of the workspaces.
 //!
 //! Legend: `N` tokens, all of them learned; widths are elements a row.
 

@@ -1,7 +1,8 @@
 //! The memory of a training run, by part, as a function of the tokens in a micro-batch.
 //!
 //! Every number is derived from what the engine allocates and keeps: see `dry_run`. Bytes are those that the program asks
-//! for; how an allocator rounds them and what it cannot reuse is the business of the margin in [`super::solve`].
+//! for, and the device's workspaces; how an allocator rounds them and what it cannot reuse is the business of the margin in
+//! [`super::solve`].
 
 use serde::Serialize;
 use tch::{Device, Kind};

@@ -142,7 +142,7 @@ class TensorHeap final : public c10::Allocator {
 
  private:
   static constexpr size_t kAlignment = 64;
-  static constexpr size_t kLarge = 64 << 10;
+  static constexpr size_t kLarge = 64 << 10;  // the last page, half empty on average, is then 3 % at most
 
   // Stands right before the data.
   struct Origin {
