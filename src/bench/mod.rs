@@ -7,7 +7,7 @@ mod ceiling;
 mod clock;
 pub mod report;
 
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 
 use tch::{Device, Kind};
 
@@ -115,8 +115,7 @@ impl Bench {
         let parts = clock::time_parts(&mut trainer, updates.min(UPDATES_BY_PART), device)?;
 
         let (mix, _) = batches_of(&trainer, warmup..warmup + updates);
-        let (_, sizes) = batches_of(&trainer, 0..warmup + updates);
-        let (smallest, largest) = (*sizes.start(), *sizes.end());
+        let (_, (smallest, largest)) = batches_of(&trainer, 0..warmup + updates);
         let recompute = trainer.settings.recompute;
         let model = MemoryModel::new(&subject.shape, &subject.lora, &subject.layout, kind, device, recompute);
         let model = if smallest == largest { model.of_equal_micro_batches() } else { model };
@@ -230,7 +229,7 @@ fn trainer(subject: &Subject, params: ParamBuffer, model: Llama, samples: Datase
 }
 
 /// What the tokens of some steps were like, and how many the smallest and the largest micro-batch held.
-fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, RangeInclusive<usize>) {
+fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, (usize, usize)) {
     let StepSettings { global_batch, shuffle, seed, loss_average, micro_batch_tokens, .. } = trainer.settings;
     let mut order = EpochOrder::new(trainer.samples.len(), global_batch, shuffle, seed);
     let taken: Vec<Vec<u32>> = steps.map(|step| order.step_samples(step)).collect();
@@ -239,5 +238,5 @@ fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, RangeInclusive
     let mix = TokenMix::of(taken.iter().flatten().map(length));
     let batches = taken.iter().flat_map(|s| build_batches(&trainer.samples, s, loss_average, micro_batch_tokens));
     let sizes = batches.map(|batch| batch.input_ids.len());
-    (mix, sizes.fold(usize::MAX..=0, |all, size| size.min(*all.start())..=size.max(*all.end())))
+    (mix, sizes.fold((usize::MAX, 0), |(least, most), size| (least.min(size), most.max(size))))
 }
