@@ -229,3 +229,15 @@ fn retention_keeps_the_best_and_the_pinned() {
     }
     assert_eq!(steps(root.path()), [2, 3, 5, 8]);
 }
+
+/// A number that came back a bit off would make a resumed run another one.
+#[test]
+fn numbers_of_a_record_come_back_as_they_were() {
+    let mut draws = crate::support::Draws::new(3);
+    for _ in 0..2000 {
+        let number = draws.uniform() * 10f64.powi(draws.below(20) as i32 - 10);
+        let text = serde_json::to_string(&Evaluated { step: 1, eval_loss: Some(number) }).unwrap();
+        let back: Evaluated = serde_json::from_str(&text).unwrap();
+        assert_eq!(back.eval_loss.unwrap().to_bits(), number.to_bits(), "{text}");
+    }
+}
