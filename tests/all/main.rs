@@ -9,6 +9,7 @@ mod cli;
 mod config;
 mod data;
 mod device;
+mod faulty_disk;
 mod fp16;
 mod golden;
 mod gradcheck;
