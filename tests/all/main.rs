@@ -9,6 +9,7 @@ mod cli;
 mod config;
 mod data;
 mod device;
+mod faults;
 mod faulty_disk;
 mod fp16;
 mod golden;
