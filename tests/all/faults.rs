@@ -2,6 +2,7 @@
 //! happens: the run goes on, or it ends with an error that says what happened; checkpoints are whole; and the run that goes on
 //! from there is the run that was left in peace, bit for bit.
 
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,7 +40,7 @@ impl Bench {
         let lab = Lab::new(shape);
         let root = lab.path("disk");
         std::fs::create_dir(&root).unwrap();
-        let output = format!("train.output={}", root.join("run").display());
+        let output = format!("train.output={}", root.join("runs/one").display());
         let max_steps = format!("train.max_steps={LAST_STEP}");
         let lab = lab.with(&[
             &output,
@@ -57,7 +58,7 @@ impl Bench {
         let disk = FaultyDisk::new(&bench.root);
         assert_eq!(bench.train(&disk, false).unwrap(), Outcome::Trained);
         // A lock must be the system's own; all else goes through the disk.
-        assert_eq!(disk.written_past(), ["/run/run.lock"]);
+        assert_eq!(disk.written_past(), ["/runs/one/run.lock"]);
         bench.done = disk.done();
         std::fs::create_dir(&bench.straight).unwrap();
         copy_folder(&bench.run_dir(), &bench.straight);
@@ -65,7 +66,7 @@ impl Bench {
     }
 
     fn run_dir(&self) -> PathBuf {
-        self.root.join("run")
+        self.root.join("runs/one")
     }
 
     fn train(&self, disk: &FaultyDisk, resume: bool) -> Result<Outcome> {
@@ -110,17 +111,18 @@ impl Bench {
         assert!(!log.contains("damaged") && !log.contains("metrics.jsonl has"), "{what}: {log}");
         assert_same_folder(&what, &self.run_dir().join("adapter"), &self.straight.join("adapter"));
         assert_same_metrics(&what, &self.run_dir(), &self.straight);
-        let [last, judge] = [self.run_dir(), self.straight.clone()].map(|d| step_dir(&d.join("checkpoints"), LAST_STEP));
+        let [last, judge] =
+            [self.run_dir(), self.straight.clone()].map(|d| step_dir(&d.join("checkpoints"), LAST_STEP));
         // The last checkpoint may be what the fault has cost a run that went on to its end.
         if last.exists() || outcome.is_err() {
             assert_same_folder(&what, &last, &judge);
-        } else {
-            assert!(newest >= TRIED_STEP, "{what}: the newest checkpoint is of step {newest}");
         }
     }
 
     fn judge_outcome(&self, what: &str, at: &Point, fault: Fault, outcome: &Result<Outcome>, is_start: bool) {
-        let is_log = ["run/train.log", "run/metrics.jsonl", "run/tensorboard/events"].iter().any(|l| at.path.starts_with(l));
+        let is_log = ["runs/one/train.log", "runs/one/metrics.jsonl", "runs/one/tensorboard/events"]
+            .iter()
+            .any(|l| at.path.starts_with(l));
         let is_write_of_log = is_log && at.operation == "write";
         let is_full = matches!(fault, Fault::Full { .. });
         match outcome {
@@ -129,20 +131,43 @@ impl Bench {
                 assert!(path.starts_with(&self.root), "{what}: {error}");
                 assert_eq!(source.raw_os_error(), Some(if is_full { 28 } else { 5 }), "{what}: {error}");
                 // A save that fails costs the save, and a full disk no line of the logs.
-                let may_end = is_start || !at.path.starts_with("run/checkpoints") && !(is_full && is_write_of_log);
+                // But for the adapter, which comes last.
+                let in_a_save = at.path.starts_with("runs/one/checkpoints") && !is_start;
+                let may_end =
+                    !in_a_save && !(is_full && is_write_of_log) || path.starts_with(self.incomplete_adapter());
                 assert!(may_end || fault == Fault::PowerCut, "{what}: the run ended: {error}");
             }
             Ok(_) => {
                 assert_ne!(fault, Fault::PowerCut, "{what}: the run went on without power");
                 let log = self.train_log();
-                let words = if is_write_of_log { "no room on the disk for" } else { "os error" };
-                assert!(at.operation == "ask for room" || log.contains(words), "{what}: {words} is not told: {log}");
+                // A line that waited only until the next one was written is not worth a word.
+                let (words, is_told) = match fault {
+                    Fault::Full { n_refused, .. } if is_write_of_log => {
+                        ("no room on the disk for", n_refused > 1 && !self.is_last_like_it(at))
+                    }
+                    _ => ("os error", at.operation != "ask for room"),
+                };
+                assert!(!is_told || log.contains(words), "{what}: {words} is not told: {log}");
             }
         }
     }
 
+    /// Whether an operation is the last of its kind on its file.
+    fn is_last_like_it(&self, at: &Point) -> bool {
+        let is_later = |p: &Point| p.operation == at.operation && p.path == at.path && p.nth > at.nth;
+        !self.done.iter().any(is_later)
+    }
+
+    fn incomplete_adapter(&self) -> PathBuf {
+        self.run_dir().join(".incomplete-adapter")
+    }
+
     fn train_log(&self) -> String {
-        std::fs::read_to_string(self.run_dir().join("train.log")).unwrap_or_default()
+        let log = std::fs::read_to_string(self.run_dir().join("train.log")).unwrap_or_default();
+        // The rest is the same in every run.
+        let is_of_this_run =
+            |line: &&str| ["warning", "goes on", "there is", "checkpoint"].iter().any(|w| line.starts_with(w));
+        log.lines().filter(is_of_this_run).map(|line| format!("{line}\n")).collect()
     }
 }
 
@@ -151,11 +176,11 @@ fn certain_step(done: &[Point], until: &Point) -> u64 {
     let (mut renamed, mut certain) = (0, 0);
     for point in done.iter().take_while(|point| *point != until) {
         if point.operation == "rename to"
-            && let Some(step) = point.path.strip_prefix("run/checkpoints/step-")
+            && let Some(step) = point.path.strip_prefix("runs/one/checkpoints/step-")
         {
             renamed = renamed.max(step.parse().unwrap());
         }
-        if point.operation == "sync folder" && point.path == "run/checkpoints" {
+        if point.operation == "sync folder" && point.path == "runs/one/checkpoints" {
             certain = renamed;
         }
     }
@@ -174,15 +199,19 @@ fn faults(point: &Point) -> Vec<(Fault, u64)> {
 }
 
 fn try_all(bench: &Bench, points: &[&Point], known: u64, before: impl Fn()) {
-    let mut n_tries = 0;
+    let (mut n_tries, mut failed) = (0, Vec::new());
     for (i, point) in points.iter().enumerate() {
         for (fault, kind) in faults(point) {
             bench.empty();
             before();
-            bench.try_fault(point, fault, known, kind + 3 * i as u64);
+            let tried = AssertUnwindSafe(|| bench.try_fault(point, fault, known, kind + 3 * i as u64));
+            if let Err(panic) = std::panic::catch_unwind(tried) {
+                failed.push(panic.downcast_ref::<String>().cloned().unwrap_or_default());
+            }
             n_tries += 1;
         }
     }
+    assert!(failed.is_empty(), "{} of {n_tries} faults:\n{}", failed.len(), failed.join("\n"));
     println!("{n_tries} faults at {} operations, of {} in the run", points.len(), bench.done.len());
 }
 
@@ -191,11 +220,15 @@ fn try_all(bench: &Bench, points: &[&Point], known: u64, before: impl Fn()) {
 fn in_a_process_of_its_own(test: &str) {
     let mut process = Command::new(std::env::current_exe().unwrap());
     process.args([&format!("faults::{test}"), "--exact", "--ignored", "--nocapture"]).env("OMP_NUM_THREADS", "1");
+    // Files in memory are as good here, and several times as fast: the disk that the tests speak of is a model.
+    if Path::new("/dev/shm").is_dir() {
+        process.env("TMPDIR", "/dev/shm");
+    }
     let output = process.output().unwrap();
     let [said, console] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     let end: Vec<&str> = console.lines().rev().take(60).collect();
     let end: Vec<&str> = end.into_iter().rev().collect();
-    assert!(output.status.success() && said.contains("1 passed"), "{said}\n{}", end.join("\n"));
+    assert!(output.status.success() && said.contains("1 passed"), "{}\n{said}", end.join("\n"));
     said.lines().filter(|line| line.contains("operations")).for_each(|line| println!("{line}"));
 }
 
@@ -221,9 +254,10 @@ fn operations_of_a_checkpoint() {
     let is_of = |point: &Point, step: u64| point.path.contains(&format!("step-{step:08}"));
     let begin = bench.done.iter().position(|point| is_of(point, TRIED_STEP)).unwrap();
     let end = bench.done.iter().position(|point| is_of(point, TRIED_STEP + 2)).unwrap();
-    let of_saver = |point: &&Point| point.path.starts_with("run/checkpoints");
+    let of_saver = |point: &&Point| point.path.starts_with("runs/one/checkpoints");
     let points: Vec<&Point> = bench.done[begin..end].iter().filter(of_saver).collect();
-    for operation in ["ask for room", "create folder", "create", "write", "sync", "rename to", "sync folder", "delete"] {
+    for operation in ["ask for room", "create folder", "create", "write", "sync", "rename to", "sync folder", "delete"]
+    {
         assert!(points.iter().any(|point| point.operation == operation), "a save does not {operation}");
     }
     try_all(&bench, &points, 0, || {});
@@ -235,7 +269,8 @@ fn some_operations_of_a_run() {
     let bench = Bench::new();
     let mut draws = Draws::new(21);
     // The start and the end matter most, and have few operations.
-    let is_rare = |point: &Point| !["run/checkpoints", "run/.incomplete"].iter().any(|p| point.path.starts_with(p));
+    let is_rare =
+        |point: &Point| !["runs/one/checkpoints", "runs/one/.incomplete"].iter().any(|p| point.path.starts_with(p));
     let points = bench.done.iter().filter(|point| draws.uniform() < if is_rare(point) { 0.3 } else { 0.1 });
     try_all(&bench, &points.collect::<Vec<_>>(), 0, || {});
 }
@@ -262,14 +297,16 @@ fn operations_of_a_start() {
     let left = bench.lab.path("left");
     std::fs::create_dir(&left).unwrap();
     copy_folder(&bench.root, &left);
-    assert!(left.join("run/checkpoints/.incomplete-step-00000006").exists());
+    assert!(left.join("runs/one/checkpoints/.incomplete-step-00000006").exists());
 
     let disk = FaultyDisk::new(&bench.root);
     bench.train(&disk, true).unwrap();
     let done = disk.done();
-    let until = done.iter().position(|point| point.path == "run/checkpoints/.incomplete-step-00000006" && point.operation == "create folder");
+    let until = done.iter().position(|point| {
+        point.path == "runs/one/checkpoints/.incomplete-step-00000006" && point.operation == "create folder"
+    });
     let points: Vec<&Point> = done[..until.unwrap()].iter().collect();
-    assert!(points.iter().any(|point| point.path == "run/metrics.jsonl" && point.operation == "rename to"));
+    assert!(points.iter().any(|point| point.path == "runs/one/metrics.jsonl" && point.operation == "rename to"));
     try_all(&bench, &points, 4, || copy_folder(&left, &bench.root));
 }
 
@@ -284,7 +321,9 @@ fn damage(bench: &Bench, path: &Path, ways: impl Iterator<Item = Vec<u8>>) -> us
         let good = newest.good.map(|(step, _)| step);
         assert_eq!(good, Some(LAST_STEP - 2), "{}: damage number {n_ways} does not show", path.display());
         let (dir, error) = &newest.damaged[0];
-        assert!(path.starts_with(dir) && error.to_string().contains(&path.display().to_string()), "{error}");
+        // A byte of the manifest may be one of another file's name.
+        let named = if path.ends_with("MANIFEST.json") { dir } else { path };
+        assert!(error.to_string().contains(&named.display().to_string()), "{error}");
         n_ways += 1;
     }
     std::fs::write(path, whole).unwrap();

@@ -15,6 +15,7 @@ mod fp16;
 mod golden;
 mod gradcheck;
 mod invariance;
+mod kills;
 mod log;
 mod manifest;
 mod model_gradcheck;

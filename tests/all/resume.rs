@@ -66,7 +66,7 @@ fn logged_steps(run_dir: &Path) -> Vec<u64> {
 
 /// Holds a run that was stopped against one that was not: adapter, last checkpoint with the optimizer's state, metrics.
 #[track_caller]
-fn assert_same_run(what: &str, ours: &Path, judge: &Path) {
+pub(crate) fn assert_same_run(what: &str, ours: &Path, judge: &Path) {
     let last = *checkpoint_steps(judge).last().unwrap();
     for folder in [PathBuf::from("adapter"), step_dir(Path::new(""), last)] {
         assert_same_folder(what, &ours.join(&folder), &judge.join(&folder));
@@ -199,7 +199,7 @@ fn ended(child: Child) -> Ran {
     Ran { code: output.status.code(), stderr: String::from_utf8_lossy(&output.stderr).into_owned() }
 }
 
-fn n_lines(run_dir: &Path) -> usize {
+pub(crate) fn n_lines(run_dir: &Path) -> usize {
     std::fs::read(run_dir.join("metrics.jsonl")).map_or(0, |text| text.iter().filter(|&&b| b == b'\n').count())
 }
 
