@@ -88,6 +88,8 @@ pub(super) struct Run<'a> {
     saved_step: u64,
     /// The step of the newest checkpoint that was begun.
     begun_step: u64,
+    /// The step whose checkpoint was asked for by a signal and is not whole yet.
+    asked_step: Option<u64>,
     evaluated: Option<Evaluated>,
     /// Whether the present step is to be evaluated still.
     evaluation_is_due: bool,
@@ -171,6 +173,7 @@ impl<'a> Run<'a> {
             log,
             saved_step: step,
             begun_step: step,
+            asked_step: None,
             evaluated: record.as_ref().and_then(|record| record.evaluated),
             evaluation_is_due: record.is_some_and(|record| record.evaluation_is_due),
             _lock: lock,
@@ -190,6 +193,15 @@ impl<'a> Run<'a> {
     }
 
     pub(super) fn run_to_end(mut self) -> Result<Outcome> {
+        let ended = self.steps().and_then(|()| self.end());
+        // Whatever ended the run, a checkpoint in flight becomes whole, or the user learns why it did not.
+        if let (Err(_), Some((step, Err(error)))) = (&ended, self.saver.wait()) {
+            self.log.warn(&format!("the checkpoint of step {step} was not written: {error}"))?;
+        }
+        ended.map(|()| Outcome::Trained)
+    }
+
+    fn steps(&mut self) -> Result<()> {
         if self.evaluation_is_due {
             self.after_step()?;
         }
@@ -197,7 +209,8 @@ impl<'a> Run<'a> {
             if let Some(signal) = self.requests.stop_signal() {
                 return Err(self.interrupted(signal)?);
             }
-            if self.requests.take_save() {
+            // Before the first step there is nothing to save: the request waits.
+            if self.trainer.state.step > 0 && self.requests.take_save() {
                 self.save_as_asked()?;
             }
             let stepped = self.trainer.step();
@@ -207,10 +220,12 @@ impl<'a> Run<'a> {
             self.was_saved(outcome)?;
             self.after_step()?;
         }
-        self.wait_for_the_saver()?;
+        self.wait_for_the_saver()
+    }
+
+    fn end(&mut self) -> Result<()> {
         self.write_adapter()?;
-        self.log.flush()?;
-        Ok(Outcome::Trained)
+        self.log.flush()
     }
 
     /// Evaluates and saves where the present step asks for it.
@@ -324,11 +339,15 @@ impl<'a> Run<'a> {
         if self.begun_step < step {
             self.save()?;
         }
-        self.wait_for_the_saver()?;
-        if self.saved_step == step {
-            self.log.note(&format!("step {step} is saved, as asked by SIGUSR1"))?;
+        self.asked_step = Some(step);
+        self.tell_if_asked(self.saved_step)
+    }
+
+    fn tell_if_asked(&mut self, saved_step: u64) -> Result<()> {
+        match self.asked_step.take_if(|asked| *asked == saved_step) {
+            Some(step) => self.log.note(&format!("step {step} is saved, as asked by SIGUSR1")),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn adapter(&self) -> Result<Adapter> {
@@ -354,6 +373,7 @@ impl<'a> Run<'a> {
                 let mb = saved.bytes as f64 / 1e6;
                 self.log
                     .record(&format!("checkpoint of step {step}: {mb:.1} MB written in {:.3} s", saved.write_secs))?;
+                self.tell_if_asked(step)?;
                 match saved.not_pruned {
                     Some(error) => self.log.warn(&format!("old checkpoints could not be deleted: {error}")),
                     None => Ok(()),

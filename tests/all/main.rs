@@ -12,6 +12,7 @@ mod device;
 mod faults;
 mod faulty_disk;
 mod fp16;
+mod going_on;
 mod golden;
 mod gradcheck;
 mod invariance;

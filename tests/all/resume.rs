@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::support::{Lab, Ran, Shape, bellora, metrics, rows, run};
 
 /// Every file beneath a folder with its contents.
-fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
         if entry.path().is_dir() {
@@ -32,11 +32,11 @@ pub(crate) fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-fn step_dir(run_dir: &Path, step: u64) -> PathBuf {
+pub(crate) fn step_dir(run_dir: &Path, step: u64) -> PathBuf {
     run_dir.join(format!("checkpoints/step-{step:08}"))
 }
 
-fn checkpoint_steps(run_dir: &Path) -> Vec<u64> {
+pub(crate) fn checkpoint_steps(run_dir: &Path) -> Vec<u64> {
     let names = std::fs::read_dir(run_dir.join("checkpoints")).unwrap();
     let step = |name: &str| name.strip_prefix("step-").and_then(|digits| digits.parse().ok());
     let mut steps: Vec<u64> = names.filter_map(|entry| step(entry.unwrap().file_name().to_str().unwrap())).collect();
@@ -59,7 +59,7 @@ fn timeless_metrics(run_dir: &Path) -> Vec<Value> {
 }
 
 /// The steps of the lines that tell of updates.
-fn logged_steps(run_dir: &Path) -> Vec<u64> {
+pub(crate) fn logged_steps(run_dir: &Path) -> Vec<u64> {
     let lines = metrics(run_dir);
     lines.iter().filter(|line| line.get("loss").is_some()).map(|line| line["step"].as_u64().unwrap()).collect()
 }
@@ -98,7 +98,7 @@ pub(crate) fn assert_same_metrics(what: &str, ours: &Path, judge: &Path) {
     assert_eq!(ours.len(), judge.len(), "{what}: lines of metrics.jsonl");
 }
 
-fn resume(run_dir: &Path) -> Ran {
+pub(crate) fn resume(run_dir: &Path) -> Ran {
     run(bellora().arg("resume").arg(run_dir))
 }
 
@@ -179,7 +179,7 @@ fn fp16_with_overflows_on_the_way() {
 
 /// Waits until a running program has come far enough; it must not have ended by then.
 #[track_caller]
-fn wait_until(child: &mut Child, has_come_far_enough: impl Fn() -> bool) {
+pub(crate) fn wait_until(child: &mut Child, has_come_far_enough: impl Fn() -> bool) {
     let started = Instant::now();
     while !has_come_far_enough() {
         let ended = child.try_wait().unwrap();
@@ -189,12 +189,12 @@ fn wait_until(child: &mut Child, has_come_far_enough: impl Fn() -> bool) {
     }
 }
 
-fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     let sent = std::process::Command::new("sh").args(["-c", &format!("kill -{name} {}", child.id())]).status().unwrap();
     assert!(sent.success());
 }
 
-fn ended(child: Child) -> Ran {
+pub(crate) fn ended(child: Child) -> Ran {
     let output = child.wait_with_output().unwrap();
     Ran { code: output.status.code(), stderr: String::from_utf8_lossy(&output.stderr).into_owned() }
 }
