@@ -11,7 +11,126 @@ use crate::error::{Error, Result};
 
 /// What changes a disk, and the room on it. Reading goes past it.
 pub trait Disk: Debug + Send + Sync {
-    /// Creates a folder and those above it, as far as they are missing. Their names are on the disk then.
+    /// Creates a folder and those above it.
+    fn create_folder(&self, path: &Path) -> io::Result<()>;
+    /// Creates an empty file, or empties the one that is there.
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+    /// Opens a file to write at its end, creating it if need be.
+    fn append(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+    /// Gives a file or folder another name, in place of a file that has it.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Deletes a file.
+    fn remove_file(&self, path: &Path) -> io::Result<()>;
+    /// Deletes an empty folder.
+    fn remove_folder(&self, path: &Path) -> io::Result<()>;
+    /// Brings the names in a folder to the disk: which files and folders it holds.
+    fn sync_folder(&self, path: &Path) -> io::Result<()>;
+    /// The bytes that may still be written below a folder that exists.
+    fn free_bytes(&self, path: &Path) -> io::Result<u64>;
+}
+
+/// An open file. Any thread may write to it or sync it.
+pub trait DiskFile: Debug + Send + Sync {
+    /// Writes some of the bytes where the last write ended, and gives how many.
+    fn write(&self, bytes: &[u8]) -> io::Result<usize>;
+    /// Brings what was written to the disk.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// The file systems of this machine.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalDisk;
+
+impl LocalDisk {
+    /// The one to hand about.
+    pub fn shared() -> Arc<dyn Disk> {
+        Arc::new(Self)
+    }
+}
+
+impl Disk for LocalDisk {
+    fn create_folder(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir_all(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(File::create(path)?))
+    }
+
+    fn append(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(OpenOptions::new().append(true).create(true).open(path)?))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn remove_folder(&self, path: &Path) -> io::Result<()> {
+        fs::remove_dir(path)
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        let room = rustix::fs::statvfs(path)?;
+        Ok(room.f_bavail.saturating_mul(room.f_frsize))
+    }
+}
+
+impl DiskFile for File {
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        // The trait of the standard library, not this one.
+        io::Write::write(&mut &*self, bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// Writes all of the bytes.
+///
+/// # Errors
+/// What the disk says; some of the bytes may have been written then.
+pub fn write_all(file: &dyn DiskFile, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Puts a file in place, or replaces it: whole and on the disk under its name, or as it was before.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn put_file(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<()> {
+    let tmp = temporary(path);
+    let written = (|| {
+        let file = disk.create(&tmp).map_err(Error::io("create", &tmp))?;
+        write_all(&*file, bytes).map_err(Error::io("write", &tmp))?;
+        file.sync().map_err(Error::io("sync", &tmp))?;
+        disk.rename(&tmp, path).map_err(Error::io("replace", path))
+    })();
+    if let Err(error) = written {
+        // The error at hand matters more than one of cleaning up.
+        let _ = disk.remove_file(&tmp);
+        return Err(error);
+    }
+    sync_parent(disk, path)
+}
+
+/// Creates a folder and those above it, as far as they are missing. Their names are on the disk then.
 ///
 /// # Errors
 /// [`Error::Io`].
