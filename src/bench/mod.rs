@@ -114,9 +114,11 @@ impl Bench {
         tell("timing the parts of a step");
         let parts = clock::time_parts(&mut trainer, updates.min(UPDATES_BY_PART), device)?;
 
-        let (mix, largest) = batches_of(&trainer, warmup..warmup + updates);
+        let (mix, _) = batches_of(&trainer, warmup..warmup + updates);
+        let (_, (smallest, largest)) = batches_of(&trainer, 0..warmup + updates);
         let recompute = trainer.settings.recompute;
         let model = MemoryModel::new(&subject.shape, &subject.lora, &subject.layout, kind, device, recompute);
+        let model = if smallest == largest { model.of_equal_micro_batches() } else { model };
         let predicted = model.by_part(largest as i64);
         let predicted_bytes = predicted.iter().map(|part| part.bytes).sum();
         let memory =
@@ -226,8 +228,8 @@ fn trainer(subject: &Subject, params: ParamBuffer, model: Llama, samples: Datase
     Trainer::new(settings, samples, model, params, optimizer, RunState::start(scale, nobodys))
 }
 
-/// What the tokens of some steps were like, and how many the largest micro-batch held.
-fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, usize) {
+/// What the tokens of some steps were like, and how many the smallest and the largest micro-batch held.
+fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, (usize, usize)) {
     let StepSettings { global_batch, shuffle, seed, loss_average, micro_batch_tokens, .. } = trainer.settings;
     let mut order = EpochOrder::new(trainer.samples.len(), global_batch, shuffle, seed);
     let taken: Vec<Vec<u32>> = steps.map(|step| order.step_samples(step)).collect();
@@ -235,5 +237,6 @@ fn batches_of(trainer: &Trainer, steps: Range<u64>) -> (TokenMix, usize) {
         |sample: &u32| (trainer.samples.ids(*sample as usize).len(), trainer.samples.label_tokens(*sample as usize));
     let mix = TokenMix::of(taken.iter().flatten().map(length));
     let batches = taken.iter().flat_map(|s| build_batches(&trainer.samples, s, loss_average, micro_batch_tokens));
-    (mix, batches.map(|batch| batch.input_ids.len()).max().unwrap_or_default())
+    let sizes = batches.map(|batch| batch.input_ids.len());
+    (mix, sizes.fold((usize::MAX, 0), |(least, most), size| (least.min(size), most.max(size))))
 }

@@ -96,12 +96,16 @@ impl Command {
 }
 
 /// Variables that libraries read once, as they are loaded, before any code of ours; those that the user has set stay.
-const READ_AT_START: [(&str, &str); 2] = [
+const READ_AT_START: [(&str, &str); 4] = [
     // OpenMP's threads sleep, and do not spin, while they wait for each other. Spinning threads are ruinous as soon as
     // anything else wants the processors: the one that would end the wait is kept from running.
     ("OMP_WAIT_POLICY", "passive"),
     // cuBLAS gives equal results for equal products only with a work space of a fixed size; it is no larger than its own.
     ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+    // How many products oneDNN and libtorch's layer above it remember. By default it is 1,024 each; where micro-batches differ in
+    // size, both fill with products of sizes that hardly come again, at up to 1 MiB for both. A step has some forty.
+    ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"),
+    ("LRU_CACHE_CAPACITY", "64"),
 ];
 
 /// Starts the program again with the variables that libraries read at their start.

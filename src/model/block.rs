@@ -68,12 +68,14 @@ impl Block {
     pub fn forward(&self, x_nd: Tensor, batch: &Batch) -> Result<(Tensor, BlockSaved)> {
         let (h_nd, input_norm) = rms_norm::forward(&x_nd, &self.input_norm_d, self.rms_norm_eps)?;
         let (qkv, qkv_xa) = self.linear(&self.qkv, &h_nd, Site::Attention, batch)?;
+        drop(h_nd);
         rope::forward_(&self.heads.rotated(&qkv)?, &batch.rotation)?;
         let (o, attention) = attention::forward(&qkv, self.heads, &batch.documents)?;
         let (mut x2_nd, o_xa) = self.linear(&self.o, &o, Site::Output, batch)?;
 
         let (h_nd, mlp_norm) = rms_norm::forward_add_(&mut x2_nd, &x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
         let (gu_n2f, gate_up_xa) = self.linear(&self.gate_up, &h_nd, Site::Mlp, batch)?;
+        drop(h_nd);
         let h_nf = swiglu::forward(&gu_n2f)?;
         let (mut out_nd, down_xa) = self.linear(&self.down, &h_nf, Site::Down, batch)?;
         let _ = out_nd.f_add_(&x2_nd)?;
@@ -134,7 +136,7 @@ impl Block {
         let mut dh_nf = self.down.backward_input(&dout_nd)?;
         self.add_adapters(&self.down, &mut dh_nf, ds.as_ref(), Site::Down, batch)?;
         let (dgu_n2f, h_nf) = swiglu::backward(&dh_nf, &saved.gu_n2f)?;
-        drop(dh_nf);
+        drop((dh_nf, saved.gu_n2f));
         self.accumulate_a(&self.down, ds, h_nf, Site::Down, batch, grads)?;
 
         let ds = self.gate_up.backward_b(&dgu_n2f, saved.gate_up_xa.as_ref(), grads)?;
@@ -142,6 +144,7 @@ impl Block {
         drop(dgu_n2f);
         self.add_adapters(&self.gate_up, &mut dh_nd, ds.as_ref(), Site::Mlp, batch)?;
         let (dx2_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x2_nd, &self.mlp_norm_d, &saved.mlp_norm, &dout_nd)?;
+        drop((dh_nd, dout_nd, saved.x2_nd));
         self.accumulate_a(&self.gate_up, ds, h_nd, Site::Mlp, batch, grads)?;
 
         let ds = self.o.backward_b(&dx2_nd, saved.o_xa.as_ref(), grads)?;
@@ -149,6 +152,7 @@ impl Block {
         self.add_adapters(&self.o, &mut do_, ds.as_ref(), Site::Output, batch)?;
         self.accumulate_a(&self.o, ds, saved.o.shallow_clone(), Site::Output, batch, grads)?;
         let dqkv = attention::backward(&do_, &saved.qkv, &saved.o, self.heads, &batch.documents, &saved.attention)?;
+        drop((do_, saved.qkv, saved.o));
         rope::backward_(&self.heads.rotated(&dqkv)?, &batch.rotation)?;
 
         let ds = self.qkv.backward_b(&dqkv, saved.qkv_xa.as_ref(), grads)?;
@@ -158,6 +162,7 @@ impl Block {
             return Ok(None);
         }
         let mut dh_nd = self.qkv.backward_input(&dqkv)?;
+        drop(dqkv);
         self.add_adapters(&self.qkv, &mut dh_nd, ds.as_ref(), Site::Attention, batch)?;
         let (dx_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm, &dx2_nd)?;
         self.accumulate_a(&self.qkv, ds, h_nd, Site::Attention, batch, grads)?;

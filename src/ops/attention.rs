@@ -45,6 +45,10 @@ impl Heads {
     }
 }
 
+/// Rows that the CPU's kernel takes in one call: enough to keep many threads busy, few enough that what it makes on the way is
+/// small beside what is kept.
+pub const ROWS_PER_RUN: i64 = 1024;
+
 /// The documents of a packed micro-batch, one behind the other.
 #[derive(Debug)]
 pub struct Documents {
@@ -74,12 +78,12 @@ impl Documents {
         bounds.filter(|(_, len)| *len > 0)
     }
 
-    /// The documents in runs of equal length.
+    /// The documents in runs of equal length, a run no longer than [`ROWS_PER_RUN`] unless it is a single document.
     fn runs(&self) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
         for (start, len) in self.each() {
             match runs.last_mut() {
-                Some(run) if run.len == len => run.n_docs += 1,
+                Some(run) if run.len == len && (run.n_docs + 1) * len <= ROWS_PER_RUN => run.n_docs += 1,
                 _ => runs.push(Run { start, n_docs: 1, len }),
             }
         }
@@ -267,11 +271,15 @@ fn wide(kind: Kind) -> Kind {
 
 // ---- the CPU's kernel ----
 
-/// One run's queries, keys and values, `[B, H, T, E]`; keys and values repeated for their group of query heads.
+/// One run's queries, keys and values, `[B, H, T, E]` in fp32 or wider; keys and values repeated for their group of query heads.
+///
+/// In bf16 the kernel has oneDNN make products of its own for every length of a document that it meets. Where lengths differ that
+/// takes time, and what is kept of them grows to hundreds of megabytes.
 fn run_parts(qkv: &Tensor, heads: Heads, run: Run) -> Result<Parts> {
     let Parts { q, k, v } = Parts::of(&qkv.f_narrow(0, run.start, run.n_docs * run.len)?, heads)?;
     let as_bhte = |x: Tensor, n_heads: i64| -> Result<Tensor> {
-        Ok(x.f_view([run.n_docs, run.len, n_heads, heads.head_dim])?.f_transpose(1, 2)?)
+        let x_bthe = x.f_view([run.n_docs, run.len, n_heads, heads.head_dim])?;
+        Ok(x_bthe.f_to_kind(wide(x.kind()))?.f_transpose(1, 2)?)
     };
     Ok(Parts {
         q: as_bhte(q, heads.n_heads)?,
@@ -319,7 +327,7 @@ fn cpu_backward(
         let n_rows = run.n_docs * run.len;
         let Parts { q, k, v } = run_parts(qkv, heads, run)?;
         let as_bhte = |t: &Tensor| -> Result<Tensor> {
-            let rows = t.f_narrow(0, run.start, n_rows)?;
+            let rows = t.f_narrow(0, run.start, n_rows)?.f_to_kind(wide(t.kind()))?;
             Ok(rows.f_view([run.n_docs, run.len, heads.n_heads, heads.head_dim])?.f_transpose(1, 2)?)
         };
         let (dq, dk, dv) = Tensor::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(

@@ -1,9 +1,9 @@
 //! A micro-batch's passes with bytes in place of tensors.
 //!
 //! The functions follow `model/block.rs`, `model/llama.rs`, `model/adapted_linear.rs` and `ops/` line by line: a tensor there
-//! is a [`Held`] here, made where it is made and dropped where it is dropped (a shadowed name lives on to the end of its
-//! function). Views take nothing. What libtorch's own kernels allocate besides their results is counted where it grows with
-//! the tokens; scratch of fixed size is not.
+//! is a [`Held`] here, made where it is made and dropped where it is dropped. Views take nothing. What libtorch's own kernels
+//! allocate besides their results is counted where it grows with the tokens; what is the same for all sizes is measured, as
+//! part of the workspaces.
 //!
 //! Legend: `N` tokens, all of them learned; widths are elements a row.
 
@@ -25,6 +25,20 @@ const I64: i64 = 8;
 
 /// What cuBLAS and cuBLASLt keep for themselves on a stream: 32 MiB each on the GPUs where it is most.
 const CUDA_WORKSPACES: i64 = 64 << 20;
+
+/// What the process itself takes on a CPU besides tensors, above what it had when the model was made: pages of libtorch's code
+/// that are first used in a step, the stacks and buffers of threads, scratch of products. Measured (docs/measurements/memory.md).
+const CPU_PROCESS: i64 = 28 << 20;
+
+/// What oneDNN and libtorch's layer above it keep of the products that they have made: a description and the code of each. Their
+/// number is bounded (`cli/mod.rs`); micro-batches of one size need but a part of it. Measured, as above.
+const CPU_PRODUCTS: Products = Products { fp32: [2 << 20, 15 << 20], half: [5 << 20, 44 << 20] };
+
+/// Bytes of remembered products: where micro-batches have one size, and where they differ.
+struct Products {
+    fp32: [i64; 2],
+    half: [i64; 2],
+}
 
 /// Philox calls that `ops/dropout.rs` makes at a time on a GPU, and the i64 tensors of that size that it holds while it mixes.
 const CUDA_MASK_CALLS: i64 = 1 << 21;
@@ -66,6 +80,8 @@ pub(super) struct Dims {
     pub(super) buffer_len: i64,
     pub(super) kind: Kind,
     pub(super) is_cuda: bool,
+    /// Whether micro-batches differ in size.
+    pub(super) sizes_differ: bool,
     pub(super) recompute: bool,
 }
 
@@ -167,7 +183,12 @@ pub(super) fn passes(dims: &Dims, tokens: i64) -> Passes {
 /// `BlockSaved` of `model/block.rs`.
 struct BlockSaved<'m> {
     x: Held<'m>,
-    _rest: [Option<Held<'m>>; 11],
+    gu: Held<'m>,
+    x2: Held<'m>,
+    qkv: Held<'m>,
+    o: Held<'m>,
+    /// Statistics of norms and attention, and the adapters' `x Aᵀ`.
+    rest: [Option<Held<'m>>; 7],
 }
 
 /// `SavedBlock` of `model/llama.rs`.
@@ -212,7 +233,9 @@ impl<'m> DryRun<'m> {
         let padding = dims.element() * dims.padding() * dims.hidden;
         let (frozen_padding, copy_padding) = if dims.trains_head { (0, padding) } else { (padding, 0) };
         let copy = if dims.is_half_precision() { dims.element() * dims.buffer_len + copy_padding } else { 0 };
-        let workspaces = if dims.is_cuda { CUDA_WORKSPACES } else { 0 };
+        let products = if dims.is_half_precision() { CPU_PRODUCTS.half } else { CPU_PRODUCTS.fp32 };
+        let on_cpu = CPU_PROCESS + products[usize::from(dims.sizes_differ)];
+        let workspaces = if dims.is_cuda { CUDA_WORKSPACES } else { on_cpu };
         // Cosines and sines of every position; no document is longer than the micro-batch.
         let rotations = FP32 * dims.head_dim * self.n.min(dims.max_positions);
         vec![
@@ -311,34 +334,24 @@ impl<'m> DryRun<'m> {
     fn block_forward(&self, x_nd: Held<'m>) -> (Held<'m>, BlockSaved<'m>) {
         let Dims { hidden: d, n_heads, qkv, o: o_group, gate_up, down, .. } = self.dims;
         let (d, kept) = (*d, Part::KeptActivations);
-        let (_h_nd, rstd) = self.rms_norm_forward(Part::Temporaries);
+        let (h_nd, rstd) = self.rms_norm_forward(Part::Temporaries);
         let (qkv, qkv_xa) = self.linear(qkv, kept);
+        drop(h_nd);
         self.rotate();
         let o = self.rows(kept, self.dims.q_width);
         let lse = self.wide(kept, *n_heads);
         self.attention_forward();
-        let (x2_nd, o_xa) = self.linear(o_group, kept);
+        let (x2, o_xa) = self.linear(o_group, kept);
 
-        let (_h_nd, mlp_rstd) = self.rms_norm_forward(Part::Temporaries);
-        let (gu_n2f, gate_up_xa) = self.linear(gate_up, kept);
+        let (h_nd, mlp_rstd) = self.rms_norm_forward(Part::Temporaries);
+        let (gu, gate_up_xa) = self.linear(gate_up, kept);
+        drop(h_nd);
         let _h_nf = self.swiglu_forward();
         let (out_nd, down_xa) = self.linear(down, kept);
         debug_assert_eq!(out_nd.bytes, self.dims.element() * d * self.n);
 
-        let rest = [
-            Some(rstd),
-            qkv_xa,
-            Some(qkv),
-            Some(lse),
-            Some(o),
-            o_xa,
-            Some(x2_nd),
-            Some(mlp_rstd),
-            gate_up_xa,
-            Some(gu_n2f),
-            down_xa,
-        ];
-        (out_nd, BlockSaved { x: x_nd, _rest: rest })
+        let rest = [Some(rstd), qkv_xa, Some(lse), o_xa, Some(mlp_rstd), gate_up_xa, down_xa];
+        (out_nd, BlockSaved { x: x_nd, gu, x2, qkv, o, rest })
     }
 
     fn block_backward(&self, saved: BlockSaved<'m>, dout_nd: Held<'m>, need_dx: bool) -> Option<Held<'m>> {
@@ -349,33 +362,36 @@ impl<'m> DryRun<'m> {
         let dh_nf = self.backward_input(down);
         self.add_adapters(down);
         let (dgu_n2f, h_nf) = self.swiglu_backward();
-        drop(dh_nf);
+        drop((dh_nf, saved.gu));
         self.accumulate_a(down, ds, Some(h_nf));
         debug_assert_eq!(dgu_n2f.bytes, self.dims.element() * 2 * f * self.n);
 
         let ds = self.backward_b(gate_up);
-        let _dh_nd = self.backward_input(gate_up);
+        let dh_nd = self.backward_input(gate_up);
         drop(dgu_n2f);
         self.add_adapters(gate_up);
         let (dx2_nd, h_nd) = self.rms_norm_backward(Part::Temporaries);
+        drop((dh_nd, dout_nd, saved.x2));
         self.accumulate_a(gate_up, ds, Some(h_nd));
 
         let ds = self.backward_b(o);
-        let _do = self.backward_input(o);
+        let do_ = self.backward_input(o);
         self.add_adapters(o);
         self.accumulate_a(o, ds, None);
-        let _dqkv = self.passing(q_width + 2 * kv_width);
+        let dqkv = self.passing(q_width + 2 * kv_width);
         self.attention_backward();
+        drop((do_, saved.qkv, saved.o));
         self.rotate();
 
         let ds = self.backward_b(qkv);
-        let _held = (saved, dout_nd, dx2_nd);
+        let _held = (saved.x, saved.rest, dx2_nd);
         if !need_dx {
             let h_nd = self.rms_norm_again();
             self.accumulate_a(qkv, ds, Some(h_nd));
             return None;
         }
         let _dh_nd = self.backward_input(qkv);
+        drop(dqkv);
         self.add_adapters(qkv);
         let (dx_nd, h_nd) = self.rms_norm_backward(Part::Temporaries);
         self.accumulate_a(qkv, ds, Some(h_nd));

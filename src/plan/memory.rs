@@ -1,7 +1,8 @@
 //! The memory of a training run, by part, as a function of the tokens in a micro-batch.
 //!
 //! Every number is derived from what the engine allocates and keeps: see `dry_run`. Bytes are those that the program asks
-//! for; how an allocator rounds them and what it cannot reuse is the business of the margin in [`super::solve`].
+//! for, and the device's workspaces; how an allocator rounds them and what it cannot reuse is the business of the margin in
+//! [`super::solve`].
 
 use serde::Serialize;
 use tch::{Device, Kind};
@@ -35,7 +36,7 @@ pub enum Part {
     Temporaries,
     /// Ids, positions, targets, weights, rotations.
     Batch,
-    /// Workspaces of the device's libraries.
+    /// Workspaces of the device's libraries; on a CPU also their code and what they remember.
     Workspaces,
 }
 
@@ -166,9 +167,18 @@ impl MemoryModel {
             buffer_len: layout.buffer_len(),
             kind,
             is_cuda: device.is_cuda(),
+            sizes_differ: true,
             recompute,
         };
         Self { dims }
+    }
+
+    /// The memory of a run whose micro-batches all have one size, as where all samples are equally long. A CPU's libraries then
+    /// remember fewer products.
+    #[must_use]
+    pub fn of_equal_micro_batches(mut self) -> Self {
+        self.dims.sizes_differ = false;
+        self
     }
 
     /// Runs a micro-batch of so many tokens without running it.

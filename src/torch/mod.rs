@@ -106,7 +106,7 @@ fn check(code: c_int) -> Result<()> {
 
 /// Has the allocator keep what it is given back, for a process that allocates the same large tensors over and over.
 pub fn keep_freed_memory() {
-    // SAFETY: it sets two numbers of the C library's allocator.
+    // SAFETY: it sets two numbers of the C library's allocator and where libtorch allocates from now on.
     unsafe { bellora_keep_freed_memory() }
 }
 

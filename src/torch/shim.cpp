@@ -11,19 +11,14 @@
 
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/core/CPUAllocator.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include "cpu_rows.h"
 #include "shim.h"
 
-#include <malloc.h>
-
 #include <algorithm>
-#include <climits>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -109,50 +104,6 @@ static at::Tensor like(const at::Tensor& t, int64_t rows, int64_t columns) {
 extern "C" {
 
 const char* bellora_last_error() { return last_error.c_str(); }
-
-// Memory of CPU tensors, aligned by hand. libtorch's own allocator asks glibc for aligned memory, and that takes more room to
-// find than it keeps: a freed piece never serves the next tensor of the same size, and the heap grew by a fifth to two fifths in runs that were measured. A plain
-// allocation finds it again.
-struct TensorHeap final : c10::Allocator {
-  static constexpr size_t kAlignment = 64;
-
-  static void release(void* data) {
-    if (data) std::free(static_cast<void**>(data)[-1]);
-  }
-
-  c10::DataPtr allocate(size_t bytes) override {
-    void* aligned = nullptr;
-    if (bytes > 0) {
-      char* piece = static_cast<char*>(std::malloc(bytes + kAlignment));
-      TORCH_CHECK(piece, "DefaultCPUAllocator: can't allocate memory: you tried to allocate ", bytes, " bytes.");
-      // Pieces are multiples of 16, so that there is room for the way back to the start of this one.
-      aligned = piece + kAlignment - reinterpret_cast<uintptr_t>(piece) % kAlignment;
-      static_cast<void**>(aligned)[-1] = piece;
-    }
-    return {aligned, aligned, &release, c10::Device(c10::kCPU)};
-  }
-
-  c10::DeleterFnPtr raw_deleter() const override { return &release; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
-};
-
-// Large tensors come and go every layer. By default their memory goes back to the system each time, and coming again it is
-// zeroed page by page; this keeps it.
-void bellora_keep_freed_memory() {
-#if defined(__GLIBC__)
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest value there is
-  mallopt(M_TRIM_THRESHOLD, INT_MAX);
-  static TensorHeap heap;
-  c10::SetCPUAllocator(&heap);
-#endif
-}
-
-// Gives what is kept so back to the system.
-void bellora_release_freed_memory() {
-#if defined(__GLIBC__)
-  malloc_trim(0);
-#endif
-}
 
 // out = beta * out + alpha * a b
 int bellora_addmm(T out, T a, T b, double beta, double alpha) {

@@ -2,7 +2,8 @@
 
 use tch::Kind;
 
-use super::{Dims, DryRun, Held};
+use super::{Dims, DryRun, FP32, Held};
+use crate::ops::attention::ROWS_PER_RUN;
 use crate::plan::memory::Part;
 
 /// What attention's backward on a GPU holds in fp32, as multiples of the queries' width. The memory-efficient kernel sums
@@ -109,30 +110,59 @@ impl<'m> DryRun<'m> {
 
     // ---- ops/attention.rs ----
 
-    /// What attention makes besides the `o` and `lse` that are kept: on the CPU its own output, and keys and values repeated
-    /// for their group of query heads (as one of a GPU's two kernels wants them).
+    /// What attention makes besides the `o` and `lse` that are kept.
     pub(super) fn attention_forward(&self) {
-        let _repeated = self.repeated();
-        let _o_bhte = (!self.dims.is_cuda).then(|| self.passing(self.dims.q_width));
+        if self.dims.is_cuda {
+            drop(self.repeated());
+        } else {
+            let _inputs = self.cpu_attention_inputs();
+            drop(self.in_run(self.dims.q_width));
+        }
     }
 
     /// Gradients of q, k and v apart, before they go into `dqkv`.
     pub(super) fn attention_backward(&self) {
         let Dims { q_width, kv_width, .. } = *self.dims;
-        let _repeated = self.repeated();
-        let _apart = self.passing(3 * q_width);
+        let is_grouped = q_width > kv_width;
         if self.dims.is_cuda {
+            let _repeated = self.repeated();
+            let _apart = self.passing(3 * q_width);
             drop(self.wide(Part::Temporaries, CUDA_ACCUMULATORS * q_width));
+            if is_grouped {
+                // The sums over the groups in fp32, rounded.
+                let _sums = self.passing(2 * kv_width);
+                drop(self.wide(Part::Temporaries, kv_width));
+            }
+            return;
         }
-        if q_width > kv_width {
-            // The sums over the groups in fp32, rounded, and on the CPU as rows.
-            let sums = || self.passing(2 * kv_width);
-            let _sums = (sums(), (!self.dims.is_cuda).then(sums));
-            drop(self.wide(Part::Temporaries, kv_width));
+        let _inputs = self.cpu_attention_inputs();
+        let outer = self.dims.is_half_precision().then(|| self.in_run(2 * q_width));
+        let _apart = self.in_run(3 * q_width);
+        drop(outer);
+        if is_grouped {
+            // The sums over the groups, and the same as rows.
+            let _sums = [self.in_run(2 * kv_width), self.in_run(2 * kv_width)];
         }
     }
 
-    pub(super) fn repeated(&self) -> Option<Held<'m>> {
+    /// q, k and v of a run of documents where they do not serve as they lie: widened, or repeated for their group of query
+    /// heads.
+    fn cpu_attention_inputs(&self) -> Held<'m> {
+        let Dims { q_width, kv_width, .. } = *self.dims;
+        self.in_run(match (self.dims.is_half_precision(), q_width > kv_width) {
+            (true, _) => 3 * q_width,
+            (false, true) => 2 * q_width,
+            (false, false) => 0,
+        })
+    }
+
+    /// Rows in fp32 of as many documents as the CPU's kernel takes at once. (A longer document is taken alone, and whole.)
+    fn in_run(&self, width: i64) -> Held<'m> {
+        self.meter.hold(Part::Temporaries, FP32 * width * self.n.min(ROWS_PER_RUN))
+    }
+
+    /// Keys and values repeated for their group of query heads, as one of a GPU's two kernels wants them.
+    fn repeated(&self) -> Option<Held<'m>> {
         let Dims { q_width, kv_width, .. } = *self.dims;
         (q_width > kv_width).then(|| self.passing(2 * q_width))
     }
