@@ -149,6 +149,11 @@ pub fn temporary(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.new"))
 }
 
+/// Whether a name is one that [`temporary`] gives.
+pub fn is_temporary(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(".new")
+}
+
 /// Deletes a file, or a folder with all that is in it; nothing if there is none.
 ///
 /// # Errors

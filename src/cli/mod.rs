@@ -8,9 +8,11 @@ mod export;
 mod generate;
 mod plan;
 mod prepare;
+mod replay;
 mod selftest;
 mod signals;
 mod train;
+mod verify;
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -57,6 +59,23 @@ enum Command {
     ///
     /// Example: bellora resume runs/mine
     Resume(train::ResumeArgs),
+    /// Do an update of a run again and say what each of its samples lost
+    ///
+    /// From the nearest checkpoint before it. Prints one JSON line a sample {step, place, slot, tokens, label_tokens, loss}:
+    /// the mean over its label tokens, alone, under the dropout of that step, before the update; then the update's line of
+    /// metrics.jsonl without the times. On the same machine with as many threads it is the same bit for bit. Nothing in the
+    /// folder is changed, and the run may go on meanwhile.
+    ///
+    /// Example: bellora replay runs/mine --step 1200
+    Replay(replay::ReplayArgs),
+    /// Say whether all that a run has written is whole
+    ///
+    /// Config, metrics, every checkpoint and adapter, each held against its checksums or rules; a line each, whole, damaged
+    /// with what is wrong, or harmless (left by something that was interrupted). Also for an adapter's folder and for what
+    /// export wrote. Exit code 0 if all is whole, 1 if something is damaged, 2 if there is nothing of the kind.
+    ///
+    /// Example: bellora verify runs/mine
+    Verify(verify::VerifyArgs),
     /// Compute the loss on the validation samples
     ///
     /// Prints one JSON line {eval_loss, perplexity, samples, label_tokens}: of the model as training would start for a
@@ -91,7 +110,7 @@ enum Command {
 impl Command {
     /// Whether the command runs the model.
     fn computes(&self) -> bool {
-        !matches!(self, Self::Check(_) | Self::Plan(_) | Self::Prepare(_))
+        !matches!(self, Self::Check(_) | Self::Plan(_) | Self::Prepare(_) | Self::Verify(_))
     }
 }
 
@@ -155,6 +174,8 @@ pub fn main() -> ExitCode {
         Command::Prepare(args) => prepare::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Resume(args) => train::resume(&args),
+        Command::Replay(args) => replay::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Bench(args) => bench::run(&args),

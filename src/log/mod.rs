@@ -14,12 +14,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
-pub use tensorboard::EventFile;
+pub use tensorboard::{EventFile, count_records};
 
 use crate::disk::Disk;
 use crate::error::Result;
 use console::Console;
 use file::LogFile;
+
+/// The folder of TensorBoard's files in a run's.
+pub const EVENTS_DIR: &str = "tensorboard";
 
 /// Where a run stands when its log is opened.
 #[derive(Debug, Clone, Copy)]
@@ -64,7 +67,7 @@ impl RunLog {
                 0 => MetricsFile::create(disk, &metrics_path)?,
                 last_step => MetricsFile::resume(disk, &metrics_path, last_step)?,
             },
-            events: EventFile::create(disk, &run_dir.join("tensorboard"), settings.last_step + 1)?,
+            events: EventFile::create(disk, &run_dir.join(EVENTS_DIR), settings.last_step + 1)?,
             is_waiting: false,
             step_secs: None,
         };

@@ -84,6 +84,33 @@ impl EventFile {
     }
 }
 
+/// Holds every record of an event file against its checksums and counts them. A record that is torn at the end, as a kill
+/// leaves it, is not counted; readers stop there.
+///
+/// # Errors
+/// Where the first record is that is not as it was written, in bytes from the start.
+pub fn count_records(file: &[u8]) -> std::result::Result<usize, usize> {
+    let (mut rest, mut n_records) = (file, 0);
+    while let Some((head, after)) = rest.split_at_checked(12) {
+        let damaged = file.len() - rest.len();
+        let (length, crc) = head.split_at(8);
+        if masked_crc(length) != crc {
+            return Err(damaged);
+        }
+        let length = length.iter().rev().fold(0, |length: usize, byte| length << 8 | usize::from(*byte));
+        let Some((event, crc)) = length.checked_add(4).and_then(|end| after.get(..end)).map(|all| all.split_at(length))
+        else {
+            break;
+        };
+        if masked_crc(event) != crc {
+            return Err(damaged);
+        }
+        rest = &after[length + 4..];
+        n_records += 1;
+    }
+    Ok(n_records)
+}
+
 /// Gives the time of day in seconds, or more where a file of the folder bears that time or a later one.
 fn next_stamp(dir: &Path) -> Result<u64> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());

@@ -55,11 +55,6 @@ impl AdamW {
         Ok(named)
     }
 
-    /// Whether every moment is finite.
-    pub fn is_finite(&self) -> Result<bool> {
-        Ok(is_finite(&self.exp_avg)? && is_finite(&self.exp_avg_sq)?)
-    }
-
     /// Applies an update as it was decided and refreshes the parameters' compute copy. The gradients are used up.
     pub fn step(&mut self, params: &mut ParamBuffer, grads: &Gradients, decision: &Decision) -> Result<()> {
         let AdamWConfig { betas, eps, weight_decay } = self.config;
@@ -68,9 +63,4 @@ impl AdamW {
         torch::fused_adamw_(params.master(), grads.flat(), &self.exp_avg, &self.exp_avg_sq, numbers)?;
         params.refresh_compute()
     }
-}
-
-/// Whether every element of a flat fp32 buffer is finite. The squares of fp32 numbers add up in fp64 without overflow.
-pub fn is_finite(flat: &Tensor) -> Result<bool> {
-    Ok(torch::sum_of_squares(flat)?.f_double_value(&[])?.is_finite())
 }

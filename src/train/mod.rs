@@ -1,15 +1,18 @@
 //! Training: what a run reads ([`setup`]), what the machine decides ([`settle`]), one update ([`step`]), what is told of one
 //! that went wrong ([`non_finite`]), the micro-batch tried before the first ([`probe`]), where a run begins ([`begin`]), and
-//! its life ([`run`]) in a folder ([`run_dir`]).
+//! its life ([`run`]) in a folder ([`run_dir`]). Afterwards: an update once more ([`replay`]), and whether the folder is whole
+//! ([`verify`]).
 
 pub mod banner;
 pub mod begin;
 mod lock;
 pub mod non_finite;
 pub mod probe;
+pub mod replay;
 pub mod requests;
 pub mod run;
 pub mod run_dir;
 pub mod settle;
 pub mod setup;
 pub mod step;
+pub mod verify;

@@ -13,7 +13,7 @@ use crate::log::StepMetrics;
 use crate::model::llama::Llama;
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::dropout::DropoutKey;
-use crate::optim::adamw::{AdamW, is_finite};
+use crate::optim::adamw::AdamW;
 use crate::optim::control::{Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
@@ -153,7 +153,7 @@ impl Trainer {
     /// As [`Self::step`], and those of `after`.
     pub fn step_by_part(&mut self, after: &mut dyn FnMut(Part) -> Result<()>) -> Result<Option<StepMetrics>> {
         let started = Instant::now();
-        let samples = self.order.step_samples(self.state.step);
+        let samples = self.next_samples();
         let reading = self.update(&samples, after)?;
         self.state.step += 1;
         self.outstanding.push_back(Begun { step: self.state.step, samples, started, reading });
@@ -255,6 +255,11 @@ impl Trainer {
         self.note.take()
     }
 
+    /// The samples that the next step will take.
+    pub fn next_samples(&mut self) -> Vec<u32> {
+        self.order.step_samples(self.state.step)
+    }
+
     /// What happened in the last step whose numbers were not finite, once.
     pub fn take_non_finite(&mut self) -> Option<NonFinite> {
         self.non_finite.take()
@@ -287,24 +292,6 @@ impl Trainer {
             loss: None,
         });
         described.collect()
-    }
-
-    /// Refuses parameters or moments that are not finite: what would be saved of them is of no use to anybody.
-    ///
-    /// # Errors
-    /// They are not.
-    pub fn check_finite(&self) -> Result<()> {
-        for (what, is_finite) in [
-            ("a parameter", is_finite(self.params.master())?),
-            ("a moment of the optimizer", self.optimizer.is_finite()?),
-        ] {
-            if !is_finite {
-                let what = format!("{what} is NaN or infinite, so that nothing is saved");
-                return Err(Error::failed(format!("step {}", self.state.step), what)
-                    .hint("lower train.learning_rate or set train.max_grad_norm; the checkpoints are from before"));
-            }
-        }
-        Ok(())
     }
 
     /// The dropout of the step after `step` others.
