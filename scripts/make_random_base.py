@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes a small Llama with random weights, a tokenizer beside it and a config that trains it; needs Python alone.
 
-    make_random_base.py FOLDER [--hidden 1024]
+    make_random_base.py FOLDER [--hidden 1024] [--vocabulary 320]
 
 FOLDER/base is the model: four blocks, two query heads to a key head, the byte-level tokenizer of 320 tokens that the tests have. FOLDER/random.toml trains it on
 data/quickstart.jsonl. For gpu_check.sh: whether runs repeat and resume can be seen on any weights.
@@ -18,7 +18,7 @@ import struct
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "tests" / "golden" / "attention_rslora_uneven" / "tokenizer"
-VOCABULARY, LAYERS, HEAD_DIM = 320, 4, 32
+LAYERS, HEAD_DIM = 4, 32
 CONFIG = """
 [model]
 base = "{folder}/base"
@@ -39,9 +39,9 @@ warmup_steps = 1
 """
 
 
-def tensors(hidden, intermediate):
+def tensors(hidden, intermediate, vocabulary):
     """Names and shapes in the order of the file."""
-    yield "model.embed_tokens.weight", [VOCABULARY, hidden]
+    yield "model.embed_tokens.weight", [vocabulary, hidden]
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         yield prefix + "input_layernorm.weight", [hidden]
@@ -52,7 +52,7 @@ def tensors(hidden, intermediate):
         yield prefix + "mlp.up_proj.weight", [intermediate, hidden]
         yield prefix + "mlp.down_proj.weight", [hidden, intermediate]
     yield "model.norm.weight", [hidden]
-    yield "lm_head.weight", [VOCABULARY, hidden]
+    yield "lm_head.weight", [vocabulary, hidden]
 
 
 def bf16(value):
@@ -64,8 +64,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=320, help="rows of the tables, at least the tokenizer's 320")
     arguments = parser.parse_args()
-    hidden, intermediate = arguments.hidden, arguments.hidden * 11 // 4
+    hidden, intermediate, vocabulary = arguments.hidden, arguments.hidden * 11 // 4, arguments.vocabulary
     base = arguments.folder.resolve() / "base"
     base.mkdir(parents=True, exist_ok=True)
 
@@ -74,14 +75,14 @@ def main():
     stock = array.array("H", (bf16(generator.gauss(0, 1 / math.sqrt(hidden))) for _ in range(100_003)))
     one = array.array("H", [bf16(1.0)])
     header, end = {}, 0
-    for name, shape in tensors(hidden, intermediate):
+    for name, shape in tensors(hidden, intermediate, vocabulary):
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * math.prod(shape)]}
         end += 2 * math.prod(shape)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(base / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in tensors(hidden, intermediate):
+        for name, shape in tensors(hidden, intermediate, vocabulary):
             n = math.prod(shape)
             if len(shape) == 1:
                 file.write((one * n).tobytes())
@@ -93,7 +94,7 @@ def main():
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden,
         "intermediate_size": intermediate, "num_hidden_layers": LAYERS, "num_attention_heads": hidden // HEAD_DIM,
-        "num_key_value_heads": hidden // HEAD_DIM // 2, "vocab_size": VOCABULARY,
+        "num_key_value_heads": hidden // HEAD_DIM // 2, "vocab_size": vocabulary,
         "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     (base / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

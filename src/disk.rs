@@ -130,6 +130,19 @@ pub fn put_file(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<()> {
     sync_parent(disk, path)
 }
 
+/// Creates a folder and those above it, as far as they are missing. Their names are on the disk then.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn make_folder(disk: &dyn Disk, path: &Path) -> Result<()> {
+    let is_missing = |above: &&Path| !above.as_os_str().is_empty() && !above.exists();
+    let missing: Vec<&Path> = path.ancestors().take_while(is_missing).collect();
+    if !missing.is_empty() {
+        disk.create_folder(path).map_err(Error::io("create", path))?;
+    }
+    missing.into_iter().try_for_each(|made| sync_parent(disk, made))
+}
+
 /// The name beside a file under which its next contents are written.
 pub fn temporary(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();

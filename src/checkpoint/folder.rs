@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::manifest::{FileEntry, MANIFEST_FILE, Manifest, verify};
-use crate::disk::{self, Disk, DiskFile, names, remove_tree, sync_parent};
+use crate::disk::{self, Disk, DiskFile, make_folder, names, remove_tree, sync_parent};
 use crate::error::{Error, Result};
 
 /// The beginning of the names of folders that are being written.
@@ -221,6 +221,9 @@ fn prepare(
 ) -> Result<Prepared> {
     let dir = sibling(final_dir, INCOMPLETE)?;
     remove_tree(disk, &dir)?;
+    if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        make_folder(disk, parent)?;
+    }
     disk.create_folder(&dir).map_err(Error::io("create", &dir))?;
     let mut folder = NewFolder { disk, dir: dir.clone(), files: BTreeMap::new() };
     let sealed = write(&mut folder).and_then(|()| seal(folder));

@@ -13,7 +13,7 @@ use prost::Message;
 use super::file::LogFile;
 use super::{EvalMetrics, StepMetrics};
 use crate::disk::{self, Disk};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// How every event file's name begins; TensorBoard looks for it.
 const PREFIX: &str = "events.out.tfevents.";
@@ -34,10 +34,9 @@ impl EventFile {
     /// session starts with that step.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
     pub fn create(disk: &Arc<dyn Disk>, dir: &Path, first_step: u64) -> Result<Self> {
-        disk.create_folder(dir).map_err(Error::io("create", dir))?;
-        disk::sync_parent(&**disk, dir)?;
+        disk::make_folder(&**disk, dir)?;
         // TensorBoard reads a folder's files in the order of their names, whatever the clock said when they were made.
         let path = dir.join(format!("{PREFIX}{:010}.bellora", next_stamp(dir)?));
         let mut events = Self { file: Arc::new(LogFile::create(disk, &path)?) };
@@ -49,7 +48,7 @@ impl EventFile {
     /// Writes the points of an update; what it lacks has none.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
     pub fn step(&mut self, step: &StepMetrics) -> Result<()> {
         let values = [
             ("train/loss", step.loss),
@@ -63,7 +62,7 @@ impl EventFile {
     /// Writes the point of an evaluation.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
     pub fn eval(&mut self, eval: &EvalMetrics) -> Result<()> {
         self.scalars(eval.step, &[("eval/loss", Some(eval.eval_loss))])
     }

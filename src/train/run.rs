@@ -15,7 +15,7 @@ use crate::checkpoint::saver::{self, Saver};
 use crate::checkpoint::state::{ComputedOn, Evaluated, Extent, Record, RunState};
 use crate::config::{self, Auto, Config};
 use crate::device::{Cuda, cuda};
-use crate::disk::{Disk, put_file, sync_parent};
+use crate::disk::{Disk, make_folder, put_file, sync_parent};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::log::{EvalMetrics, LogSettings, RunLog, StepMetrics};
@@ -106,11 +106,10 @@ impl<'a> Run<'a> {
         // What comes before has changed nothing that could be lost.
         host.requests.wait_for_the_step();
 
-        let is_new = lock.is_none();
         let mut lock = match lock {
             Some(lock) => lock,
             None => {
-                disk.create_folder(&dir).map_err(Error::io("create", &dir))?;
+                make_folder(&*disk, &dir)?;
                 let lock = RunLock::take(&dir)?;
                 // Another process may have been faster.
                 refuse_taken_output(&job.model.config)?;
@@ -139,9 +138,6 @@ impl<'a> Run<'a> {
             sync_parent(&*disk, &aside)?;
         }
         write_config(&*disk, &job.model.config, &dir)?;
-        if is_new {
-            sync_parent(&*disk, &dir)?;
-        }
         let mut log = RunLog::open(&disk, &dir, log_settings)?;
         log.banner(&banner::lines(&job)?)?;
         for warning in warnings(&job) {

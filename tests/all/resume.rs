@@ -23,6 +23,7 @@ pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
+/// Copies every file beneath a folder into another.
 pub(crate) fn copy_folder(from: &Path, to: &Path) {
     for (path, contents) in files(from) {
         let path = to.join(path.strip_prefix(from).unwrap());
@@ -68,17 +69,28 @@ pub(crate) fn logged_steps(run_dir: &Path) -> Vec<u64> {
 pub(crate) fn assert_same_run(what: &str, ours: &Path, judge: &Path) {
     let last = *checkpoint_steps(judge).last().unwrap();
     for folder in [PathBuf::from("adapter"), step_dir(Path::new(""), last)] {
-        let (ours_dir, judge_dir) = (ours.join(&folder), judge.join(&folder));
-        let relative = |dir: &Path| -> BTreeMap<PathBuf, Vec<u8>> {
-            files(dir).into_iter().map(|(path, bytes)| (path.strip_prefix(dir).unwrap().to_path_buf(), bytes)).collect()
-        };
-        let (ours, judge) = (relative(&ours_dir), relative(&judge_dir));
-        let names = |files: &BTreeMap<PathBuf, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
-        assert_eq!(names(&ours), names(&judge), "{what}: {}", folder.display());
-        for (name, bytes) in &ours {
-            assert!(*bytes == judge[name], "{what}: {} differs", folder.join(name).display());
-        }
+        assert_same_folder(what, &ours.join(&folder), &judge.join(&folder));
     }
+    assert_same_metrics(what, ours, judge);
+}
+
+/// Holds the files of a folder against those of another, byte for byte.
+#[track_caller]
+pub(crate) fn assert_same_folder(what: &str, ours_dir: &Path, judge_dir: &Path) {
+    let relative = |dir: &Path| -> BTreeMap<PathBuf, Vec<u8>> {
+        files(dir).into_iter().map(|(path, bytes)| (path.strip_prefix(dir).unwrap().to_path_buf(), bytes)).collect()
+    };
+    let (ours, judge) = (relative(ours_dir), relative(judge_dir));
+    let names = |files: &BTreeMap<PathBuf, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&ours), names(&judge), "{what}: {}", ours_dir.display());
+    for (name, bytes) in &ours {
+        assert!(*bytes == judge[name], "{what}: {} differs", ours_dir.join(name).display());
+    }
+}
+
+/// Holds the metrics of a run against those of another, times aside.
+#[track_caller]
+pub(crate) fn assert_same_metrics(what: &str, ours: &Path, judge: &Path) {
     let (ours, judge) = (timeless_metrics(ours), timeless_metrics(judge));
     for (ours, judge) in ours.iter().zip(&judge) {
         assert_eq!(ours, judge, "{what}: metrics.jsonl");
