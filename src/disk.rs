@@ -79,6 +79,10 @@ impl Disk for LocalDisk {
 
     fn free_bytes(&self, path: &Path) -> io::Result<u64> {
         let room = rustix::fs::statvfs(path)?;
+        if room.f_blocks == 0 {
+            // Not a full one, but one that does not count.
+            return Err(ErrorKind::Unsupported.into());
+        }
         Ok(room.f_bavail.saturating_mul(room.f_frsize))
     }
 }
