@@ -6,6 +6,7 @@ mod attention;
 mod bad_input;
 mod bench;
 mod cli;
+mod comm;
 mod config;
 mod data;
 mod device;
