@@ -1,7 +1,8 @@
 //! What the ranks of a job say to each other: sums, parts and copies of tensors.
 //!
 //! [`Solo`] is a run of one rank. [`Tcp`] joins processes on CPUs, on one host or a few, over plain TCP: meant for tests and
-//! small runs, exact to test against since it adds in rank order. How ranks find each other is [`rendezvous`].
+//! small runs, exact to test against since it adds in rank order. [`Nccl`] joins GPUs. How ranks find each other is
+//! [`rendezvous`].
 //! `docs/ranks.md` describes the protocol and what of it is authenticated.
 
 mod door;
@@ -9,6 +10,7 @@ mod exchange;
 mod frame;
 mod handshake;
 mod link;
+mod nccl;
 pub mod rendezvous;
 mod sockets;
 mod solo;
@@ -18,6 +20,7 @@ use std::fmt::Debug;
 
 use tch::Tensor;
 
+pub use nccl::Nccl;
 pub use rendezvous::{Place, Rendezvous};
 pub use solo::Solo;
 pub use tcp::Tcp;

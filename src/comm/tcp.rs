@@ -118,7 +118,7 @@ impl Tcp {
         let allowed = Dtype::of(tensor.kind()).filter(|dtype| dtype.is_float() || kind == OpKind::Broadcast);
         let Some(dtype) = allowed else { return wrong(format!("does not take tensors of {:?}", tensor.kind())) };
         let is_in_parts = matches!(kind, OpKind::ReduceScatter | OpKind::AllGather);
-        if is_in_parts && tensor.numel() % self.world_size != 0 {
+        if is_in_parts && !tensor.numel().is_multiple_of(self.world_size) {
             let (n, world_size) = (tensor.numel(), self.world_size);
             return wrong(format!("{n} elements are not {world_size} equal parts, one a rank"));
         }

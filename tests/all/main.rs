@@ -18,6 +18,7 @@ mod invariance;
 mod log;
 mod manifest;
 mod model_gradcheck;
+mod nccl;
 mod non_finite;
 mod out_of_memory;
 mod place;
