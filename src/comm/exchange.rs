@@ -21,8 +21,7 @@ use tch::Tensor;
 
 use super::frame::{Dtype, OpKind, Operation, PIECE, Tag};
 use super::link::Link;
-use super::rendezvous::shown;
-use super::sockets::wait_ready;
+use super::sockets::{shown, wait_ready};
 use crate::torch;
 
 /// How often an operation that waits looks whether this rank wants to leave.

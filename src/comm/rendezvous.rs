@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::door::{Door, Guest};
 use super::handshake::{Hello, Key, Purpose, Talk, Verdict, call, fresh_nonce};
-use super::sockets::{bind, connect, left, local_address, would_block};
+use super::sockets::{bind, connect, left, local_address, shown, would_block};
 use crate::error::{Error, Result};
 
 /// How often a meeting looks whether it was called off, and whether those who wait are still there.
@@ -163,10 +163,10 @@ impl Meeting {
         };
         let verdict = Verdict::Refusal { what: refusal.what.clone(), hint: refusal.hint.clone() };
         self.tell(&verdict);
-        let until = Instant::now() + AFTERWARDS;
-        while !self.is_called_off.load(Ordering::SeqCst)
-            && let Ok(Some(mut guest)) = self.door.next_guest(until)
-        {
+        // Who calls it off does not wait, but those who have said hello by then are told too.
+        let is_called_off = self.is_called_off.load(Ordering::SeqCst);
+        let until = Instant::now() + if is_called_off { Duration::ZERO } else { AFTERWARDS };
+        while let Ok(Some(mut guest)) = self.door.next_guest(until) {
             guest.tell(&verdict);
         }
         Err(Error::failed(format!("the rendezvous at {}", self.address), refusal.what).hint(refusal.hint))
@@ -191,6 +191,8 @@ impl Meeting {
             }
             if let Some(guest) = self.door.next_guest(self.until.min(now + LOOK))? {
                 self.until = self.until.min(Instant::now() + guest.hello.patience);
+                // A seat may have become free while this one was on its way.
+                self.miss_those_who_left();
                 let refusal = self.judge(&guest);
                 // Who is refused is told like everyone else: a second guest of one rank takes a place of its own.
                 let seat = if refusal.is_some() { usize::MAX } else { guest.hello.rank };
@@ -394,9 +396,4 @@ fn await_table(
             Err(Error::failed(at, what).hint("see what the launcher, or rank 0, says"))
         }
     }
-}
-
-/// A span of time for people.
-pub(super) fn shown(time: Duration) -> String {
-    format!("{} s", time.as_secs_f64())
 }

@@ -14,6 +14,11 @@ pub(super) fn left(until: Instant) -> Duration {
     until.saturating_duration_since(Instant::now())
 }
 
+/// A span of time for people.
+pub(super) fn shown(time: Duration) -> String {
+    format!("{} s", time.as_secs_f64())
+}
+
 /// Waits until one of the sockets is ready, or until a moment.
 pub(super) fn wait_ready(fds: &mut [PollFd<'_>], until: Instant) -> io::Result<()> {
     // A timeout is rounded up: otherwise the last fraction of a millisecond would be waited for in a busy loop.

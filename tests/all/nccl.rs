@@ -49,6 +49,7 @@ const char* ncclGetLastError(void* comm) { return "socketProgress: Connection cl
 static int called(const char* what, const char* from, char* to, size_t count, int dtype, int extra, comm_t_* comm, int* stream) {
   comm->looks = 1; comm->used = 1;
   note("%d: %s of %zu, dtype %d, %d, from %td, stream %d\n", comm->rank, what, count, dtype, extra, from - to, *stream);
+  *stream %= 100;
   return is("refuse") ? 5 : 7;
 }
 int ncclAllReduce(const void* from, void* to, size_t n, int dtype, int op, comm_t_* comm, int* stream) { return called("all_reduce", from, to, n, dtype, op, comm, stream); }
@@ -60,8 +61,9 @@ int cudaStreamCreateWithFlags(int** stream, unsigned flags) { *stream = malloc(s
 int cudaStreamDestroy(int* stream) { free(stream); return 0; }
 int cudaEventCreateWithFlags(int** event, unsigned flags) { *event = calloc(1, sizeof(int)); return flags == 2 ? 0 : 1; }
 int cudaEventDestroy(int* event) { free(event); return 0; }
-int cudaEventRecord(int* event, void* stream) { *event = 1; return 0; }
-int cudaStreamWaitEvent(void* stream, int* event, unsigned flags) { return flags; }
+/* A stream that waits for torch's, which is the default one, counts a hundred more until its next operation. */
+int cudaEventRecord(int* event, void* stream) { *event = stream ? 1 : 100; return 0; }
+int cudaStreamWaitEvent(int* stream, int* event, unsigned flags) { *stream += *event; return flags; }
 int cudaEventQuery(int* event) { return is("hang") || (*event)-- > 0 ? 600 : 0; }
 const char* cudaGetErrorString(int code) { return "a CUDA error"; }
 "#;
@@ -168,11 +170,11 @@ fn nccl_is_called_as_its_header_says_and_its_errors_come_out() {
     let calls = |rank: usize, own: isize| {
         [
             format!("init {rank} of 2, id 1, config 24 cafebeef 21400 0"),
-            "all_reduce of 10, dtype 7, 0, from 0, stream 41".into(),
-            format!("reduce_scatter of 5, dtype 8, 0, from {}, stream 41", -2 * own),
-            format!("all_gather of 5, dtype 7, 0, from {own}, stream 41"),
-            "broadcast of 10, dtype 4, 1, from 0, stream 41".into(),
-            "broadcast of 10, dtype 1, 0, from 0, stream 41".into(),
+            "all_reduce of 10, dtype 7, 0, from 0, stream 141".into(),
+            format!("reduce_scatter of 5, dtype 8, 0, from {}, stream 141", -2 * own),
+            format!("all_gather of 5, dtype 7, 0, from {own}, stream 141"),
+            "broadcast of 10, dtype 4, 1, from 0, stream 141".into(),
+            "broadcast of 10, dtype 1, 0, from 0, stream 141".into(),
             "finalize".into(),
             "destroy".into(),
         ]

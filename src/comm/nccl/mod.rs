@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use self::result::{Library, Progress, dtype, library};
 use self::sys::{Comm, Event, SUM, Stream, UniqueId};
 use super::frame::OpKind;
-use super::rendezvous::shown;
+use super::sockets::shown;
 use super::{Communicator, Tcp, check_root};
 use crate::error::{Error, Fault, Result};
 
