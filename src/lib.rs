@@ -7,6 +7,7 @@ pub mod disk;
 pub mod error;
 pub mod torch;
 
+pub mod comm;
 pub mod ops;
 
 pub mod data;

@@ -16,13 +16,13 @@ const RTLD_GLOBAL: c_int = 0x100;
 
 /// A shared library that is never closed; null stands for all that the process has opened for everyone.
 #[derive(Debug, Clone, Copy)]
-struct Library(*mut c_void);
+pub(crate) struct Library(*mut c_void);
 
 impl Library {
-    const EVERY: Self = Self(std::ptr::null_mut());
+    pub(crate) const EVERY: Self = Self(std::ptr::null_mut());
 
     /// Opens a library for the whole process; what the loader says if it cannot.
-    fn open(name: &str) -> Result<Self, String> {
+    pub(crate) fn open(name: &str) -> Result<Self, String> {
         let file = CString::new(name).map_err(|_| format!("{name:?} is no file name"))?;
         // SAFETY: the name is NUL-terminated; the libraries opened here are the driver's and CUDA's, whose initialisers
         // may run at any time.
@@ -42,7 +42,7 @@ impl Library {
     ///
     /// # Safety
     /// `F` is the type of that function, a pointer.
-    unsafe fn function<F: Copy>(self, name: &CStr) -> Option<F> {
+    pub(crate) unsafe fn function<F: Copy>(self, name: &CStr) -> Option<F> {
         const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
         // SAFETY: the library is open and the name NUL-terminated; what was found has the type that the caller vouches for.
         unsafe {

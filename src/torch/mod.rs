@@ -356,3 +356,16 @@ pub fn bytes(tensor: &Tensor) -> &[u8] {
     // SAFETY: a contiguous CPU tensor holds `len` initialised bytes at its data pointer for as long as it is borrowed.
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), len) }
 }
+
+/// Overwrites the memory of a contiguous CPU tensor from byte `at` on.
+///
+/// # Panics
+/// If the tensor is not contiguous, not on the CPU or shorter than that: a defect of the caller.
+pub fn write_bytes(tensor: &Tensor, at: usize, from: &[u8]) {
+    assert!(tensor.is_contiguous() && tensor.device() == Device::Cpu, "bytes of a contiguous CPU tensor");
+    let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    assert!(at <= len && from.len() <= len - at, "{} bytes at {at} of {len}", from.len());
+    // SAFETY: the range lies within the tensor's own memory, as was just seen. libtorch's tensors are written through shared
+    // handles as a matter of course; nobody holds a slice of this one across the call (`bytes` is borrowed for reads alone).
+    unsafe { std::ptr::copy(from.as_ptr(), tensor.data_ptr().cast::<u8>().add(at), from.len()) }
+}

@@ -1,0 +1,75 @@
+//! What the ranks of a job say to each other: sums, parts and copies of tensors.
+//!
+//! [`Solo`] is a run of one rank. [`Tcp`] joins processes on CPUs, on one host or a few, over plain TCP: meant for tests and
+//! small runs, exact to test against since it adds in rank order. [`Nccl`] joins GPUs. How ranks find each other is
+//! [`rendezvous`].
+//! `docs/ranks.md` describes the protocol and what of it is authenticated.
+
+mod door;
+mod exchange;
+mod frame;
+mod handshake;
+mod link;
+mod nccl;
+pub mod rendezvous;
+mod sockets;
+mod solo;
+mod tcp;
+
+use std::fmt::Debug;
+
+use tch::Tensor;
+
+pub use nccl::Nccl;
+pub use rendezvous::{Place, Rendezvous};
+pub use solo::Solo;
+pub use tcp::Tcp;
+
+use crate::error::{Error, Result};
+
+/// The collective operations between the ranks of a job.
+///
+/// Operations are queued: they are carried out in the order of the calls, which must be the same on every rank. A tensor
+/// that was handed over must not be touched before [`Communicator::wait`] has returned. Tensors are contiguous, on the
+/// device of the communicator, fp32 or fp64 (broadcast: also u8 and i64). After an error the communicator is of no use any
+/// more: every later call gives that error again.
+///
+/// # Errors
+/// All of them: a rank that left, died or does not answer, ranks that disagree about the order of the operations, a
+/// tensor that does not fit the operation.
+pub trait Communicator: Debug + Send {
+    /// This rank, from 0.
+    fn rank(&self) -> usize;
+
+    /// How many ranks the job has.
+    fn world_size(&self) -> usize;
+
+    /// Sums over the ranks, in place.
+    fn all_reduce(&mut self, tensor: &Tensor) -> Result<()>;
+
+    /// The tensor is `world_size` equal parts; afterwards the part of this rank holds the sum over the ranks, the others
+    /// what they held or part of it.
+    fn reduce_scatter(&mut self, tensor: &Tensor) -> Result<()>;
+
+    /// The tensor is `world_size` equal parts, of which this rank gives its own; afterwards it holds all.
+    fn all_gather(&mut self, tensor: &Tensor) -> Result<()>;
+
+    /// Copies the tensor of rank `root` to all ranks.
+    fn broadcast(&mut self, tensor: &Tensor, root: usize) -> Result<()>;
+
+    /// Waits until every queued operation is done here; errors of any of them come out here (or at the next call).
+    fn wait(&mut self) -> Result<()>;
+
+    /// Waits until every rank has come here.
+    fn barrier(&mut self) -> Result<()>;
+
+    /// Bytes this rank has sent so far (for figures).
+    fn sent_bytes(&self) -> u64;
+}
+
+fn check_root(root: usize, world_size: usize) -> Result<()> {
+    if root < world_size {
+        return Ok(());
+    }
+    Err(Error::failed("broadcast", format!("rank {root} is to send, but there are only {world_size} ranks (from 0)")))
+}
