@@ -106,6 +106,14 @@ pub fn has_driver() -> bool {
     found().0.driver.is_some()
 }
 
+/// How many GPUs this process can use.
+pub fn n_gpus() -> usize {
+    match cuda() {
+        Cuda::Usable(_) => usize::try_from(found().0.n_seen).unwrap_or_default(),
+        Cuda::Missing { .. } => 0,
+    }
+}
+
 /// The GPU's compute capability; (0, 0) without one.
 pub fn capability() -> (u32, u32) {
     match cuda() {

@@ -1,5 +1,6 @@
 //! The disk as a run uses it. Everything that must not be lost is written through a [`Disk`], so that tests can put one in
-//! its place that fails, fills up or loses power at any of its operations. The product has [`LocalDisk`].
+//! its place that fails, fills up or loses power at any of its operations. The product has [`LocalDisk`], and
+//! [`Nowhere`] for those that leave the writing to another process.
 
 use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions};
@@ -84,6 +85,54 @@ impl Disk for LocalDisk {
             return Err(ErrorKind::Unsupported.into());
         }
         Ok(room.f_bavail.saturating_mul(room.f_frsize))
+    }
+}
+
+/// A disk that keeps nothing: for the ranks of a job that leave the writing to rank 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Nowhere;
+
+impl Disk for Nowhere {
+    fn create_folder(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn create(&self, _: &Path) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(Self))
+    }
+
+    fn append(&self, _: &Path) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(Self))
+    }
+
+    fn rename(&self, _: &Path, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn remove_file(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn remove_folder(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync_folder(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn free_bytes(&self, _: &Path) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
+}
+
+impl DiskFile for Nowhere {
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(bytes.len())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -55,6 +55,14 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A process of this job failed (its own exit code).
+    #[error("{fault}")]
+    Job {
+        /// The exit code of the process that was the cause.
+        exit_code: u8,
+        /// Which it was and what it said.
+        fault: Fault,
+    },
     /// libtorch refused an operation: a defect of this program, or memory that ran out (exit code 1).
     #[error("libtorch: {0}")]
     Torch(String),
@@ -67,6 +75,9 @@ pub enum Error {
         note: String,
     },
 }
+
+/// The numbers of the signals that ask a command to stop: SIGHUP, SIGINT, SIGTERM.
+pub const STOP_SIGNALS: [usize; 3] = [1, 2, 15];
 
 fn signal_name(signal: i32) -> &'static str {
     match signal {
@@ -140,6 +151,7 @@ impl Error {
         match self {
             Self::Invalid(_) => 2,
             Self::Failed(_) | Self::Io { .. } | Self::Torch(_) => 1,
+            Self::Job { exit_code, .. } => *exit_code,
             Self::Interrupted { signal, .. } => 128u8.saturating_add(*signal as u8),
         }
     }
@@ -162,7 +174,7 @@ impl Error {
     pub fn advice(&self) -> &'static str {
         use std::io::ErrorKind;
         match self {
-            Self::Invalid(_) | Self::Failed(_) | Self::Interrupted { .. } => "",
+            Self::Invalid(_) | Self::Failed(_) | Self::Job { .. } | Self::Interrupted { .. } => "",
             Self::Io { source, .. } => match source.kind() {
                 ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room there, or name another place",
                 ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
@@ -181,7 +193,7 @@ impl Error {
     pub fn faults(&self) -> &[Fault] {
         match self {
             Self::Invalid(faults) => faults,
-            Self::Failed(fault) => std::slice::from_ref(fault),
+            Self::Failed(fault) | Self::Job { fault, .. } => std::slice::from_ref(fault),
             _ => &[],
         }
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicUsize;
 use clap::Args;
 
 use crate::cli::{print, say, signals};
+use crate::comm::Solo;
 use crate::config::Config;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
@@ -42,10 +43,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         let trained = Trained::open(&args.target, Some(&model.config.model.base))?;
         let params = trained.params(model.kind(), model.device())?;
         let llama = trained.load(&params, model.kind(), model.config.data.max_length as i64)?;
-        evaluate(&llama, &samples, model.micro_batch_tokens(), &stop)?
+        evaluate(&llama, &samples, model.micro_batch_tokens(), &mut Solo, &stop)?
     } else {
         let params = model.initial_params()?;
-        evaluate(&model.load(&params)?, &samples, model.micro_batch_tokens(), &stop)?
+        evaluate(&model.load(&params)?, &samples, model.micro_batch_tokens(), &mut Solo, &stop)?
     };
     print_result(result)
 }

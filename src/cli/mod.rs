@@ -8,9 +8,11 @@ mod export;
 mod generate;
 mod plan;
 mod prepare;
+mod ranks;
 mod replay;
 mod selftest;
 mod signals;
+mod supervisor;
 mod train;
 mod verify;
 

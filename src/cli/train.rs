@@ -4,11 +4,17 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::cli::{ConfigArgs, say, signals};
+use crate::cli::ranks::{self, RankArgs, Role};
+use crate::cli::supervisor::{FOLLOWS_ANOTHER, supervise};
+use crate::cli::{ConfigArgs, print, say, signals};
+use crate::comm::Communicator;
+use crate::config::{self, Auto, Config};
+use crate::device::{self, Cuda};
 use crate::disk::LocalDisk;
 use crate::error::{Error, Result};
 use crate::train::begin::{self, Host};
 use crate::train::run::Outcome;
+use crate::train::run_dir::{CONFIG_FILE, expect_run};
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -17,6 +23,8 @@ pub(super) struct TrainArgs {
     /// Go on with the run in train.output from its newest good checkpoint, or start it
     #[arg(long)]
     resume: bool,
+    #[command(flatten)]
+    ranks: RankArgs,
 }
 
 #[derive(Debug, Args)]
@@ -26,26 +34,55 @@ pub(super) struct ResumeArgs {
     /// Override a key of the run's config: section.key=value, such as train.epochs=3 [repeatable]
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
+    #[command(flatten)]
+    ranks: RankArgs,
 }
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let config = args.config.load()?;
-    tell(begin::train(config, args.resume, &host()?)?);
-    Ok(())
+    match args.ranks.role(on_gpus(&config))? {
+        Role::Supervisor(nproc) => supervise(&args.ranks, nproc, !args.resume),
+        Role::Rank(ranks) => end(begin::train(config, args.resume, &host(&*ranks)?, ranks)),
+    }
 }
 
 pub(super) fn resume(args: &ResumeArgs) -> Result<()> {
     let run_dir = std::path::absolute(&args.run_dir).map_err(Error::io("resolve", &args.run_dir))?;
-    tell(begin::resume(&run_dir, &args.sets, &host()?)?);
-    Ok(())
-}
-
-fn host() -> Result<Host> {
-    Ok(Host { disk: LocalDisk::shared(), requests: signals::listen_for_run()? })
-}
-
-fn tell(outcome: Outcome) {
-    if outcome == Outcome::AlreadyFinished {
-        say("the run is finished already: nothing to do\n");
+    expect_run(&run_dir)?;
+    let config = Config::load(&run_dir.join(CONFIG_FILE), &args.sets)?;
+    match args.ranks.role(on_gpus(&config))? {
+        Role::Supervisor(nproc) => supervise(&args.ranks, nproc, false),
+        Role::Rank(ranks) => end(begin::resume(&run_dir, &args.sets, &host(&*ranks)?, ranks)),
     }
+}
+
+/// Whether a config's model will be on a GPU.
+fn on_gpus(config: &Config) -> bool {
+    config.model.device != Auto::Is(config::Device::Cpu) && matches!(device::cuda(), Cuda::Usable(_))
+}
+
+fn host(ranks: &dyn Communicator) -> Result<Host> {
+    let is_watched = ranks.world_size() > 1 && ranks::is_supervised();
+    let tell = is_watched.then_some(tell as fn(&str));
+    Ok(Host { disk: LocalDisk::shared(), requests: signals::listen_for_run()?, tell })
+}
+
+/// Tells the supervisor, by a line on standard output, how far this rank is.
+fn tell(status: &str) {
+    // Without a supervisor the rank ends anyway.
+    let _ = print(&format!("{status}\n"));
+}
+
+fn end(outcome: Result<Outcome>) -> Result<()> {
+    match outcome {
+        Ok(Outcome::AlreadyFinished) => say("the run is finished already: nothing to do\n"),
+        Ok(Outcome::Trained) => {}
+        Err(error) => {
+            if ranks::is_supervised() && ranks::follows_another(&error) {
+                tell(FOLLOWS_ANOTHER);
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
 }

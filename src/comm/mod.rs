@@ -18,7 +18,7 @@ mod tcp;
 
 use std::fmt::Debug;
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 pub use nccl::Nccl;
 pub use rendezvous::{Place, Rendezvous};
@@ -44,6 +44,9 @@ pub trait Communicator: Debug + Send {
     /// How many ranks the job has.
     fn world_size(&self) -> usize;
 
+    /// Where the tensors lie that it takes.
+    fn device(&self) -> Device;
+
     /// Sums over the ranks, in place.
     fn all_reduce(&mut self, tensor: &Tensor) -> Result<()>;
 
@@ -65,6 +68,28 @@ pub trait Communicator: Debug + Send {
 
     /// Bytes this rank has sent so far (for figures).
     fn sent_bytes(&self) -> u64;
+}
+
+/// Gives every rank the bytes of rank 0.
+///
+/// # Errors
+/// As [`Communicator`].
+pub fn broadcast_bytes(ranks: &mut dyn Communicator, bytes: Vec<u8>) -> Result<Vec<u8>> {
+    if ranks.world_size() == 1 {
+        return Ok(bytes);
+    }
+    let device = ranks.device();
+    let length = Tensor::f_from_slice(&[bytes.len() as i64])?.f_to_device(device)?;
+    ranks.broadcast(&length, 0)?;
+    ranks.wait()?;
+    let length = length.f_int64_value(&[0])?;
+    let text = match ranks.rank() {
+        0 => Tensor::f_from_slice(&bytes)?.f_to_device(device)?,
+        _ => Tensor::f_zeros([length], (Kind::Uint8, device))?,
+    };
+    ranks.broadcast(&text, 0)?;
+    ranks.wait()?;
+    Ok(Vec::<u8>::try_from(text.f_to_device(Device::Cpu)?)?)
 }
 
 fn check_root(root: usize, world_size: usize) -> Result<()> {

@@ -1,6 +1,6 @@
 //! One rank alone: there is nobody to talk to.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::Communicator;
 use crate::error::Result;
@@ -16,6 +16,10 @@ impl Communicator for Solo {
 
     fn world_size(&self) -> usize {
         1
+    }
+
+    fn device(&self) -> Device {
+        Device::Cpu
     }
 
     fn all_reduce(&mut self, _: &Tensor) -> Result<()> {

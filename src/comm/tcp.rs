@@ -158,6 +158,10 @@ impl Communicator for Tcp {
         self.world_size
     }
 
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
     fn all_reduce(&mut self, tensor: &Tensor) -> Result<()> {
         self.queue(OpKind::AllReduce, Some(tensor), 0)
     }

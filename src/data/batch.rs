@@ -1,7 +1,7 @@
 //! Micro-batches of packed documents, with everything the model and the loss need to know about each token.
 
 use super::dataset::Dataset;
-use super::pack::micro_batches;
+use super::pack::{micro_batches, share};
 
 /// How the losses of an update's tokens are averaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,13 +37,42 @@ pub struct PackedBatch {
     pub label_tokens: usize,
 }
 
+/// Which part of an update a process computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// Of the process, from 0.
+    pub rank: usize,
+    /// How many processes there are.
+    pub world_size: usize,
+}
+
+impl Share {
+    /// All of it.
+    pub const WHOLE: Self = Self { rank: 0, world_size: 1 };
+}
+
 /// Builds the micro-batches of one update from its samples, in the order that defines it. Samples with nothing to learn
 /// are left out but keep their slots; an update without any label token has no micro-batches.
 pub fn build_batches(dataset: &Dataset, samples: &[u32], average: LossAverage, max_tokens: usize) -> Vec<PackedBatch> {
+    build_share(dataset, samples, average, max_tokens, Share::WHOLE)
+}
+
+/// Does as [`build_batches`] for the samples that fall to one of several processes; there may be none. Slots and weights are
+/// those that the samples have in the update as a whole.
+pub fn build_share(
+    dataset: &Dataset,
+    samples: &[u32],
+    average: LossAverage,
+    max_tokens: usize,
+    of: Share,
+) -> Vec<PackedBatch> {
     let labels: Vec<usize> = samples.iter().map(|&sample| dataset.label_tokens(sample as usize)).collect();
     let weights = sample_weights(&labels, average);
     let slots: Vec<usize> = (0..samples.len()).filter(|&slot| labels[slot] > 0).collect();
-    let lengths: Vec<usize> = slots.iter().map(|&slot| dataset.ids(samples[slot] as usize).len()).collect();
+    let length = |slot: &usize| dataset.ids(samples[*slot] as usize).len();
+    let own = share(&slots.iter().map(length).collect::<Vec<_>>(), of.rank, of.world_size);
+    let slots: Vec<usize> = own.into_iter().map(|document| slots[document]).collect();
+    let lengths: Vec<usize> = slots.iter().map(length).collect();
     micro_batches(&lengths, max_tokens)
         .into_iter()
         .map(|documents| {

@@ -22,7 +22,7 @@ pub mod batch;
 pub mod order;
 pub mod pack;
 
-pub use batch::{LossAverage, PackedBatch, build_batches};
+pub use batch::{LossAverage, PackedBatch, Share, build_batches, build_share};
 pub use dataset::{DataSpec, Dataset, Stats};
 pub use encode::{Encoder, Truncation, prompt_ids};
 pub use lengths::Lengths;

@@ -43,3 +43,24 @@ fn even_out(lengths: &[usize], by_length: &[usize], n: usize, max_tokens: usize)
     }
     Some(batches.into_iter().map(|(_, batch)| batch).collect())
 }
+
+/// Spreads documents over the ranks of a job so that each has about as many tokens. Returns the documents of one rank by
+/// their index in `lengths`, in that order.
+///
+/// The result depends on the arguments alone, so that every rank knows what the others have.
+pub fn share(lengths: &[usize], rank: usize, world_size: usize) -> Vec<usize> {
+    let mut by_length: Vec<usize> = (0..lengths.len()).collect();
+    by_length.sort_by_key(|&document| std::cmp::Reverse(lengths[document]));
+    let mut held = vec![0; world_size];
+    let mut own = Vec::new();
+    for document in by_length {
+        // The first of equally loaded ranks, so that it is the same one everywhere.
+        let lightest = (0..world_size).min_by_key(|&rank| held[rank]).unwrap_or_default();
+        held[lightest] += lengths[document];
+        if lightest == rank {
+            own.push(document);
+        }
+    }
+    own.sort_unstable();
+    own
+}

@@ -38,6 +38,12 @@ impl Console {
         Self { messages }
     }
 
+    /// Says nothing.
+    pub(super) fn silent() -> Self {
+        // Nobody reads what is sent.
+        Self { messages: sync_channel(0).0 }
+    }
+
     /// Prints a line.
     pub(super) fn line(&self, text: String) {
         let _ = self.messages.try_send(Message::Line(text));

@@ -57,7 +57,12 @@ impl LogFile {
     pub(super) fn append_to(disk: &Arc<dyn Disk>, path: &Path) -> Result<Self> {
         let file = disk.append(path).map_err(Error::io("open", path))?;
         disk::sync_parent(&**disk, path)?;
-        let n_bytes = path.metadata().map_err(Error::io("read", path))?.len();
+        let n_bytes = match path.metadata() {
+            Ok(found) => found.len(),
+            // A disk that keeps nothing.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(Error::io("read", path)(error)),
+        };
         Ok(Self::new(disk, path, file, n_bytes))
     }
 

@@ -35,6 +35,8 @@ pub struct LogSettings {
     pub total_steps: u64,
     /// Updates between lines on the console and points in TensorBoard; 0 is never.
     pub log_every: u64,
+    /// Whether the console says nothing: another rank of the job speaks for all.
+    pub is_silent: bool,
 }
 
 /// Everything a run writes about itself while it goes on.
@@ -61,7 +63,7 @@ impl RunLog {
         let metrics_path = run_dir.join("metrics.jsonl");
         let mut log = Self {
             settings,
-            console: Console::start(settings.total_steps),
+            console: if settings.is_silent { Console::silent() } else { Console::start(settings.total_steps) },
             text: LogFile::append_to(disk, &run_dir.join("train.log"))?,
             metrics: match settings.last_step {
                 0 => MetricsFile::create(disk, &metrics_path)?,

@@ -180,6 +180,11 @@ impl Llama {
         Ok((x_nd, Saved { blocks }))
     }
 
+    /// Where it computes.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
     /// Runs the blocks and keeps nothing.
     pub fn hidden(&self, batch: &Batch) -> Result<Tensor> {
         let mut x_nd = embedding::forward(&self.embed.weight_pd, &batch.input_ids)?;
@@ -214,8 +219,16 @@ impl Llama {
         Ok(dhidden_nd)
     }
 
-    /// Carries the gradient from the last block's output down to everything that is trained.
-    pub fn backward(&self, saved: Saved, dhidden_nd: Tensor, batch: &Batch, grads: &Gradients) -> Result<()> {
+    /// Carries the gradient from the last block's output down to everything that is trained. `after` is called whenever more
+    /// of the gradients is complete, as far as this micro-batch goes.
+    pub fn backward(
+        &self,
+        saved: Saved,
+        dhidden_nd: Tensor,
+        batch: &Batch,
+        grads: &Gradients,
+        after: &mut dyn FnMut(Done) -> Result<()>,
+    ) -> Result<()> {
         let mut dx_nd = dhidden_nd;
         for (block, saved) in self.blocks.iter().zip(saved.blocks).rev() {
             let saved = match saved {
@@ -225,13 +238,14 @@ impl Llama {
             let need_dx = block.layer > 0 || self.embed.param.is_some();
             match block.backward(saved, dx_nd, batch, grads, need_dx)? {
                 Some(dx) => dx_nd = dx,
-                None => return Ok(()),
+                None => return after(Done::Everything),
             }
+            after(Done::Block(block.layer))?;
         }
         if let Some(index) = self.embed.param {
             embedding::backward_(&grads.view(index)?, &batch.input_ids, &dx_nd)?;
         }
-        Ok(())
+        after(Done::Everything)
     }
 
     /// The negative log-likelihood of every learned token, `[M]` in fp32.
@@ -281,6 +295,17 @@ impl Llama {
 /// Rows whose logits are made at a time.
 pub fn rows_per_chunk(vocab_size: i64, device: Device) -> i64 {
     if device.is_cuda() { ROWS_PER_CHUNK } else { (LOGITS_PER_CHUNK / vocab_size).clamp(64, ROWS_PER_CHUNK) }
+}
+
+/// How far backward has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Done {
+    /// Through the head.
+    Head,
+    /// Through this block.
+    Block(usize),
+    /// Through all there is.
+    Everything,
 }
 
 /// Both tables and the rows that count.

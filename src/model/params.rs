@@ -3,6 +3,8 @@
 //! Reductions, clipping, AdamW and checkpoints work on the flat buffers and need no per-tensor code. The order is
 //! embed, blocks, head; tensors that share a product (the `lora_A` of q, k and v) adjoin without a gap.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
@@ -37,7 +39,20 @@ impl Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     entries: Vec<Entry>,
+    /// Where the tensors of each block begin, and where those of the last end.
+    blocks: Vec<i64>,
     len: i64,
+}
+
+/// A stretch of the flat buffers whose gradients are complete together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bucket {
+    /// The head.
+    Head(Range<i64>),
+    /// The tensors of a block.
+    Block(usize, Range<i64>),
+    /// The embedding table, by its place among the entries: few of its rows have a gradient.
+    Embed(usize),
 }
 
 /// The key of an adapter matrix in PEFT's files; `matrix` is `lora_A` or `lora_B`.
@@ -61,12 +76,14 @@ pub const INPUT_GROUPS: [&[Projection]; 4] = [
 impl Layout {
     /// Lays the parameters of a run out; `vocab_size` counts grown rows too.
     pub fn new(config: &LlamaConfig, lora: &LoraSpec, vocab_size: i64) -> Self {
-        let mut layout = Self { entries: Vec::new(), len: 0 };
+        let mut layout = Self { entries: Vec::new(), blocks: Vec::new(), len: 0 };
         let table = |table: Table| vec![(table_key(table), [vocab_size, config.hidden_size])];
         if lora.trains(Table::Embed) {
             layout.push_group(table(Table::Embed));
         }
         for layer in 0..config.num_hidden_layers {
+            layout.align();
+            layout.blocks.push(layout.len);
             for group in INPUT_GROUPS {
                 let adapted: Vec<Projection> = group.iter().copied().filter(|p| lora.adapts(*p)).collect();
                 let a = |p: &Projection| (lora_key(*p, layer, "lora_A"), [lora.r, p.shape(config)[1]]);
@@ -77,13 +94,21 @@ impl Layout {
             }
         }
         if lora.trains(Table::Head) {
+            layout.align();
+        }
+        layout.blocks.push(layout.len);
+        if lora.trains(Table::Head) {
             layout.push_group(table(Table::Head));
         }
         layout
     }
 
-    fn push_group(&mut self, tensors: Vec<(String, [i64; 2])>) {
+    fn align(&mut self) {
         self.len = (self.len + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    }
+
+    fn push_group(&mut self, tensors: Vec<(String, [i64; 2])>) {
+        self.align();
         for (name, shape) in tensors {
             let entry = Entry { name, shape, offset: self.len };
             self.len += entry.numel();
@@ -104,6 +129,15 @@ impl Layout {
     /// Elements of a flat buffer, gaps included.
     pub fn buffer_len(&self) -> i64 {
         self.len
+    }
+
+    /// The buckets in the order in which backward completes them.
+    pub fn buckets(&self) -> Vec<Bucket> {
+        let (head, embed) = (self.index_of(&table_key(Table::Head)), self.index_of(&table_key(Table::Embed)));
+        let head = head.map(|index| Bucket::Head(self.entries[index].offset..self.len));
+        let blocks = self.blocks.windows(2).enumerate().rev();
+        let blocks = blocks.map(|(layer, bounds)| Bucket::Block(layer, bounds[0]..bounds[1]));
+        head.into_iter().chain(blocks).chain(embed.map(Bucket::Embed)).collect()
     }
 
     /// Elements that the compute copy has beyond the buffer: the padding of a trained head, which stands last.

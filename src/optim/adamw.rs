@@ -33,6 +33,11 @@ impl AdamW {
         Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()? })
     }
 
+    /// Both moments, flat.
+    pub fn moments(&self) -> [&Tensor; 2] {
+        [&self.exp_avg, &self.exp_avg_sq]
+    }
+
     /// Both moments of every parameter by name, `exp_avg.KEY` and `exp_avg_sq.KEY`: views of the state itself.
     pub fn named_moments(&self, layout: &Layout) -> Result<Vec<(String, Tensor)>> {
         self.named(layout, named_views)

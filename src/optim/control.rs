@@ -16,11 +16,16 @@ use crate::torch::{self};
 /// Learning rates that are on the device at a time.
 const RATES_AT_ONCE: u64 = 4096;
 
+/// What ranks may ask of each other: counts of the kinds of requests, whatever these are.
+pub type Asks = [f64; 4];
+
 /// The control block of a run.
 #[derive(Debug)]
 pub struct StepControl {
     /// The loss of the present update, and the scale it carries.
     pub loss: ScaledLoss,
+    /// The loss, and what is asked: `[5]` fp64, to be summed over the ranks before an update is decided.
+    pub shared: Tensor,
     dynamic: bool,
     max_grad_norm: f64,
     schedule: LrSchedule,
@@ -64,6 +69,8 @@ pub struct Outcome {
     pub loss_scale: f64,
     /// The loss scale from now on.
     pub next_scale: LossScale,
+    /// What was asked, summed over the ranks.
+    pub asks: Asks,
 }
 
 /// An outcome on its way to the host.
@@ -83,8 +90,10 @@ impl StepControl {
         device: Device,
     ) -> Result<Self> {
         let scalar = |value: f64| Tensor::f_full([0i64; 0], value, (Kind::Double, device));
+        let shared = Tensor::f_zeros([1 + Asks::default().len() as i64], (Kind::Double, device))?;
         Ok(Self {
-            loss: ScaledLoss::new(loss_scale.factor(), device)?,
+            loss: ScaledLoss { scale: scalar(loss_scale.factor())?, sum: shared.f_get(0)? },
+            shared,
             dynamic: loss_scale.is_dynamic(),
             max_grad_norm,
             schedule,
@@ -92,6 +101,13 @@ impl StepControl {
             good_updates: scalar(f64::from(loss_scale.good_updates()))?,
             rates: Rates::upload(&schedule, updates, device)?,
         })
+    }
+
+    /// Begins another update: no loss yet, and what this rank asks of all.
+    pub fn begin(&mut self, asks: Asks) -> Result<()> {
+        self.loss.reset()?;
+        self.shared.f_narrow(0, 1, asks.len() as i64)?.f_copy_(&Tensor::f_from_slice(&asks)?)?;
+        Ok(())
     }
 
     /// Decides over the gradients of a whole update, which carry the loss scale, and gets ready for the next one.
@@ -118,7 +134,8 @@ impl StepControl {
             self.rescale(&is_finite)?;
         }
         let numbers = [&loss, &norm, &is_finite, &scale, &self.loss.scale, &self.good_updates];
-        let numbers = Arriving::queue(&Tensor::f_stack(&numbers, 0)?)?;
+        let asks = self.shared.f_narrow(0, 1, Asks::default().len() as i64)?;
+        let numbers = Arriving::queue(&Tensor::f_cat(&[Tensor::f_stack(&numbers, 0)?, asks], 0)?)?;
         Ok((decision, Reading { dynamic: self.dynamic, numbers }))
     }
 
@@ -161,8 +178,8 @@ impl Reading {
     /// Waits for the outcome.
     pub fn wait(self) -> Result<Outcome> {
         let numbers = Vec::<f64>::try_from(self.numbers.wait()?)?;
-        let [loss, grad_norm, is_finite, loss_scale, next, good] = numbers[..] else {
-            unreachable!("six numbers were queued");
+        let [loss, grad_norm, is_finite, loss_scale, next, good, ref asks @ ..] = numbers[..] else {
+            unreachable!("six numbers and what was asked were queued");
         };
         Ok(Outcome {
             loss,
@@ -170,6 +187,7 @@ impl Reading {
             is_finite: is_finite > 0.0,
             loss_scale,
             next_scale: LossScale::new(next, good as u32, self.dynamic),
+            asks: std::array::from_fn(|kind| asks.get(kind).copied().unwrap_or_default()),
         })
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::checkpoint::manifest::{Newest, checkpoints, newest_good};
 use crate::checkpoint::state::Record;
+use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Config, Difference, Meaning, values_of};
 use crate::disk::Disk;
 use crate::error::{Error, Fault, Result};
@@ -24,6 +25,8 @@ pub struct Host {
     pub disk: Arc<dyn Disk>,
     /// What is asked of it while it goes on.
     pub requests: Requests,
+    /// Told how far the run is, where somebody watches it.
+    pub tell: Option<fn(&str)>,
 }
 
 /// A run that may begin.
@@ -45,7 +48,11 @@ pub(super) struct Start {
 /// # Errors
 /// [`Error::Invalid`] before any file is created; [`Error::Interrupted`] after a signal, when the present step is
 /// finished and saved.
-pub fn train(config: Config, resume: bool, host: &Host) -> Result<Outcome> {
+pub fn train(config: Config, resume: bool, host: &Host, ranks: Box<dyn Communicator>) -> Result<Outcome> {
+    together(ranks, host, || start_or_go_on(config, resume, host))
+}
+
+fn start_or_go_on(config: Config, resume: bool, host: &Host) -> Result<Option<Start>> {
     let dir = config.train.output.clone();
     if resume && holds_run(&dir) {
         let lock = RunLock::take(&dir)?;
@@ -54,24 +61,55 @@ pub fn train(config: Config, resume: bool, host: &Host) -> Result<Outcome> {
     refuse_taken_output(&config)?;
     let job = inspect(config)?;
     job.run_bytes().fit(&*host.disk, &dir, 0)?;
-    let start = Start { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() };
-    Run::open(start, host)?.run_to_end()
+    Ok(Some(Start { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() }))
 }
 
 /// Goes on with the run of a directory, from its newest good checkpoint; `sets` override keys of its config.
 ///
 /// # Errors
 /// As [`train`].
-pub fn resume(run_dir: &Path, sets: &[String], host: &Host) -> Result<Outcome> {
-    expect_run(run_dir)?;
-    let lock = RunLock::take(run_dir)?;
-    let mut config = Config::load(&run_dir.join(CONFIG_FILE), sets)?;
-    // The folder may have been moved since.
-    config.train.output = run_dir.to_path_buf();
-    go_on(config, run_dir.to_path_buf(), lock, host)
+pub fn resume(run_dir: &Path, sets: &[String], host: &Host, ranks: Box<dyn Communicator>) -> Result<Outcome> {
+    together(ranks, host, || {
+        expect_run(run_dir)?;
+        let lock = RunLock::take(run_dir)?;
+        let mut config = Config::load(&run_dir.join(CONFIG_FILE), sets)?;
+        // The folder may have been moved since.
+        config.train.output = run_dir.to_path_buf();
+        go_on(config, run_dir.to_path_buf(), lock, host)
+    })
 }
 
-fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host) -> Result<Outcome> {
+/// Has rank 0 decide where the run begins, and all ranks begin there. `None` is a run that is finished.
+///
+/// Rank 0 has read the samples by the time it says so: the token cache, where the ranks share one, is made once.
+fn together(
+    mut ranks: Box<dyn Communicator>,
+    host: &Host,
+    decide: impl FnOnce() -> Result<Option<Start>>,
+) -> Result<Outcome> {
+    let start = if ranks.rank() == 0 { decide()? } else { None };
+    let settled = start.as_ref().map_or_else(String::new, |start| start.job.model.config.to_toml());
+    let settled = broadcast_bytes(&mut *ranks, settled.into_bytes())?;
+    if settled.is_empty() {
+        return Ok(Outcome::AlreadyFinished);
+    }
+    let start = match start {
+        Some(start) => start,
+        None => Start::beside_rank_0(&String::from_utf8_lossy(&settled))?,
+    };
+    Run::open(start, host, ranks)?.run_to_end()
+}
+
+impl Start {
+    /// The same job on another rank, which neither writes nor judges.
+    fn beside_rank_0(settled: &str) -> Result<Self> {
+        let job = inspect(Config::parse(settled, "the config of rank 0", &[])?)?;
+        let dir = job.model.config.train.output.clone();
+        Ok(Self { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() })
+    }
+}
+
+fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host) -> Result<Option<Start>> {
     let Newest { good, damaged } = newest_good(&dir.join(CHECKPOINTS_DIR))?;
     let from = match good {
         Some((_, checkpoint)) => {
@@ -95,7 +133,7 @@ fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host) -> Result
     if let Some(adapter) = &adapter {
         if !is_longer_or_shorter {
             verify_adapter(adapter)?;
-            return Ok(Outcome::AlreadyFinished);
+            return Ok(None);
         }
         if from.is_none() {
             let what = "is finished, and no checkpoint is left that it could go on from".to_owned();
@@ -111,13 +149,13 @@ fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host) -> Result
             return Err(too_short(&job, record, &changes));
         }
         if adapter.is_some() && record.state.step == job.total_steps {
-            return Ok(Outcome::AlreadyFinished);
+            return Ok(None);
         }
         notes = what_is_otherwise(&changes, &job, record);
     }
     let there = bytes_of_checkpoints(&dir.join(CHECKPOINTS_DIR))?;
     job.run_bytes().fit(&*host.disk, &dir, there)?;
-    Run::open(Start { job, dir, lock: Some(lock), from, notes, damaged }, host)?.run_to_end()
+    Ok(Some(Start { job, dir, lock: Some(lock), from, notes, damaged }))
 }
 
 fn inspect(config: Config) -> Result<Job> {

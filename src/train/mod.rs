@@ -8,6 +8,7 @@ pub mod begin;
 mod lock;
 pub mod non_finite;
 pub mod probe;
+mod reduce;
 pub mod replay;
 pub mod requests;
 pub mod run;

@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use crate::error::STOP_SIGNALS;
+use crate::optim::control::Asks;
+
 /// Cells that signal handlers write and the run reads.
 #[derive(Debug, Default)]
 pub struct Requests {
@@ -21,13 +24,32 @@ impl Requests {
         self.ends_at_once.store(false, Ordering::SeqCst);
     }
 
-    /// The number of the signal that asked the run to stop.
-    pub(super) fn stop_signal(&self) -> Option<usize> {
-        Some(self.stop.load(Ordering::SeqCst)).filter(|signal| *signal != 0)
+    /// Notes that the checkpoint that was asked for is about to be written.
+    pub(super) fn save_is_done(&self) {
+        self.save.store(false, Ordering::SeqCst);
     }
 
-    /// Whether a checkpoint was asked for since the last time.
-    pub(super) fn take_save(&self) -> bool {
-        self.save.swap(false, Ordering::SeqCst)
+    /// What this process was asked, for the other ranks: a count of each signal to stop, and of checkpoints.
+    pub(super) fn counts(&self) -> Asks {
+        let stop = self.stop.load(Ordering::SeqCst);
+        let [hangup, interrupt, terminate] = STOP_SIGNALS.map(|signal| f64::from(u8::from(signal == stop)));
+        [hangup, interrupt, terminate, f64::from(u8::from(self.save.load(Ordering::SeqCst)))]
+    }
+}
+
+/// What all ranks know that one of them was asked.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Agreed {
+    /// The number of a signal to stop.
+    pub(super) stop: Option<usize>,
+    /// Whether to save.
+    pub(super) save: bool,
+}
+
+impl Agreed {
+    /// Reads what the ranks' counts add up to.
+    pub(super) fn of(counts: &Asks) -> Self {
+        let stop = STOP_SIGNALS.into_iter().zip(counts).find(|(_, count)| **count > 0.0);
+        Self { stop: stop.map(|(signal, _)| signal), save: counts[3] > 0.0 }
     }
 }

@@ -13,9 +13,10 @@ use crate::checkpoint::retention::Keep;
 use crate::checkpoint::save::{Adapter, Snapshot};
 use crate::checkpoint::saver::{self, Saver};
 use crate::checkpoint::state::{ComputedOn, Evaluated, Extent, Record, RunState};
+use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{self, Auto, Config};
 use crate::device::{Cuda, cuda};
-use crate::disk::{Disk, make_folder, put_file, sync_parent};
+use crate::disk::{Disk, Nowhere, make_folder, put_file, sync_parent};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::log::{EvalMetrics, LogSettings, RunLog, StepMetrics};
@@ -26,7 +27,7 @@ use crate::train::banner;
 use crate::train::begin::{Host, Start, adapter_of_step};
 use crate::train::lock::RunLock;
 use crate::train::non_finite::NonFinite;
-use crate::train::requests::Requests;
+use crate::train::requests::{Agreed, Requests};
 use crate::train::run_dir::{ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, refuse_taken_output};
 use crate::train::setup::Job;
 use crate::train::step::Trainer;
@@ -80,6 +81,7 @@ pub(super) struct Run<'a> {
     dir: PathBuf,
     disk: Arc<dyn Disk>,
     requests: &'a Requests,
+    tell: Option<fn(&str)>,
     job: Job,
     trainer: Trainer,
     log: RunLog,
@@ -93,31 +95,38 @@ pub(super) struct Run<'a> {
     evaluated: Option<Evaluated>,
     /// Whether the present step is to be evaluated still.
     evaluation_is_due: bool,
-    _lock: RunLock,
+    _lock: Option<RunLock>,
 }
 
 impl<'a> Run<'a> {
     /// Loads the model and opens the folder's logs.
-    pub(super) fn open(start: Start, host: &'a Host) -> Result<Self> {
+    pub(super) fn open(start: Start, host: &'a Host, ranks: Box<dyn Communicator>) -> Result<Self> {
         let Start { job, dir, lock, from, notes, damaged } = start;
-        let disk = Arc::clone(&host.disk);
+        let is_leader = ranks.rank() == 0;
+        // One rank writes for all.
+        let disk = if is_leader { Arc::clone(&host.disk) } else { Arc::new(Nowhere) as Arc<dyn Disk> };
         let (checkpoint, record) = from.unzip();
-        let trainer = trainer_at(&job, checkpoint.as_deref())?;
+        let mut trainer = trainer_at(&job, checkpoint.as_deref())?;
+        trainer.ranks = ranks;
+        let evaluation_is_due = record.as_ref().is_some_and(|record| record.evaluation_is_due);
+        let evaluation_is_due = stand_where_rank_0_does(&mut trainer, evaluation_is_due)?;
         // What comes before has changed nothing that could be lost.
         host.requests.wait_for_the_step();
 
         let mut lock = match lock {
-            Some(lock) => lock,
-            None => {
+            None if is_leader => {
                 make_folder(&*disk, &dir)?;
                 let lock = RunLock::take(&dir)?;
                 // Another process may have been faster.
                 refuse_taken_output(&job.model.config)?;
-                lock
+                Some(lock)
             }
+            lock => lock,
         };
-        let stale = lock.stale.take();
-        lock.sign();
+        let stale = lock.as_mut().and_then(|lock| lock.stale.take());
+        if let Some(lock) = &mut lock {
+            lock.sign();
+        }
         let checkpoints = dir.join(CHECKPOINTS_DIR);
         sweep_incomplete(&*disk, &dir)?;
         sweep_incomplete(&*disk, &checkpoints)?;
@@ -127,6 +136,7 @@ impl<'a> Run<'a> {
             last_lines: record.as_ref().map(|record| record.metrics_lines),
             total_steps: job.total_steps,
             log_every: settings.log_every,
+            is_silent: !is_leader,
         };
         if let Some(adapter) = finished_adapter(&dir) {
             // Its run goes on: it is no longer the final one.
@@ -148,7 +158,7 @@ impl<'a> Run<'a> {
                 "{stale} had this run before and ended without a word: it was killed, or the machine was"
             ))?;
         }
-        if let Some(why) = &lock.missing {
+        if let Some(why) = lock.as_ref().and_then(|lock| lock.missing.as_ref()) {
             log.warn(&format!("{} cannot be locked ({why}): see that no other process uses it", dir.display()))?;
         }
         for (path, error) in &damaged {
@@ -158,6 +168,10 @@ impl<'a> Run<'a> {
             log.note(note)?;
         }
         let step = trainer.state.step;
+        let world_size = trainer.ranks.world_size();
+        if world_size > 1 {
+            log.note(&format!("{world_size} ranks share each update"))?;
+        }
         if step > 0 {
             log.note(&format!("goes on from step {step} of {}", job.total_steps))?;
         }
@@ -168,6 +182,7 @@ impl<'a> Run<'a> {
             dir,
             disk,
             requests: &host.requests,
+            tell: host.tell,
             job,
             trainer,
             log,
@@ -175,7 +190,7 @@ impl<'a> Run<'a> {
             begun_step: step,
             asked_step: None,
             evaluated: record.as_ref().and_then(|record| record.evaluated),
-            evaluation_is_due: record.is_some_and(|record| record.evaluation_is_due),
+            evaluation_is_due,
             _lock: lock,
         };
         if run.job.model.micro_batch_is_solved {
@@ -206,14 +221,17 @@ impl<'a> Run<'a> {
             self.after_step()?;
         }
         while self.trainer.state.step < self.job.total_steps {
-            if let Some(signal) = self.requests.stop_signal() {
+            let asked = self.asked();
+            if let Some(signal) = asked.stop {
                 return Err(self.interrupted(signal)?);
             }
             // Before the first step there is nothing to save: the request waits.
-            if self.trainer.state.step > 0 && self.requests.take_save() {
+            if self.trainer.state.step > 0 && asked.save {
+                self.requests.save_is_done();
                 self.save_as_asked()?;
             }
-            let stepped = self.trainer.step();
+            self.trainer.asks = self.requests.counts();
+            let stepped = self.step();
             self.log_step(stepped)?;
             self.take_note()?;
             let outcome = self.saver.poll();
@@ -226,6 +244,29 @@ impl<'a> Run<'a> {
     fn end(&mut self) -> Result<()> {
         self.write_adapter()?;
         self.log.flush()
+    }
+
+    /// Does a step and tells whoever watches how far it is.
+    fn step(&mut self) -> Result<Option<StepMetrics>> {
+        let Some(tell) = self.tell else { return self.trainer.step() };
+        let step = self.trainer.state.step + 1;
+        tell(&format!("step {step}"));
+        self.trainer.step_by_part(&mut |part| {
+            tell(&format!("step {step}, after {part}"));
+            Ok(())
+        })
+    }
+
+    fn is_leader(&self) -> bool {
+        self.trainer.ranks.rank() == 0
+    }
+
+    /// What this process was asked; with other ranks, what all of them know by now that any of them was.
+    fn asked(&mut self) -> Agreed {
+        match self.trainer.ranks.world_size() {
+            1 => Agreed::of(&self.requests.counts()),
+            _ => Agreed::of(&std::mem::take(&mut self.trainer.asked)),
+        }
     }
 
     /// Evaluates and saves where the present step asks for it.
@@ -292,8 +333,9 @@ impl<'a> Run<'a> {
         self.settle()?;
         let Some(validation) = &self.job.validation else { return Ok(()) };
         let started = Instant::now();
-        let tokens = self.trainer.settings.micro_batch_tokens;
-        let result = evaluate(&self.trainer.model, validation, tokens, &self.requests.stop)?;
+        let trainer = &mut self.trainer;
+        let tokens = trainer.settings.micro_batch_tokens;
+        let result = evaluate(&trainer.model, validation, tokens, &mut *trainer.ranks, &self.requests.stop)?;
         let step = self.trainer.state.step;
         let eval_loss = Some(result.eval_loss).filter(|loss| loss.is_finite());
         self.evaluated = Some(Evaluated { step, eval_loss });
@@ -311,6 +353,10 @@ impl<'a> Run<'a> {
     /// is still being written.
     fn save(&mut self) -> Result<()> {
         self.settle()?;
+        if !self.is_leader() {
+            (self.begun_step, self.saved_step) = (self.trainer.state.step, self.trainer.state.step);
+            return Ok(());
+        }
         self.wait_for_the_saver()?;
         let started = Instant::now();
         let trainer = &self.trainer;
@@ -395,6 +441,9 @@ impl<'a> Run<'a> {
 
     fn write_adapter(&mut self) -> Result<()> {
         self.settle()?;
+        if !self.is_leader() {
+            return Ok(());
+        }
         let table_dtype = match self.job.model.config.train.save_dtype {
             config::SaveDtype::Fp32 => Dtype::F32,
             config::SaveDtype::Bf16 => Dtype::BF16,
@@ -426,6 +475,34 @@ impl<'a> Run<'a> {
         self.log.flush()?;
         Ok(Error::Interrupted { signal: signal as i32, note })
     }
+}
+
+/// Gives every rank the parameters, the moments and the position of rank 0, and whether an evaluation is due there.
+///
+/// # Errors
+/// Another base or other samples than those of rank 0.
+fn stand_where_rank_0_does(trainer: &mut Trainer, evaluation_is_due: bool) -> Result<bool> {
+    if trainer.ranks.world_size() == 1 {
+        return Ok(evaluation_is_due);
+    }
+    let own = trainer.state.identity.clone();
+    let text = serde_json::to_vec(&(&trainer.state, evaluation_is_due)).expect("numbers and strings make JSON");
+    let text = broadcast_bytes(&mut *trainer.ranks, text)?;
+    let (state, evaluation_is_due): (RunState, bool) = serde_json::from_slice(&text)
+        .map_err(|error| Error::failed("rank 0", format!("says where the run stands in other words: {error}")))?;
+    if state.identity != own {
+        let what = if state.identity.base == own.base { "other samples" } else { "another base" };
+        let place = format!("rank {}", trainer.ranks.rank());
+        return Err(Error::failed(place, format!("has {what} than rank 0"))
+            .hint("give all machines the same files under the same names"));
+    }
+    trainer.ranks.broadcast(trainer.params.master(), 0)?;
+    for moment in trainer.optimizer.moments() {
+        trainer.ranks.broadcast(moment, 0)?;
+    }
+    trainer.ranks.wait()?;
+    trainer.stand_at(state)?;
+    Ok(evaluation_is_due)
 }
 
 /// What the user should know before a run starts, though it is no fault.

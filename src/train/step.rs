@@ -6,21 +6,23 @@ use std::time::Instant;
 use tch::Kind;
 
 use crate::checkpoint::state::RunState;
-use crate::data::{Dataset, EpochOrder, LossAverage, PackedBatch, build_batches};
+use crate::comm::{Communicator, Solo};
+use crate::data::{Dataset, EpochOrder, LossAverage, PackedBatch, Share, build_batches, build_share};
 use crate::error::{Error, Result};
 use crate::eval::input;
 use crate::log::StepMetrics;
-use crate::model::llama::Llama;
+use crate::model::llama::{Done, Llama};
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::dropout::DropoutKey;
 use crate::optim::adamw::AdamW;
-use crate::optim::control::{Outcome, Reading, StepControl};
+use crate::optim::control::{Asks, Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
 use crate::plan::MemoryModel;
 use crate::torch::memory;
 use crate::train::non_finite::{NonFinite, SampleLoss};
 use crate::train::probe::{Probed, Trial, probe};
+use crate::train::reduce::{Reducer, touched_ids};
 
 /// What an update depends on besides its samples and the run's state.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,6 +64,18 @@ pub enum Part {
     Optimizer,
 }
 
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Input => "input",
+            Self::Forward => "forward",
+            Self::Head => "head and loss",
+            Self::Backward => "backward",
+            Self::Optimizer => "optimizer",
+        })
+    }
+}
+
 /// Everything an update reads and changes.
 pub struct Trainer {
     /// What updates depend on.
@@ -80,6 +94,12 @@ pub struct Trainer {
     /// Where the run stands. `step` counts the steps that were begun; the rest is as of the last one whose outcome is
     /// known, and agrees with it after [`Self::finish`].
     pub state: RunState,
+    /// The ranks that share each update.
+    pub ranks: Box<dyn Communicator>,
+    /// What this rank asks of all with the next step.
+    pub asks: Asks,
+    /// What was asked by any rank with the steps whose outcomes are known; whoever acts on it sets it back.
+    pub asked: Asks,
     order: EpochOrder,
     grads: Gradients,
     control: StepControl,
@@ -99,6 +119,19 @@ struct Begun {
     started: Instant,
     /// `None` when nothing was to be learned.
     reading: Option<Reading>,
+}
+
+/// Why the gradients of an update are not there.
+struct Stopped {
+    error: Error,
+    /// Whether no other rank waits for the rest of them yet.
+    may_repeat: bool,
+}
+
+impl From<Error> for Stopped {
+    fn from(error: Error) -> Self {
+        Self { error, may_repeat: false }
+    }
 }
 
 impl Trainer {
@@ -124,6 +157,9 @@ impl Trainer {
             optimizer,
             steps_ahead: usize::from(device.is_cuda()),
             state,
+            ranks: Box::new(Solo),
+            asks: Asks::default(),
+            asked: Asks::default(),
             order,
             grads,
             control,
@@ -132,6 +168,18 @@ impl Trainer {
             note: None,
             non_finite: None,
         })
+    }
+
+    /// Puts the run where another rank says that it stands; parameters and moments are set by then.
+    ///
+    /// # Errors
+    /// What libtorch says.
+    pub fn stand_at(&mut self, state: RunState) -> Result<()> {
+        let StepSettings { max_grad_norm, schedule, .. } = self.settings;
+        let device = self.params.master().device();
+        self.control = StepControl::new(schedule, max_grad_norm, state.loss_scale, state.updates, device)?;
+        self.state = state;
+        self.params.refresh_compute()
     }
 
     /// Does one step and gives the metrics that have become known by it: its own on a CPU, those of the step before on
@@ -170,17 +218,20 @@ impl Trainer {
 
     /// One update over samples; `None` when there is nothing in them to learn.
     fn update(&mut self, samples: &[u32], after: &mut dyn FnMut(Part) -> Result<()>) -> Result<Option<Reading>> {
+        if samples.iter().all(|&sample| self.samples.label_tokens(sample as usize) == 0) {
+            return Ok(None);
+        }
+        let share = Share { rank: self.ranks.rank(), world_size: self.ranks.world_size() };
         loop {
             let StepSettings { loss_average, micro_batch_tokens, .. } = self.settings;
-            let batches = build_batches(&self.samples, samples, loss_average, micro_batch_tokens);
-            if batches.is_empty() {
-                return Ok(None);
-            }
-            match self.accumulate(&batches, after) {
+            let batches = build_share(&self.samples, samples, loss_average, micro_batch_tokens, share);
+            match self.accumulate(samples, &batches, after) {
                 Ok(()) => break,
                 // Nothing has been applied yet: the update begins again.
-                Err(error) if error.is_out_of_memory() => self.halve_micro_batches(&batches, &error)?,
-                Err(error) => return Err(error),
+                Err(Stopped { error, may_repeat: true }) if error.is_out_of_memory() => {
+                    self.halve_micro_batches(&batches, &error)?;
+                }
+                Err(Stopped { error, .. }) => return Err(error),
             }
         }
         let outstanding = self.outstanding.len() as u64;
@@ -190,22 +241,39 @@ impl Trainer {
         Ok(Some(reading))
     }
 
-    /// Loss and gradients over the micro-batches of an update.
-    fn accumulate(&mut self, batches: &[PackedBatch], after: &mut dyn FnMut(Part) -> Result<()>) -> Result<()> {
-        self.grads.zero()?;
-        self.control.loss.reset()?;
-        for packed in batches {
-            let batch = self.model.batch(input(packed), self.dropout(self.state.step))?;
-            after(Part::Input)?;
-            let (hidden_nd, saved) = self.model.forward(&batch, self.settings.recompute)?;
-            after(Part::Forward)?;
-            let dhidden_nd = self.model.head_loss(&hidden_nd, &batch, &self.grads, &self.control.loss)?;
-            after(Part::Head)?;
-            drop(hidden_nd);
-            self.model.backward(saved, dhidden_nd, &batch, &self.grads)?;
-            after(Part::Backward)?;
+    /// Loss and gradients over the micro-batches of this rank's share of an update, summed over the ranks.
+    fn accumulate(
+        &mut self,
+        samples: &[u32],
+        batches: &[PackedBatch],
+        after: &mut dyn FnMut(Part) -> Result<()>,
+    ) -> std::result::Result<(), Stopped> {
+        let dropout = self.dropout(self.state.step);
+        let Self { model, grads, control, ranks, params, settings, .. } = self;
+        grads.zero()?;
+        control.begin(self.asks)?;
+        let touched = if ranks.world_size() > 1 { touched_ids(&self.samples, samples) } else { Vec::new() };
+        let mut reducer = Reducer::new(&mut **ranks, params.layout(), grads, &touched);
+        for (nth, packed) in (1..).zip(batches) {
+            let mut pass = || -> Result<()> {
+                let mut completed = |done: Done| match nth == batches.len() {
+                    true => reducer.completed(done),
+                    false => Ok(()),
+                };
+                let batch = model.batch(input(packed), dropout)?;
+                after(Part::Input)?;
+                let (hidden_nd, saved) = model.forward(&batch, settings.recompute)?;
+                after(Part::Forward)?;
+                let dhidden_nd = model.head_loss(&hidden_nd, &batch, grads, &control.loss)?;
+                completed(Done::Head)?;
+                after(Part::Head)?;
+                drop(hidden_nd);
+                model.backward(saved, dhidden_nd, &batch, grads, &mut completed)?;
+                after(Part::Backward)
+            };
+            pass().map_err(|error| Stopped { error, may_repeat: !reducer.has_begun() })?;
         }
-        Ok(())
+        Ok(reducer.finish(&control.shared)?)
     }
 
     /// Tries a micro-batch of the greatest size before the first step, halving it while memory runs out.
@@ -306,6 +374,9 @@ impl Trainer {
         let Some(Begun { step, samples, started, reading }) = self.outstanding.pop_front() else { return Ok(None) };
         let (lr, loss_scale) = (self.settings.schedule.lr(self.state.updates), self.state.loss_scale.factor());
         let outcome = reading.map(Reading::wait).transpose()?;
+        for (asked, asks) in self.asked.iter_mut().zip(outcome.iter().flat_map(|outcome| outcome.asks)) {
+            *asked += asks;
+        }
         if let Some(outcome) = &outcome {
             if !outcome.is_finite && outcome.loss_scale <= scaler::SMALLEST {
                 self.not_finite(step, outcome, &samples)?;

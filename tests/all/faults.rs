@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bellora::checkpoint::manifest::{newest_good, step_dir, verify};
+use bellora::comm::Solo;
 use bellora::disk::{LocalDisk, names, remove_tree};
 use bellora::error::{Error, Result};
 use bellora::train::begin::{self, Host};
@@ -70,8 +71,8 @@ impl Bench {
     }
 
     fn train(&self, disk: &FaultyDisk, resume: bool) -> Result<Outcome> {
-        let host = Host { disk: disk.shared(), requests: Requests::default() };
-        begin::train(self.lab.config(&[]), resume, &host)
+        let host = Host { disk: disk.shared(), requests: Requests::default(), tell: None };
+        begin::train(self.lab.config(&[]), resume, &host, Box::new(Solo))
     }
 
     fn empty(&self) {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 
+use bellora::comm::Solo;
 use bellora::disk::{Disk, DiskFile, LocalDisk};
 use bellora::train::begin::{Host, train};
 use bellora::train::requests::Requests;
@@ -363,8 +364,8 @@ fn a_run_that_cannot_fit_on_its_disk_is_refused() {
     let params = bellora::train::setup::Job::inspect(lab.config(&[]), None).unwrap().model.layout.n_params() as u64;
     // Two that stay, one that is being written, the adapter, and 16 MiB for what is small.
     let needed = (3 * 12 + 4) * params + (16 << 20);
-    let host = |bytes| Host { disk: Arc::new(Small(bytes)), requests: Requests::default() };
-    let error = train(lab.config(&[]), false, &host(needed - 1)).unwrap_err();
+    let host = |bytes| Host { disk: Arc::new(Small(bytes)), requests: Requests::default(), tell: None };
+    let error = train(lab.config(&[]), false, &host(needed - 1), Box::new(Solo)).unwrap_err();
     assert_eq!(error.exit_code(), 2);
     let [fault] = error.faults() else { panic!("{error}") };
     let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
@@ -372,6 +373,6 @@ fn a_run_that_cannot_fit_on_its_disk_is_refused() {
     assert!(fault.place == "train.output" && !fault.hint.is_empty(), "{fault:?}");
     numbers.iter().for_each(|number| assert!(fault.what.contains(number), "{number} is not in {}", fault.what));
     assert!(!lab.path("run").exists());
-    train(lab.config(&[]), false, &host(needed)).unwrap();
+    train(lab.config(&[]), false, &host(needed), Box::new(Solo)).unwrap();
     assert!(lab.path("run/adapter").is_dir());
 }

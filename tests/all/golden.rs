@@ -186,8 +186,14 @@ fn train(case: &Case, variant: &str, change: impl FnOnce(&mut Config)) -> Rig {
     }
     let update = assert_update(&what, &snapshot(&trainer.params), case);
     let validation = trainer.job.validation.as_ref().unwrap();
-    let ours =
-        evaluate(&trainer.model, validation, trainer.job.model.micro_batch_tokens(), &Default::default()).unwrap();
+    let ours = evaluate(
+        &trainer.model,
+        validation,
+        trainer.job.model.micro_batch_tokens(),
+        &mut bellora::comm::Solo,
+        &Default::default(),
+    )
+    .unwrap();
     let eval = (ours.eval_loss - number(&case.expected, "eval_loss")).abs();
     assert!(eval <= case.bounds().loss, "{what}: eval loss {} is off by {eval:.1e}", ours.eval_loss);
     seen.print(&what, update, eval);

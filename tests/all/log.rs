@@ -349,7 +349,7 @@ fn event_files_hold_every_point_and_a_resume_voids_later_ones() {
 #[test]
 fn a_run_log_keeps_metrics_for_every_update_and_the_rest_as_often_as_asked() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 2 };
+    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 2, is_silent: false };
     let mut log = RunLog::open(&LocalDisk::shared(), dir.path(), settings).unwrap();
     log.banner(&["base: toy", "updates: 10"]).unwrap();
     for i in 1..=5 {
@@ -372,7 +372,8 @@ fn a_run_log_keeps_metrics_for_every_update_and_the_rest_as_often_as_asked() {
     assert_eq!(text().lines().collect::<Vec<_>>(), expected);
     drop(log);
 
-    let settings = LogSettings { last_step: 4, last_lines: Some(4), total_steps: 20_000, log_every: 0 };
+    let settings =
+        LogSettings { last_step: 4, last_lines: Some(4), total_steps: 20_000, log_every: 0, is_silent: false };
     let mut log = RunLog::open(&LocalDisk::shared(), dir.path(), settings).unwrap();
     log.note("resumed").unwrap();
     log.step(&step(5)).unwrap();
@@ -391,7 +392,7 @@ fn a_run_log_keeps_metrics_for_every_update_and_the_rest_as_often_as_asked() {
     assert_eq!(events(second)[1..], [Event::Start(5)]);
 
     // From the start again: nothing of the old metrics stays.
-    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 1, log_every: 1 };
+    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 1, log_every: 1, is_silent: false };
     RunLog::open(&LocalDisk::shared(), dir.path(), settings).unwrap();
     assert_eq!(lines(&dir.path().join("metrics.jsonl")), [] as [serde_json::Value; 0]);
 }
@@ -417,7 +418,7 @@ fn a_full_disk_keeps_lines_waiting_and_loses_none() {
     for room in (0..2200).step_by(131) {
         let dir = tempfile::tempdir().unwrap();
         let (disk, inside) = CrampedDisk::with_room(room);
-        let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 1 };
+        let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 1, is_silent: false };
         let mut log = RunLog::open(&disk, dir.path(), settings).unwrap();
         let durable = log.durable();
         for i in 1..=6 {
@@ -452,7 +453,7 @@ fn a_full_disk_keeps_lines_waiting_and_loses_none() {
 fn a_sync_that_fails_loses_no_line_either() {
     let dir = tempfile::tempdir().unwrap();
     let (disk, inside) = CrampedDisk::with_room(1 << 20);
-    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 1 };
+    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 1, is_silent: false };
     let mut log = RunLog::open(&disk, dir.path(), settings).unwrap();
     for i in 1..=8 {
         log.step(&step(i)).unwrap();
@@ -479,7 +480,7 @@ fn a_sync_that_fails_loses_no_line_either() {
 fn much_that_was_not_synced_is_synced_by_the_way() {
     let dir = tempfile::tempdir().unwrap();
     let (disk, inside) = CrampedDisk::with_room(1 << 24);
-    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 1 };
+    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 1, is_silent: false };
     let mut log = RunLog::open(&disk, dir.path(), settings).unwrap();
     inside.fails_to_sync.store(true, Ordering::SeqCst);
     let line = "x".repeat(1000);
@@ -493,7 +494,7 @@ fn much_that_was_not_synced_is_synced_by_the_way() {
 #[test]
 fn a_resume_says_when_lines_of_the_metrics_are_missing() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 1 };
+    let settings = LogSettings { last_step: 0, last_lines: None, total_steps: 10, log_every: 1, is_silent: false };
     let mut log = RunLog::open(&LocalDisk::shared(), dir.path(), settings).unwrap();
     for i in 1..=5 {
         log.step(&step(i)).unwrap();
@@ -514,7 +515,7 @@ fn a_resume_says_when_lines_of_the_metrics_are_missing() {
     ] {
         std::fs::write(dir.path().join("metrics.jsonl"), &contents).unwrap();
         std::fs::remove_file(dir.path().join("train.log")).unwrap();
-        let settings = LogSettings { last_step: 5, last_lines, total_steps: 10, log_every: 1 };
+        let settings = LogSettings { last_step: 5, last_lines, total_steps: 10, log_every: 1, is_silent: false };
         let log = RunLog::open(&LocalDisk::shared(), dir.path(), settings).unwrap();
         let told = train_log(dir.path());
         assert_eq!(!told.is_empty(), is_told, "{told}");

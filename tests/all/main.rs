@@ -26,6 +26,7 @@ mod non_finite;
 mod out_of_memory;
 mod place;
 mod plan;
+mod ranks;
 mod replay;
 mod resume;
 mod selftest;

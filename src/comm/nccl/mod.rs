@@ -200,6 +200,10 @@ impl Communicator for Nccl {
         self.tcp.world_size()
     }
 
+    fn device(&self) -> Device {
+        self.device
+    }
+
     fn all_reduce(&mut self, tensor: &Tensor) -> Result<()> {
         self.queue(OpKind::AllReduce, tensor, |it, memory, _, count, dtype| {
             // SAFETY: the memory is that of a contiguous tensor of so many elements on this device, which is held until the

@@ -1,0 +1,229 @@
+//! Which part of a job this process is: all of it, one of its ranks, or the one that starts and watches them.
+
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::time::Duration;
+
+use clap::Args;
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use tch::Device;
+
+use crate::comm::{Communicator, Nccl, Place, Solo, Tcp};
+use crate::device;
+use crate::error::{Error, Result};
+
+/// What the supervisor tells a rank of its place.
+pub(super) mod told {
+    pub(crate) const RANK: &str = "BELLORA_RANK";
+    pub(crate) const WORLD_SIZE: &str = "BELLORA_WORLD_SIZE";
+    pub(crate) const RENDEZVOUS: &str = "BELLORA_RENDEZVOUS";
+    pub(crate) const INTERFACE: &str = "BELLORA_INTERFACE";
+    pub(crate) const MEET_TIMEOUT: &str = "BELLORA_MEET_TIMEOUT";
+    pub(crate) const TIMEOUT: &str = "BELLORA_TIMEOUT";
+    pub(crate) const SUPERVISOR: &str = "BELLORA_SUPERVISOR";
+    /// Also read where another program starts the ranks: the secret by which they know each other.
+    pub(crate) const TOKEN: &str = "BELLORA_TOKEN";
+}
+
+/// How a job is spread over processes.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Several processes")]
+pub(super) struct RankArgs {
+    /// Start so many processes on this machine; auto: one for each GPU
+    #[arg(long, value_name = "N|auto")]
+    pub(super) nproc: Option<String>,
+    /// Machines that share the job
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(super) nnodes: usize,
+    /// Which of them this one is, from 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) node_rank: usize,
+    /// Where the processes meet: an address of machine 0 with a free port
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(super) rendezvous: Option<String>,
+    /// The address of this machine that the other machines reach it by; by default the one that leads to the rendezvous
+    #[arg(long, value_name = "IP")]
+    pub(super) interface: Option<IpAddr>,
+    /// Start all processes again from the newest checkpoint so many times after one has failed
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) max_restarts: u32,
+    /// Seconds without any progress after which a job is stopped; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    pub(super) hang_timeout: u64,
+    /// Seconds that all processes may take to meet
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub(super) meet_timeout: u64,
+}
+
+/// What this process is.
+#[derive(Debug)]
+pub(super) enum Role {
+    /// The whole job, or one rank of it.
+    Rank(Box<dyn Communicator>),
+    /// The one that starts so many ranks on this machine.
+    Supervisor(usize),
+}
+
+impl RankArgs {
+    /// Finds out what this process is, and as a rank meets the others: by NCCL where the model is on GPUs, else by TCP.
+    ///
+    /// # Errors
+    /// A place in a job that cannot be; ranks that do not meet.
+    pub(super) fn role(&self, on_gpus: bool) -> Result<Role> {
+        if let Some(place) = self.told_by_supervisor()? {
+            return Ok(Role::Rank(joined(Tcp::join(&place)?, &place, on_gpus)?));
+        }
+        if self.nproc.is_none() && self.nnodes == 1 {
+            let Some(place) = self.told_by_environment()? else { return Ok(Role::Rank(Box::new(Solo))) };
+            // Nobody else listens.
+            let tcp = if place.rank == 0 { Tcp::lead(&place)? } else { Tcp::join(&place)? };
+            return Ok(Role::Rank(joined(tcp, &place, on_gpus)?));
+        }
+        let nproc = self.count()?;
+        if self.node_rank >= self.nnodes {
+            let what = format!("expected less than --nnodes {}, found {}", self.nnodes, self.node_rank);
+            return Err(Error::invalid("--node-rank", what));
+        }
+        if self.nnodes > 1 && self.rendezvous.is_none() {
+            return Err(Error::invalid("--rendezvous", "several machines need a place to meet")
+                .hint("name an address of machine 0 and a free port, the same on all: --rendezvous 10.0.0.1:29400"));
+        }
+        if nproc * self.nnodes == 1 {
+            return Ok(Role::Rank(Box::new(Solo)));
+        }
+        Ok(Role::Supervisor(nproc))
+    }
+
+    fn count(&self) -> Result<usize> {
+        let wrong = |what: String| Err(Error::invalid("--nproc", what).hint("write a number from 1 on, or auto"));
+        match self.nproc.as_deref() {
+            None => Ok(1),
+            Some("auto") => Ok(device::n_gpus().max(1)),
+            Some(text) => match text.parse() {
+                Ok(count) if (1..=1024).contains(&count) => Ok(count),
+                _ => wrong(format!("expected a number of processes, found {text:?}")),
+            },
+        }
+    }
+
+    fn told_by_supervisor(&self) -> Result<Option<Place>> {
+        let Some(supervisor) = variable(told::SUPERVISOR) else { return Ok(None) };
+        // Whatever becomes of the supervisor, its ranks end with it.
+        let refused =
+            |error: rustix::io::Errno| Error::failed("prctl", format!("cannot follow the supervisor: {error}"));
+        set_parent_process_death_signal(Some(Signal::KILL)).map_err(refused)?;
+        if getppid().map(Pid::as_raw_nonzero).map(|pid| pid.to_string()) != Some(supervisor) {
+            return Err(Error::failed("the supervisor", "has ended before this rank began"));
+        }
+        let missing = |name: &str| Error::failed(name, "is not what the supervisor sets");
+        let number = |name: &'static str| -> Result<u64> {
+            variable(name).and_then(|text| text.parse().ok()).ok_or_else(|| missing(name))
+        };
+        let text = |name: &'static str| variable(name).ok_or_else(|| missing(name));
+        Ok(Some(Place {
+            rank: number(told::RANK)? as usize,
+            world_size: number(told::WORLD_SIZE)? as usize,
+            address: text(told::RENDEZVOUS)?,
+            interface: text(told::INTERFACE)?.parse().map_err(|_| missing(told::INTERFACE))?,
+            token: text(told::TOKEN)?.into_bytes(),
+            deadline: Duration::from_secs(number(told::MEET_TIMEOUT)?),
+            timeout: Duration::from_secs(number(told::TIMEOUT)?),
+        }))
+    }
+
+    /// The place that torchrun, srun or mpirun-like programs give a process.
+    fn told_by_environment(&self) -> Result<Option<Place>> {
+        let pairs = [
+            ("RANK", "WORLD_SIZE"),
+            ("SLURM_PROCID", "SLURM_NTASKS"),
+            ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ];
+        let Some((rank_name, rank, world_name, world_size)) =
+            pairs.into_iter().find_map(|(rank, size)| Some((rank, variable(rank)?, size, variable(size)?)))
+        else {
+            return Ok(None);
+        };
+        let number = |name: &str, text: &str| -> Result<usize> {
+            text.parse().map_err(|_| Error::invalid(name, format!("expected a number, found {text:?}")))
+        };
+        let (rank, world_size) = (number(rank_name, &rank)?, number(world_name, &world_size)?);
+        if world_size == 1 {
+            return Ok(None);
+        }
+        let hint = "set MASTER_ADDR and MASTER_PORT to an address of rank 0's machine and a free port";
+        let Some((host, port)) = variable("MASTER_ADDR").zip(variable("MASTER_PORT")) else {
+            let what =
+                format!("{rank_name} says that this is rank {rank} of {world_size}, and nothing says where they meet");
+            return Err(Error::invalid("MASTER_ADDR", what).hint(hint));
+        };
+        let port: u16 = port
+            .parse()
+            .map_err(|_| Error::invalid("MASTER_PORT", format!("expected a port, found {port:?}")).hint(hint))?;
+        // torchrun's own agent listens at MASTER_PORT.
+        let port = if variable("TORCHELASTIC_RUN_ID").is_some() { port.wrapping_add(1) } else { port };
+        let address = format!("{host}:{port}");
+        let known = ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"].into_iter().find_map(variable);
+        let Some(token) = variable(told::TOKEN).or(known) else {
+            return Err(Error::invalid(told::TOKEN, "ranks know each other by a secret, and there is none")
+                .hint("set BELLORA_TOKEN to the same random text for all ranks"));
+        };
+        let interface = match self.interface {
+            Some(interface) => interface,
+            None => interface_towards(&address)?,
+        };
+        Ok(Some(Place {
+            rank,
+            world_size,
+            address,
+            interface,
+            token: token.into_bytes(),
+            deadline: Duration::from_secs(self.meet_timeout),
+            timeout: self.collective_timeout(),
+        }))
+    }
+
+    /// How long a collective may stand still. The supervisor, who sees all ranks, is to notice first.
+    pub(super) fn collective_timeout(&self) -> Duration {
+        match self.hang_timeout {
+            0 => Duration::from_secs(u64::from(u32::MAX)),
+            seconds => Duration::from_secs(seconds + 60),
+        }
+    }
+}
+
+/// Whether a supervisor has started this process and watches it.
+pub(super) fn is_supervised() -> bool {
+    variable(told::SUPERVISOR).is_some()
+}
+
+/// Whether an error is one of the collectives: another rank has ended, and this one goes after it.
+pub(super) fn follows_another(error: &Error) -> bool {
+    error.faults().iter().any(|fault| fault.place.starts_with("rank ") && fault.place.contains(" of "))
+}
+
+/// The ranks that have met, joined by what is fastest between them.
+fn joined(tcp: Tcp, place: &Place, on_gpus: bool) -> Result<Box<dyn Communicator>> {
+    // A rank sees one GPU alone.
+    Ok(if on_gpus { Box::new(Nccl::new(tcp, Device::Cuda(0), place.timeout)?) } else { Box::new(tcp) })
+}
+
+/// The address of this machine by which it reaches another one.
+pub(super) fn interface_towards(address: &str) -> Result<IpAddr> {
+    let unknown = |error: std::io::Error| {
+        Error::invalid("the rendezvous", format!("{address:?} leads nowhere: {error}"))
+            .hint("write HOST:PORT, with a host that this machine knows")
+    };
+    let target: SocketAddr = address
+        .to_socket_addrs()
+        .map_err(unknown)?
+        .next()
+        .ok_or_else(|| Error::invalid("the rendezvous", format!("{address:?} has no address")))?;
+    let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    // Nothing is sent: the system only says which way it would go.
+    let socket = UdpSocket::bind(any).map_err(unknown)?;
+    socket.connect(target).map_err(unknown)?;
+    Ok(socket.local_addr().map_err(unknown)?.ip())
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
