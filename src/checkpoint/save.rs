@@ -16,6 +16,9 @@ use crate::torch;
 /// The optimizer's moments in a checkpoint.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 
+/// Bytes of a checkpoint for each parameter: the parameter itself and two moments, all fp32.
+pub const BYTES_PER_PARAM: u64 = 12;
+
 /// Room that must be left for what is small: the tokenizer's files, headers, logs.
 const SMALL_FILES_BYTES: u64 = 16 << 20;
 
@@ -102,6 +105,16 @@ pub struct RunBytes {
 }
 
 impl RunBytes {
+    /// A run with so many trained parameters, `table_params` of them in tables that the adapter has in `table_bytes` each,
+    /// and so many checkpoints at a time.
+    pub fn new(n_params: u64, table_params: u64, table_bytes: u64, checkpoints: u64) -> Self {
+        Self {
+            checkpoint: BYTES_PER_PARAM * n_params,
+            checkpoints,
+            adapter: 4 * (n_params - table_params) + table_bytes * table_params,
+        }
+    }
+
     /// All of it.
     pub fn total(&self) -> u64 {
         self.checkpoint * self.checkpoints + self.adapter

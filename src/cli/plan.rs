@@ -6,12 +6,12 @@ use clap::Args;
 use tch::Kind;
 
 use crate::cli::{ConfigArgs, print, signals};
-use crate::config::{self, Auto, Config, Dtype, Duration, Recompute, SaveDtype};
+use crate::config::{self, Auto, Config, Dtype, Duration, Recompute};
 use crate::data::Lengths;
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
-use crate::model::lora::{LoraSpec, Table};
-use crate::model::params::{Layout, table_key};
+use crate::model::lora::LoraSpec;
+use crate::model::params::Layout;
 use crate::model::shapes;
 use crate::plan::estimate::{Files, Machine, Plan, Samples, Task};
 use crate::plan::gib;
@@ -120,11 +120,6 @@ impl Subject {
         // A CPU's micro-batches do not follow its memory.
         let asked = if machine.device.is_cuda() { &self.config.train } else { &self.here.train };
         let samples = Samples::of(&self.lengths);
-        let table_params = Table::ALL
-            .iter()
-            .filter_map(|table| self.layout.index_of(&table_key(*table)))
-            .map(|index| self.layout.entries()[index].numel())
-            .sum();
         let task = Task {
             shape: &self.shape,
             lora: &self.lora,
@@ -139,13 +134,7 @@ impl Subject {
             samples,
             micro_batch_tokens: settled(asked.micro_batch_tokens).map(|tokens| tokens as i64),
             recompute: settled(asked.recompute).map(|which| which == Recompute::All),
-            files: Files {
-                keep_checkpoints: asked.keep_checkpoints as i64,
-                saves: asked.checkpoint_every > 0,
-                table_params,
-                table_bytes: if asked.save_dtype == SaveDtype::Fp32 { 4 } else { 2 },
-                caches: self.has_files,
-            },
+            files: Files { run: setup::run_bytes(&self.config, &self.layout, None), caches: self.has_files },
         };
         task.plan(&machine)
     }

@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use super::ranks::{RankArgs, interface_towards, told};
 use super::{say, signals};
 use crate::comm::{Place, Rendezvous};
-use crate::error::{Error, Result};
+use crate::error::{Error, Fault, Result, STOP_SIGNALS};
 use crate::train::requests::Requests;
 
 /// How often signals and the watchdog are looked at.
@@ -177,7 +177,8 @@ impl Job {
                 Ok(Event::Ended(rank, status)) => {
                     progress = Instant::now();
                     self.rank(rank).ended = Some(status);
-                    if !status.success() && stopping.is_none() {
+                    // One that was asked to stop leaves the others as it found them: at the end of the same step.
+                    if !status.success() && stop_of(status).is_none() && stopping.is_none() {
                         self.signal(Signal::TERM);
                         stopping = Some(progress);
                     }
@@ -211,7 +212,7 @@ impl Job {
                 Event::Ended(..) => {}
             }
         }
-        verdict.map_or_else(|| self.verdict(handed_on), Err)
+        verdict.map_or_else(|| self.verdict(), Err)
     }
 
     fn rank(&mut self, rank: usize) -> &mut RankProcess {
@@ -237,19 +238,15 @@ impl Job {
     }
 
     /// What the ranks' ends amount to.
-    fn verdict(&self, stop_signal: usize) -> Result<()> {
+    fn verdict(&self) -> Result<()> {
         let failed = |rank: &&RankProcess| rank.ended.is_some_and(|status| !status.success());
         let mut failures: Vec<&RankProcess> = self.ranks.iter().filter(failed).collect();
         if failures.is_empty() {
             return Ok(());
         }
-        let stopped = 128 + stop_signal as i32;
-        if stop_signal != 0 && failures.iter().all(|rank| rank.ended.and_then(|status| status.code()) == Some(stopped))
-        {
-            return Err(Error::Interrupted {
-                signal: stop_signal as i32,
-                note: "all ranks have ended in good order".into(),
-            });
+        let stop = failures[0].ended.and_then(stop_of);
+        if let Some(signal) = stop.filter(|_| failures.iter().all(|rank| rank.ended.and_then(stop_of) == stop)) {
+            return Err(Error::Interrupted { signal, note: "all ranks have ended in good order".into() });
         }
         // A rank that lost another one is not the cause, nor is one that was killed for being slow to stop.
         failures.sort_by_key(|rank| (rank.follows_another, rank.ended.is_some_and(|s| s.signal() == Some(15))));
@@ -300,7 +297,7 @@ impl RankProcess {
 }
 
 fn job_failed(exit_code: u8, place: String, what: String) -> Error {
-    Error::Job { exit_code, fault: crate::error::Fault::new(place, what) }
+    Error::Job { exit_code, fault: Fault::new(place, what) }
 }
 
 /// Reads what a rank says and waits for its end, in threads of their own.
@@ -342,6 +339,12 @@ fn forward(
             line.clear();
         }
     })
+}
+
+/// The signal that a rank says it has stopped by, in good order.
+fn stop_of(status: ExitStatus) -> Option<i32> {
+    let signal = status.code()? - 128;
+    STOP_SIGNALS.into_iter().map(|known| known as i32).find(|known| *known == signal)
 }
 
 fn signal_of(number: usize) -> Signal {

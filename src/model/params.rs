@@ -126,6 +126,12 @@ impl Layout {
         self.entries.iter().map(Entry::numel).sum()
     }
 
+    /// Of those, the parameters of tables.
+    pub fn n_table_params(&self) -> i64 {
+        let tables = Table::ALL.iter().filter_map(|table| self.index_of(&table_key(*table)));
+        tables.map(|index| self.entries[index].numel()).sum()
+    }
+
     /// Elements of a flat buffer, gaps included.
     pub fn buffer_len(&self) -> i64 {
         self.len

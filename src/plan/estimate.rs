@@ -3,6 +3,7 @@
 use serde::Serialize;
 use tch::{Device, Kind};
 
+use crate::checkpoint::save::RunBytes;
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
 use crate::model::flops::{Flops, TokenMix};
@@ -15,9 +16,6 @@ use crate::plan::solve::{Bounds, Wanted, largest_that_fits, settle, usable};
 /// The share of a GPU's data-sheet peak that training is assumed to reach: what public LoRA trainers show for a 7B model on
 /// an H100. It is an assumption, not a measurement of this program.
 pub const ASSUMED_UTILISATION: f64 = 0.4;
-
-/// Bytes of fp32 state a trained parameter has in a checkpoint: itself and two moments.
-const CHECKPOINT_BYTES_PER_PARAM: i64 = 3 * 4;
 
 /// Bytes of a token in the token cache, and of a sample beside its tokens.
 const CACHE_BYTES: (i64, i64) = (4, 16);
@@ -67,14 +65,8 @@ pub struct Samples {
 /// What a job writes.
 #[derive(Debug, Clone, Copy)]
 pub struct Files {
-    /// Checkpoints that stay.
-    pub keep_checkpoints: i64,
-    /// Whether any are written as the run goes on.
-    pub saves: bool,
-    /// Parameters in tables of the vocabulary, and the bytes of each in the final adapter.
-    pub table_params: i64,
-    /// As said.
-    pub table_bytes: i64,
+    /// Below the run's folder.
+    pub run: RunBytes,
     /// Whether tokens are cached.
     pub caches: bool,
 }
@@ -231,7 +223,7 @@ impl Task<'_> {
             usable_bytes: usable(machine.available),
             dtype: dtype_name(self.kind),
             trainable_params: self.layout.n_params(),
-            table_params: self.files.table_params,
+            table_params: self.layout.n_table_params(),
             params: self.layout.n_params() + frozen_params(self.shape, self.lora),
             samples: self.samples.clone(),
             static_bytes: memory.lasting(),
@@ -273,17 +265,17 @@ impl Task<'_> {
     }
 
     fn disk(&self) -> Disk {
-        let Files { keep_checkpoints, saves, table_params, table_bytes, caches } = self.files;
-        let params = self.layout.n_params();
-        let checkpoint_bytes = CHECKPOINT_BYTES_PER_PARAM * params;
-        // A run that saves none as it goes on still does when it is stopped.
-        let checkpoints = if saves { keep_checkpoints + 1 } else { 1 };
-        let adapter_bytes = 4 * (params - table_params) + table_bytes * table_params;
+        let Files { run, caches } = self.files;
         let (a_token, a_sample) = CACHE_BYTES;
         let cached = a_token * self.samples.tokens as i64 + a_sample * self.samples.n_samples as i64;
         let cache_bytes = if caches { cached } else { 0 };
-        let total_bytes = checkpoints * checkpoint_bytes + adapter_bytes + cache_bytes;
-        Disk { checkpoint_bytes, checkpoints, adapter_bytes, cache_bytes, total_bytes }
+        Disk {
+            checkpoint_bytes: run.checkpoint as i64,
+            checkpoints: run.checkpoints as i64,
+            adapter_bytes: run.adapter as i64,
+            cache_bytes,
+            total_bytes: run.total() as i64 + cache_bytes,
+        }
     }
 }
 

@@ -2,6 +2,9 @@
 
 use std::fmt::Write as _;
 
+use tch::Device;
+
+use crate::checkpoint::save::BYTES_PER_PARAM;
 use crate::config::Auto;
 use crate::error::Result;
 use crate::plan::memory::{frozen_params, sum};
@@ -68,6 +71,10 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
         settings.learning_rate,
     ));
     lines.push(memory_line(job));
+    if model.device() == Device::Cpu && settings.checkpoint_every > 0 {
+        let copy = gib(BYTES_PER_PARAM as i64 * trainable);
+        lines.push(format!("            and {copy} while a checkpoint is written: what is saved is copied first"));
+    }
     if !job.train.is_empty() {
         lines.push("first sample, with what is learned between ⟦ and ⟧:".to_string());
         lines.push(first_sample(job)?);

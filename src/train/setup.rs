@@ -17,7 +17,7 @@ use crate::model::config::LlamaConfig;
 use crate::model::init::{NewRows, initialise};
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Projection, Table};
-use crate::model::params::{Layout, ParamBuffer, table_key};
+use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::plan::MemoryModel;
@@ -66,9 +66,6 @@ pub struct Job {
     /// The learning rate.
     pub schedule: LrSchedule,
 }
-
-/// Bytes of a checkpoint for each parameter: the parameter itself and two moments, all fp32.
-const CHECKPOINT_BYTES_PER_PARAM: u64 = 12;
 
 /// Collects faults from steps that do not depend on each other.
 #[derive(Default)]
@@ -302,20 +299,7 @@ impl Job {
 
     /// The most that the run will write below its folder.
     pub fn run_bytes(&self) -> RunBytes {
-        let config = &self.model.config.train;
-        let params = self.model.layout.n_params() as u64;
-        let tables = self.model.layout.entries().iter().filter(|entry| is_table(&entry.name));
-        let table_params = tables.map(|entry| entry.numel() as u64).sum::<u64>();
-        let table_bytes = if config.save_dtype == config::SaveDtype::Fp32 { 4 } else { 2 };
-        // One after the last step too; a run that saves none as it goes on still does when it is stopped.
-        let regular = self.total_steps.checked_div(config.checkpoint_every).map_or(0, |saves| saves + 1);
-        let pinned = config.keep_steps.len() as u64;
-        let kept = (config.keep_checkpoints + config.keep_best) as u64 + pinned;
-        RunBytes {
-            checkpoint: CHECKPOINT_BYTES_PER_PARAM * params,
-            checkpoints: (kept + 1).min(regular + pinned).max(1),
-            adapter: 4 * (params - table_params) + table_bytes * table_params,
-        }
+        run_bytes(&self.model.config, &self.model.layout, Some(self.total_steps))
     }
 
     /// Checksums of what the run reads.
@@ -354,8 +338,16 @@ pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
     }
 }
 
-fn is_table(name: &str) -> bool {
-    Table::ALL.iter().any(|table| table_key(*table) == name)
+/// The most that a run writes below its folder; one whose length is not known has as many checkpoints as may be.
+pub fn run_bytes(config: &Config, layout: &Layout, total_steps: Option<u64>) -> RunBytes {
+    let train = &config.train;
+    let table_bytes = if train.save_dtype == config::SaveDtype::Fp32 { 4 } else { 2 };
+    // One after the last step too; a run that saves none as it goes on still does when it is stopped.
+    let saves = |steps: u64| steps.checked_div(train.checkpoint_every).map_or(0, |saves| saves + 1);
+    let pinned = train.keep_steps.len() as u64;
+    let kept = (train.keep_checkpoints + train.keep_best) as u64 + pinned;
+    let checkpoints = (kept + 1).min(saves(total_steps.unwrap_or(u64::MAX - 1)).saturating_add(pinned)).max(1);
+    RunBytes::new(layout.n_params() as u64, layout.n_table_params() as u64, table_bytes, checkpoints)
 }
 
 fn micro_batch_tokens(config: &Config) -> usize {

@@ -336,7 +336,7 @@ fn usage_errors_are_exit_code_2() {
         &["bench"],
         &["bench", "c.toml", "--vocab-size", "512"],
         &["train"],
-        &["train", "c.toml", "--nproc", "2"],
+        &["train", "c.toml", "--nproc", "two"],
         &["export", "adapter", "--format", "gguf", "--out", "out"],
         &["generate", "base"],
         &["check", "c.toml", "--set"],
