@@ -8,7 +8,26 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
 use crate::error::{Error, Result};
+use crate::torch::signal_mask;
 use crate::train::requests::Requests;
+
+/// The signals that any command has a handler for.
+const HANDLED: [i32; 4] = [SIGHUP, SIGINT, SIGTERM, SIGUSR1];
+
+/// Has a thread of its own take the signals, so that none that computes does. Called before any other thread is there.
+pub(super) fn in_a_thread_of_their_own() {
+    signal_mask::block(&HANDLED);
+    let take = || {
+        signal_mask::unblock(&HANDLED);
+        loop {
+            std::thread::park();
+        }
+    };
+    if std::thread::Builder::new().name("signals".to_owned()).spawn(take).is_err() {
+        // Better on a thread that computes than not at all.
+        signal_mask::unblock(&HANDLED);
+    }
+}
 
 /// Makes each signal to stop end the program at once, with 128 and its number as the exit code: for commands that leave
 /// nothing behind.

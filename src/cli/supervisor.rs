@@ -171,8 +171,10 @@ impl Job {
                 Ok(Event::Status(rank, status)) => {
                     progress = Instant::now();
                     let rank = self.rank(rank);
-                    rank.follows_another |= status == FOLLOWS_ANOTHER;
-                    (rank.status, rank.since) = (status, progress);
+                    match status == FOLLOWS_ANOTHER {
+                        true => rank.follows_another = true,
+                        false => (rank.status, rank.since) = (status, progress),
+                    }
                 }
                 Ok(Event::Ended(rank, status)) => {
                     progress = Instant::now();

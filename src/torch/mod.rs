@@ -6,6 +6,7 @@
 pub mod cuda;
 pub mod driver;
 pub mod memory;
+pub mod signal_mask;
 pub mod transfer;
 
 use std::ffi::{CStr, c_char, c_int};

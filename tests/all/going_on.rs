@@ -47,6 +47,27 @@ fn bits_of_signals(process: &str, which: &str) -> u64 {
     u64::from_str_radix(bits.trim(), 16).unwrap()
 }
 
+/// A handler on a thread that computes damages the heap: oneDNN's products for fp32 use the stack pointer for something else.
+#[test]
+fn only_one_thread_takes_signals_and_it_does_not_compute() {
+    let lab = long_lab();
+    let dir = lab.path("run");
+    let mut child = lab.command("train", &[], &[]).env("OMP_NUM_THREADS", "2").stderr(Stdio::null()).spawn().unwrap();
+    wait_until(&mut child, || n_lines(&dir) >= 5);
+    let handled = [1, 2, 15, 10].iter().fold(0, |bits, signal| bits | 1u64 << (signal - 1));
+    let mut taking = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap().map(Result::unwrap) {
+        let thread = format!("{}/task/{}", child.id(), thread.file_name().to_string_lossy());
+        let name = std::fs::read_to_string(format!("/proc/{thread}/comm")).unwrap_or_default();
+        if bits_of_signals(&thread, "SigBlk:") & handled != handled && !name.is_empty() {
+            taking.push(name.trim().to_owned());
+        }
+    }
+    child.kill().unwrap();
+    ended(child);
+    assert_eq!(taking, ["signals"]);
+}
+
 /// A run that takes some seconds.
 fn long_lab() -> Lab {
     let sets = ["train.max_steps=150", "train.global_batch=8", "train.checkpoint_every=40", "lora.dropout=0.1"];
