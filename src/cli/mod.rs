@@ -162,11 +162,9 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     if cli.command.computes() {
         set_what_libraries_read();
-    }
-    signals::in_a_thread_of_their_own();
-    if cli.command.computes() {
         crate::torch::keep_freed_memory();
     }
+    signals::in_a_thread_of_their_own();
     if cli.command.computes() || matches!(cli.command, Command::Check(_) | Command::Plan(_)) {
         // Opens CUDA where it is, before libtorch is used.
         let _ = crate::device::cuda();

@@ -14,6 +14,9 @@ use crate::train::requests::Requests;
 /// The signals that any command has a handler for.
 const HANDLED: [i32; 4] = [SIGHUP, SIGINT, SIGTERM, SIGUSR1];
 
+/// Handlers need little more than the frame that the system makes, which can take some ten kilobytes.
+const STACK_BYTES: usize = 128 << 10;
+
 /// Has a thread of its own take the signals, so that none that computes does. Called before any other thread is there.
 pub(super) fn in_a_thread_of_their_own() {
     signal_mask::block(&HANDLED);
@@ -23,7 +26,8 @@ pub(super) fn in_a_thread_of_their_own() {
             std::thread::park();
         }
     };
-    if std::thread::Builder::new().name("signals".to_owned()).spawn(take).is_err() {
+    let thread = std::thread::Builder::new().name("signals".to_owned()).stack_size(STACK_BYTES);
+    if thread.spawn(take).is_err() {
         // Better on a thread that computes than not at all.
         signal_mask::unblock(&HANDLED);
     }

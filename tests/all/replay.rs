@@ -1,7 +1,7 @@
 //! `replay`: every update of a run again, from wherever a checkpoint is left, bit for bit; and what it refuses.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bellora::error::Error;
 use bellora::train::non_finite::json_line;
@@ -10,20 +10,8 @@ use serde_json::Value;
 use tch::Tensor;
 
 use crate::non_finite;
+use crate::resume::{files, step_dir};
 use crate::support::{Lab, Named, Shape, bellora, metrics, read_tensors, rows, run, snapshot};
-
-/// Every file beneath a folder with its contents.
-pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
-        if entry.path().is_dir() {
-            found.extend(files(&entry.path()));
-        } else {
-            found.insert(entry.path(), std::fs::read(entry.path()).unwrap());
-        }
-    }
-    found
-}
 
 /// Copies a run with some of its checkpoints.
 fn copy_run(from: &Path, to: &Path, kept: &[u64]) {
@@ -36,10 +24,6 @@ fn copy_run(from: &Path, to: &Path, kept: &[u64]) {
             std::fs::write(path, contents).unwrap();
         }
     }
-}
-
-pub(crate) fn step_dir(run_dir: &Path, step: u64) -> PathBuf {
-    run_dir.join(format!("checkpoints/step-{step:08}"))
 }
 
 /// The lines of `metrics.jsonl` that tell of updates.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use bellora::train::verify::{Part, Report, Verdict, inspect};
 use serde_json::Value;
 
-use crate::replay::{files, step_dir};
+use crate::resume::{files, step_dir};
 use crate::support::{Lab, Shape, bellora, run};
 
 /// A job of eight updates with an evaluation and a checkpoint after every second.
