@@ -79,9 +79,13 @@ impl RankArgs {
             return Ok(Role::Rank(joined(tcp, &place, on_gpus)?));
         }
         let nproc = self.count()?;
+        if on_gpus && nproc > device::n_gpus() {
+            let what = format!("{nproc} processes, and this machine has {} GPUs for them", device::n_gpus());
+            return Err(Error::invalid("--nproc", what).hint("write --nproc auto, or model.device = \"cpu\""));
+        }
         if self.node_rank >= self.nnodes {
             let what = format!("expected less than --nnodes {}, found {}", self.nnodes, self.node_rank);
-            return Err(Error::invalid("--node-rank", what));
+            return Err(Error::invalid("--node-rank", what).hint("the machines count from 0"));
         }
         if self.nnodes > 1 && self.rendezvous.is_none() {
             return Err(Error::invalid("--rendezvous", "several machines need a place to meet")
@@ -143,7 +147,10 @@ impl RankArgs {
             return Ok(None);
         };
         let number = |name: &str, text: &str| -> Result<usize> {
-            text.parse().map_err(|_| Error::invalid(name, format!("expected a number, found {text:?}")))
+            text.parse().map_err(|_| {
+                let hint = "unset it where no other program starts the ranks";
+                Error::invalid(name, format!("expected a number, found {text:?}")).hint(hint)
+            })
         };
         let (rank, world_size) = (number(rank_name, &rank)?, number(world_name, &world_size)?);
         if world_size == 1 {

@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::ranks::{RankArgs, interface_towards, told};
 use super::{say, signals};
-use crate::comm::{Place, Rendezvous};
+use crate::comm::{Place, Rendezvous, fresh_token};
 use crate::error::{Error, Fault, Result, STOP_SIGNALS};
 use crate::train::requests::Requests;
 
@@ -89,7 +89,7 @@ impl Job {
         let token = std::env::var(told::TOKEN).unwrap_or_default();
         let token = match (token.is_empty(), args.nnodes) {
             (false, _) => token,
-            (true, 1) => random_token()?,
+            (true, 1) => fresh_token()?,
             _ => {
                 return Err(Error::invalid(
                     told::TOKEN,
@@ -299,7 +299,13 @@ impl RankProcess {
 }
 
 fn job_failed(exit_code: u8, place: String, what: String) -> Error {
-    Error::Job { exit_code, fault: Fault::new(place, what) }
+    let hint = match exit_code {
+        2 => "",
+        _ => {
+            "see to the cause and go on from the newest checkpoint, by `bellora resume` or --resume with the same options"
+        }
+    };
+    Error::Job { exit_code, fault: Fault::new(place, what).hint(hint) }
 }
 
 /// Reads what a rank says and waits for its end, in threads of their own.
@@ -378,12 +384,4 @@ fn own_address(address: &str, interface: IpAddr) -> Result<SocketAddr> {
         Error::invalid("--rendezvous", format!("{address:?} is no address")).hint("write HOST:PORT of machine 0")
     })?;
     Ok(SocketAddr::new(if target.ip().is_loopback() { target.ip() } else { interface }, target.port()))
-}
-
-/// A secret that nobody can guess.
-fn random_token() -> Result<String> {
-    let mut bytes = [0u8; 32];
-    let read = std::fs::File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut bytes));
-    read.map_err(|error| Error::failed("/dev/urandom", format!("cannot be read: {error}")))?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

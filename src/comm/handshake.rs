@@ -61,6 +61,14 @@ pub(super) fn fresh_nonce() -> Result<Nonce> {
     }
 }
 
+/// Draws a secret for a job: text that nobody can guess.
+///
+/// # Errors
+/// A system that gives no random numbers.
+pub fn fresh_token() -> Result<String> {
+    Ok(fresh_nonce()?.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 /// The secret that makes a process a rank of the job.
 #[derive(Clone)]
 pub(super) struct Key(Vec<u8>);

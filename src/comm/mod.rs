@@ -20,6 +20,7 @@ use std::fmt::Debug;
 
 use tch::{Device, Kind, Tensor};
 
+pub use handshake::fresh_token;
 pub use nccl::Nccl;
 pub use rendezvous::{Place, Rendezvous};
 pub use solo::Solo;

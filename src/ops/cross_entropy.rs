@@ -21,12 +21,6 @@ impl ScaledLoss {
         Ok(Self { scale: scalar(scale)?, sum: scalar(0.0)? })
     }
 
-    /// Starts another update.
-    pub fn reset(&mut self) -> Result<()> {
-        let _ = self.sum.f_zero_()?;
-        Ok(())
-    }
-
     /// The loss without its scale, 0-d on the device.
     pub fn value(&self) -> Result<Tensor> {
         Ok(self.sum.f_div(&self.scale)?)

@@ -105,8 +105,11 @@ impl StepControl {
 
     /// Begins another update: no loss yet, and what this rank asks of all.
     pub fn begin(&mut self, asks: Asks) -> Result<()> {
-        self.loss.reset()?;
-        self.shared.f_narrow(0, 1, asks.len() as i64)?.f_copy_(&Tensor::f_from_slice(&asks)?)?;
+        let _ = self.shared.f_zero_()?;
+        // Nearly always nothing is asked, and then nothing goes to the device.
+        if asks != Asks::default() {
+            self.shared.f_narrow(0, 1, asks.len() as i64)?.f_copy_(&upload(&asks, self.shared.device())?)?;
+        }
         Ok(())
     }
 

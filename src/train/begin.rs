@@ -11,12 +11,13 @@ use crate::disk::Disk;
 use crate::error::{Error, Fault, Result};
 use crate::train::lock::RunLock;
 use crate::train::requests::Requests;
-use crate::train::run::{Outcome, Run, computed_on};
+use crate::train::run::{Outcome, Run};
 use crate::train::run_dir::{
     ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, expect_run, finished_adapter, holds_run, refuse_taken_output,
     verify_adapter,
 };
 use crate::train::setup::Job;
+use crate::train::stand::computed_on;
 
 /// What a run is given beside its config.
 #[derive(Debug)]

@@ -5,6 +5,7 @@
 
 pub mod banner;
 pub mod begin;
+mod keep;
 mod lock;
 pub mod non_finite;
 pub mod probe;
@@ -15,5 +16,6 @@ pub mod run;
 pub mod run_dir;
 pub mod settle;
 pub mod setup;
+mod stand;
 pub mod step;
 pub mod verify;

@@ -12,9 +12,9 @@ use crate::error::{Error, Result};
 use crate::log::StepMetrics;
 use crate::train::begin::same_identity;
 use crate::train::non_finite::{SampleLoss, json_line};
-use crate::train::run::{computed_on, trainer_at};
 use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, expect_run};
 use crate::train::setup::Job;
+use crate::train::stand::{computed_on, trainer_at};
 use crate::train::step::Trainer;
 
 /// The keys of a line of metrics that a clock decides.

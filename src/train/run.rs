@@ -4,32 +4,25 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use safetensors::Dtype;
 use tch::{Device, Kind};
 
-use crate::checkpoint::folder::{remove_whole, replace_whole, sweep_incomplete};
-use crate::checkpoint::load;
+use crate::checkpoint::folder::{remove_whole, sweep_incomplete};
 use crate::checkpoint::retention::Keep;
-use crate::checkpoint::save::{Adapter, Snapshot};
-use crate::checkpoint::saver::{self, Saver};
-use crate::checkpoint::state::{ComputedOn, Evaluated, Extent, Record, RunState};
-use crate::comm::{Communicator, broadcast_bytes};
-use crate::config::{self, Auto, Config};
-use crate::device::{Cuda, cuda};
+use crate::checkpoint::saver::Saver;
+use crate::checkpoint::state::Evaluated;
+use crate::comm::Communicator;
+use crate::config::{Auto, Config};
 use crate::disk::{Disk, Nowhere, make_folder, put_file, sync_parent};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::log::{EvalMetrics, LogSettings, RunLog, StepMetrics};
-use crate::model::params::named_copies;
-use crate::optim::adamw::{AdamW, AdamWConfig};
-use crate::optim::scaler::LossScale;
 use crate::train::banner;
 use crate::train::begin::{Host, Start, adapter_of_step};
 use crate::train::lock::RunLock;
-use crate::train::non_finite::NonFinite;
 use crate::train::requests::{Agreed, Requests};
-use crate::train::run_dir::{ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, refuse_taken_output};
+use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, refuse_taken_output};
 use crate::train::setup::Job;
+use crate::train::stand::{stand_where_rank_0_does, trainer_at};
 use crate::train::step::Trainer;
 
 /// How a call that should train ended.
@@ -41,60 +34,25 @@ pub enum Outcome {
     AlreadyFinished,
 }
 
-/// A job's trainer as it stood at a checkpoint, or at the start of the run.
-///
-/// # Errors
-/// A checkpoint or a base that cannot be read.
-pub fn trainer_at(job: &Job, checkpoint: Option<&Path>) -> Result<Trainer> {
-    let settings = &job.model.config.train;
-    let mut params = job.model.initial_params()?;
-    let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };
-    let optimizer = AdamW::new(adamw, &params)?;
-    let state = match checkpoint {
-        Some(dir) => {
-            let moments = optimizer.named_moments(params.layout())?;
-            load::load(dir, &mut params, &moments)?.state
-        }
-        None => {
-            let scale = match job.model.kind() {
-                Kind::Half => LossScale::dynamic(),
-                _ => LossScale::none(),
-            };
-            RunState::start(scale, job.identity())
-        }
-    };
-    let model = job.model.load(&params)?;
-    Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state)
-}
-
-/// What decides how a job's sums are rounded on this machine.
-pub fn computed_on(job: &Job) -> ComputedOn {
-    let device = match (job.model.device(), cuda()) {
-        (Device::Cuda(_), Cuda::Usable(gpu)) => gpu.name.clone(),
-        _ => "cpu".to_owned(),
-    };
-    ComputedOn { device, threads: tch::get_num_threads() }
-}
-
 /// A run that goes on.
 pub(super) struct Run<'a> {
-    dir: PathBuf,
-    disk: Arc<dyn Disk>,
-    requests: &'a Requests,
-    tell: Option<fn(&str)>,
-    job: Job,
-    trainer: Trainer,
-    log: RunLog,
-    saver: Saver,
+    pub(super) dir: PathBuf,
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) requests: &'a Requests,
+    pub(super) tell: Option<fn(&str)>,
+    pub(super) job: Job,
+    pub(super) trainer: Trainer,
+    pub(super) log: RunLog,
+    pub(super) saver: Saver,
     /// The step of the newest checkpoint that is whole.
-    saved_step: u64,
+    pub(super) saved_step: u64,
     /// The step of the newest checkpoint that was begun.
-    begun_step: u64,
+    pub(super) begun_step: u64,
     /// The step whose checkpoint was asked for by a signal and is not whole yet.
-    asked_step: Option<u64>,
-    evaluated: Option<Evaluated>,
+    pub(super) asked_step: Option<u64>,
+    pub(super) evaluated: Option<Evaluated>,
     /// Whether the present step is to be evaluated still.
-    evaluation_is_due: bool,
+    pub(super) evaluation_is_due: bool,
     _lock: Option<RunLock>,
 }
 
@@ -257,7 +215,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn is_leader(&self) -> bool {
+    pub(super) fn is_leader(&self) -> bool {
         self.trainer.ranks.rank() == 0
     }
 
@@ -303,16 +261,6 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Writes the samples of a step that is not finite into a file of their own.
-    fn keep_samples(&mut self, found: &NonFinite) -> Result<()> {
-        let path = self.dir.join(format!("non_finite-step-{:08}.jsonl", found.step));
-        match put_file(&*self.disk, &path, found.to_json_lines().as_bytes()) {
-            Ok(()) => self.log.note(&format!("the samples of step {} are in {}", found.step, path.display())),
-            // The step's own fault matters more.
-            Err(error) => self.log.warn(&format!("the samples of step {} were not kept: {error}", found.step)),
-        }
-    }
-
     /// Logs what the trainer had to change, and has the run's config say it.
     fn take_note(&mut self) -> Result<()> {
         let Some(note) = self.trainer.take_note() else { return Ok(()) };
@@ -324,7 +272,7 @@ impl<'a> Run<'a> {
     }
 
     /// Waits until every step that was begun is done and logged, and the state is that of the last of them.
-    fn settle(&mut self) -> Result<()> {
+    pub(super) fn settle(&mut self) -> Result<()> {
         let stepped = self.trainer.finish();
         self.log_step(stepped)
     }
@@ -349,112 +297,6 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Begins to write a checkpoint of the present step. Training waits for the copy, and for an earlier checkpoint that
-    /// is still being written.
-    fn save(&mut self) -> Result<()> {
-        self.settle()?;
-        if !self.is_leader() {
-            (self.begun_step, self.saved_step) = (self.trainer.state.step, self.trainer.state.step);
-            return Ok(());
-        }
-        self.wait_for_the_saver()?;
-        let started = Instant::now();
-        let trainer = &self.trainer;
-        let mut record = Record::new(
-            trainer.state.clone(),
-            Extent { steps_per_epoch: self.job.steps_per_epoch, total_steps: self.job.total_steps },
-            computed_on(&self.job),
-            self.job.model.config.values_to_keep(),
-        );
-        record.metrics_lines = self.log.n_lines();
-        record.evaluated = self.evaluated;
-        record.evaluation_is_due = self.evaluation_is_due;
-        let moments = trainer.optimizer.copied_moments(trainer.params.layout())?;
-        let snapshot = Snapshot { adapter: self.adapter()?, moments, record };
-        // Metrics first: a checkpoint never knows of a step whose line could still be lost.
-        let log = self.log.durable();
-        self.saver.begin(snapshot, move || log.sync())?;
-        self.begun_step = self.trainer.state.step;
-        let copy_secs = started.elapsed().as_secs_f64();
-        self.log.record(&format!("checkpoint of step {}: copied in {copy_secs:.3} s", self.begun_step))
-    }
-
-    fn save_as_asked(&mut self) -> Result<()> {
-        self.settle()?;
-        let step = self.trainer.state.step;
-        if self.begun_step < step {
-            self.save()?;
-        }
-        self.asked_step = Some(step);
-        self.tell_if_asked(self.saved_step)
-    }
-
-    fn tell_if_asked(&mut self, saved_step: u64) -> Result<()> {
-        match self.asked_step.take_if(|asked| *asked == saved_step) {
-            Some(step) => self.log.note(&format!("step {step} is saved, as asked by SIGUSR1")),
-            None => Ok(()),
-        }
-    }
-
-    fn adapter(&self) -> Result<Adapter> {
-        let (model, params) = (&self.job.model, &self.trainer.params);
-        Ok(Adapter {
-            config: model.adapter_config(),
-            tensors: named_copies(params.layout(), params.master())?,
-            beside: model.files_beside(),
-        })
-    }
-
-    fn wait_for_the_saver(&mut self) -> Result<()> {
-        let outcome = self.saver.wait();
-        self.was_saved(outcome)
-    }
-
-    /// Tells what became of a checkpoint. One that a disk would not take costs the save, not the run.
-    fn was_saved(&mut self, outcome: Option<saver::Outcome>) -> Result<()> {
-        let Some((step, saved)) = outcome else { return Ok(()) };
-        match saved {
-            Ok(saved) => {
-                self.saved_step = step;
-                let mb = saved.bytes as f64 / 1e6;
-                self.log
-                    .record(&format!("checkpoint of step {step}: {mb:.1} MB written in {:.3} s", saved.write_secs))?;
-                self.tell_if_asked(step)?;
-                match saved.not_pruned {
-                    Some(error) => self.log.warn(&format!("old checkpoints could not be deleted: {error}")),
-                    None => Ok(()),
-                }
-            }
-            Err(error @ Error::Io { .. }) => {
-                let whole = match self.saved_step {
-                    0 => "none is whole yet".to_owned(),
-                    step => format!("the newest that is whole is of step {step}"),
-                };
-                self.log.warn(&format!(
-                    "the checkpoint of step {step} could not be written: {error} ({}); {whole}; training goes on",
-                    error.advice()
-                ))
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn write_adapter(&mut self) -> Result<()> {
-        self.settle()?;
-        if !self.is_leader() {
-            return Ok(());
-        }
-        let table_dtype = match self.job.model.config.train.save_dtype {
-            config::SaveDtype::Fp32 => Dtype::F32,
-            config::SaveDtype::Bf16 => Dtype::BF16,
-            config::SaveDtype::Fp16 => Dtype::F16,
-        };
-        let dir = self.dir.join(ADAPTER_DIR);
-        let adapter = self.adapter()?;
-        replace_whole(&*self.disk, &dir, |folder| adapter.write(folder, table_dtype))?;
-        self.log.note(&format!("adapter written to {}", dir.display()))
-    }
-
     /// Saves what there is and says how to go on.
     fn interrupted(&mut self, signal: usize) -> Result<Error> {
         self.settle()?;
@@ -475,34 +317,6 @@ impl<'a> Run<'a> {
         self.log.flush()?;
         Ok(Error::Interrupted { signal: signal as i32, note })
     }
-}
-
-/// Gives every rank the parameters, the moments and the position of rank 0, and whether an evaluation is due there.
-///
-/// # Errors
-/// Another base or other samples than those of rank 0.
-fn stand_where_rank_0_does(trainer: &mut Trainer, evaluation_is_due: bool) -> Result<bool> {
-    if trainer.ranks.world_size() == 1 {
-        return Ok(evaluation_is_due);
-    }
-    let own = trainer.state.identity.clone();
-    let text = serde_json::to_vec(&(&trainer.state, evaluation_is_due)).expect("numbers and strings make JSON");
-    let text = broadcast_bytes(&mut *trainer.ranks, text)?;
-    let (state, evaluation_is_due): (RunState, bool) = serde_json::from_slice(&text)
-        .map_err(|error| Error::failed("rank 0", format!("says where the run stands in other words: {error}")))?;
-    if state.identity != own {
-        let what = if state.identity.base == own.base { "other samples" } else { "another base" };
-        let place = format!("rank {}", trainer.ranks.rank());
-        return Err(Error::failed(place, format!("has {what} than rank 0"))
-            .hint("give all machines the same files under the same names"));
-    }
-    trainer.ranks.broadcast(trainer.params.master(), 0)?;
-    for moment in trainer.optimizer.moments() {
-        trainer.ranks.broadcast(moment, 0)?;
-    }
-    trainer.ranks.wait()?;
-    trainer.stand_at(state)?;
-    Ok(evaluation_is_due)
 }
 
 /// What the user should know before a run starts, though it is no fault.
