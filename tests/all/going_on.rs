@@ -160,7 +160,7 @@ fn a_second_interrupt_stops_at_once_without_harm() {
 }
 
 #[test]
-fn a_signal_does_not_wait_for_an_evaluation_and_the_evaluation_comes_after_the_resume() {
+fn an_evaluation_that_a_signal_cuts_short_comes_after_the_resume() {
     let lab = Lab::new(Shape::default());
     let validation = lab.write_rows("validation.jsonl", &rows(3000, 4));
     let validation = format!("data.validation={}", validation.display());
@@ -314,27 +314,27 @@ fn what_rounds_otherwise_is_said() {
     let ran = run(bellora().env("OMP_NUM_THREADS", "2").arg("resume").arg(&dir)).ok();
     says(&ran, &["cpu with 2 threads", "before on cpu with 1", "not bit for bit"]);
     unfinish();
-    let ran = resume_with(&dir, &["train.log_every=1", "train.micro_batch_tokens=200"]).ok();
-    assert!(!ran.stderr.contains("bit for bit") || ran.stderr.contains("was 4096"), "{}", ran.stderr);
+    let ran = resume_with(&dir, &["train.log_every=2", "train.micro_batch_tokens=4096"]).ok();
+    assert!(!ran.stderr.contains("bit for bit"), "{}", ran.stderr);
 }
 
 #[test]
 fn the_best_and_the_pinned_checkpoints_stay() {
-    let sets = ["train.max_steps=7", "train.checkpoint_every=2", "train.eval_every=1", "train.keep_checkpoints=1"];
-    let keep =
-        ["train.keep_best=1", "train.keep_steps=[1]", "data.validation_fraction=0.2", "train.learning_rate=0.05"];
-    let lab = Lab::new(Shape::default()).with(&sets).with(&keep);
+    let sets = ["train.max_steps=4", "train.checkpoint_every=2", "train.eval_every=1", "train.keep_checkpoints=1"];
+    let keep = ["train.keep_best=1", "train.keep_steps=[3]", "train.schedule=constant", "data.validation_fraction=0.2"];
+    // A rate at which updates make the model worse from the first one that is not nothing.
+    let lab =
+        Lab::new(Shape::default()).with(&sets).with(&keep).with(&["train.learning_rate=1", "train.warmup_steps=4"]);
     lab.run("train", &[], &[]).ok();
     let dir = lab.path("run");
     let eval_losses = metrics(&dir).into_iter().filter(|line| line.get("eval_loss").is_some());
     let best = eval_losses
-        .filter(|line| [1, 2, 4, 6, 7].contains(&line["step"].as_u64().unwrap()))
+        .filter(|line| [2, 3, 4].contains(&line["step"].as_u64().unwrap()))
         .min_by(|a, b| a["eval_loss"].as_f64().unwrap().total_cmp(&b["eval_loss"].as_f64().unwrap()))
         .unwrap();
-    let mut expected = vec![1, best["step"].as_u64().unwrap(), 7];
-    expected.dedup();
-    assert_eq!(checkpoint_steps(&dir), expected);
-    assert_eq!(state(&dir, 7)["evaluated"]["step"], 7);
+    assert_eq!(best["step"], 2, "neither the newest nor the pinned one");
+    assert_eq!(checkpoint_steps(&dir), [2, 3, 4]);
+    assert_eq!(state(&dir, 4)["evaluated"]["step"], 4);
 }
 
 #[test]

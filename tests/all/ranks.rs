@@ -204,6 +204,7 @@ fn ranks_end_with_their_supervisor() {
     child.kill().unwrap();
     ended(child);
     nothing_is_left(supervisor);
+    assert!(n_lines(&dir) < 400, "they did not end because they were done");
 }
 
 #[test]
