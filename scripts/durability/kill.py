@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Kills one run again and again, and holds what comes out against a run that was left in peace; needs Python alone.
 
-    kill.py FOLDER [BELLORA] [--kills 100] [--seed 0] [--steps 1500]
+    kill.py FOLDER [BELLORA] [--kills 100] [--seed 0] [--steps 1500] [--nproc 1]
 
 FOLDER/base becomes a tiny model (make_random_base.py). A run of it ends undisturbed. The same run is then started, killed by
 SIGKILL at a random moment and started again with --resume until it was killed as often as asked: a third of the kills come
 while it starts, a third while a checkpoint is being written, a third at any other moment. After every kill all checkpoints must
 be whole, none may have been lost, and the next start must go on from the newest. In the end adapter, last checkpoint, metrics
 (times aside) and TensorBoard's points must be those of the undisturbed run, bit for bit. FOLDER/kill.json says what happened.
+
+With --nproc the run has so many ranks, whose optimizer is sharded, and a kill hits any of them or their supervisor; none of these
+processes may be left ten seconds later.
 """
 
 import argparse
@@ -28,6 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 EVERY = 5
 POLL_SECS = 0.0005
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+GONE_SECS = 10
 CLOCK = ("step_secs", "tokens_per_s", "eval_secs")
 
 
@@ -71,7 +75,7 @@ def is_saving(run):
 class Trainer:
     """The run, one process after another."""
 
-    def __init__(self, bellora, folder, steps):
+    def __init__(self, bellora, folder, steps, nproc):
         self.bellora, self.run, self.steps = bellora, folder / "run", steps
         self.stderr = folder / "stderr.txt"
         settings = {
@@ -80,6 +84,9 @@ class Trainer:
             "data.validation_fraction": 0.2, "data.cache_dir": folder / "cache", "model.dtype": "fp32", "model.device": "cpu",
         }  # fmt: skip
         self.command = [bellora, "train", folder / "random.toml", "--resume"]
+        if nproc > 1:
+            self.command += ["--nproc", str(nproc)]
+            settings["train.shard"] = "true"
         for key, value in settings.items():
             self.command += ["--set", f"{key}={value}"]
 
@@ -129,6 +136,33 @@ class Trainer:
         if went_on and int(went_on[1]) != newest:
             fail(f"went on from step {went_on[1]}, though the checkpoint of step {newest} is whole")
         return went_on is not None
+
+
+def ranks_of(supervisor):
+    """The processes of a job's ranks."""
+    mark, found = f"BELLORA_SUPERVISOR={supervisor}".encode(), []
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
+        except OSError:
+            pass
+    return found
+
+
+def kill_any(process, draws):
+    """Kills the run's process, or any one of its ranks; gives whether it was a rank and the seconds until nothing was left."""
+    victim = draws.choice([process.pid, *ranks_of(process.pid)])
+    started = time.perf_counter()
+    try:
+        os.kill(victim, signal.SIGKILL)
+    except ProcessLookupError:
+        fail("a rank ended by itself")
+    while process.poll() is None or ranks_of(process.pid):
+        if time.perf_counter() - started > GONE_SECS:
+            fail(f"{GONE_SECS} s after the kill of process {victim} there is left: {process.pid}, {ranks_of(process.pid)}")
+        time.sleep(POLL_SECS)
+    return victim != process.pid, time.perf_counter() - started
 
 
 def points(run):
@@ -211,6 +245,7 @@ def main():
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--nproc", type=int, default=1)
     arguments = parser.parse_args()
     folder, draws = arguments.folder.resolve(), random.Random(arguments.seed)
     bellora = arguments.bellora.resolve()
@@ -219,7 +254,7 @@ def main():
     maker = ROOT / "scripts/make_random_base.py"
     subprocess.run([sys.executable, maker, folder, "--hidden", "64"], check=True)
 
-    trainer = Trainer(bellora, folder, arguments.steps)
+    trainer = Trainer(bellora, folder, arguments.steps, arguments.nproc)
     straight_secs = trainer.end()
     straight = folder / "straight"
     trainer.run.rename(straight)
@@ -227,8 +262,7 @@ def main():
     process, started = trainer.start(), time.perf_counter()
     trainer.wait_until(process, lambda: last_step(trainer.run) > 0)
     start_secs = time.perf_counter() - started
-    process.kill()
-    process.wait()
+    kill_any(process, draws)
     shutil.rmtree(trainer.run)
     print(f"undisturbed: {straight_secs:.1f} s, of which {start_secs:.2f} s to start", flush=True)
 
@@ -254,18 +288,22 @@ def main():
             # A checkpoint of this model takes some milliseconds, as a step does.
             time.sleep(draws.uniform(0, 0.005 if kind == "save" else 0.03))
         was_saving = is_saving(trainer.run)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        of_a_rank, gone_secs = kill_any(process, draws)
         had_begun = trainer.judge_start(newest) or (newest == 0 and last_step(trainer.run) > 0)
         newest = trainer.judge(newest)
         n_lost = max(0, last_step(trainer.run) - newest) if had_begun else 0
-        log.append({"kind": kind, "starting": not had_begun, "saving": was_saving, "newest": newest, "steps lost": n_lost})
+        log.append({
+            "kind": kind, "rank": of_a_rank, "starting": not had_begun, "saving": was_saving, "newest": newest,
+            "steps lost": n_lost, "gone seconds": round(gone_secs, 3),
+        })  # fmt: skip
     kill_secs = time.perf_counter() - killed_at
     trainer.end()
     trainer.judge_start(newest)
     same = compare(trainer.run, straight)
     summary = {
-        "kills": len(log), "while starting": sum(entry["starting"] for entry in log),
+        "kills": len(log), "ranks": arguments.nproc, "of a rank": sum(entry["rank"] for entry in log),
+        "seconds until nothing was left, at most": max(entry["gone seconds"] for entry in log),
+        "while starting": sum(entry["starting"] for entry in log),
         "while a checkpoint was written": sum(entry["saving"] for entry in log),
         "steps done again": sum(entry["steps lost"] for entry in log),
         "steps": arguments.steps, "checkpoint every": EVERY, "seed": arguments.seed,

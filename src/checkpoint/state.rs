@@ -92,6 +92,23 @@ pub struct ComputedOn {
     pub device: String,
     /// Threads that a CPU's operations are spread over.
     pub threads: i32,
+    /// Ranks that share an update.
+    #[serde(default = "one")]
+    pub ranks: usize,
+}
+
+/// The ranks of a run whose checkpoint does not say.
+fn one() -> usize {
+    1
+}
+
+impl std::fmt::Display for ComputedOn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { device, threads, ranks } = self;
+        let many = |n: usize| if n == 1 { "" } else { "s" };
+        write!(f, "{device} with {threads} thread{}", many(*threads as usize))?;
+        if *ranks > 1 { write!(f, " on each of {ranks} ranks") } else { Ok(()) }
+    }
 }
 
 impl Record {

@@ -51,8 +51,7 @@ fn verdict(step: u64, recorded: &Recorded, computed_on: &(ComputedOn, Option<Com
         others.iter().map(|(key, here, there)| format!("{key} {here} here, {there} there")).collect();
     let why = match computed_on {
         (here, Some(there)) if here != there => format!(
-            "it computes on {} with {} threads here, and the run on {} with {}: OMP_NUM_THREADS sets them",
-            here.device, here.threads, there.device, there.threads
+            "it computes on {here} here, and the run on {there}; OMP_NUM_THREADS sets the threads"
         ),
         _ => "sums are rounded otherwise on another machine or libtorch, and where the run had other micro-batches then; \
               train.log says where they changed"

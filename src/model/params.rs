@@ -393,3 +393,30 @@ impl Gradients {
         self.layout.stacked(&self.flat, first, n)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::shapes;
+
+    #[test]
+    fn shards_of_any_number_of_ranks_are_equal_and_are_the_whole() {
+        let shape = shapes::open("smollm2-135m", None).unwrap();
+        let lora = LoraSpec { r: 3, target_modules: vec![Projection::Q, Projection::Down], ..LoraSpec::none() };
+        for modules_to_save in [vec![], vec![Table::Embed], vec![Table::Embed, Table::Head]] {
+            let lora = LoraSpec { modules_to_save, ..lora.clone() };
+            for n_ranks in 1..=9 {
+                let layout = Layout::for_ranks(&shape, &lora, 1001, n_ranks);
+                let mut ranges: Vec<_> = (0..n_ranks).flat_map(|rank| layout.shard(rank, n_ranks).ranges).collect();
+                ranges.sort_by_key(|range| range.start);
+                let ends = ranges.iter().scan(0, |end, range| Some(std::mem::replace(end, range.end)));
+                assert!(ends.eq(ranges.iter().map(|range| range.start)), "{n_ranks} ranks: {ranges:?}");
+                assert_eq!(ranges.last().unwrap().end, layout.buffer_len());
+                let numel = layout.shard(0, n_ranks).numel();
+                assert!((1..n_ranks).all(|rank| layout.shard(rank, n_ranks).numel() == numel), "{n_ranks} ranks");
+                assert!(ranges.iter().all(|range| range.start % ALIGNMENT == 0));
+                assert_eq!(layout.n_params(), Layout::new(&shape, &lora, 1001).n_params());
+            }
+        }
+    }
+}

@@ -235,10 +235,7 @@ fn what_is_otherwise(changes: &[Difference], job: &Job, record: &Record) -> Vec<
     }
     let (here, there) = (computed_on(job), &record.computed_on);
     if here != *there {
-        notes.push(format!(
-            "it computes on {} with {} threads, and the steps before on {} with {}",
-            here.device, here.threads, there.device, there.threads
-        ));
+        notes.push(format!("it computes on {here}, and the steps before on {there}"));
         is_rounded_otherwise = true;
     }
     if is_rounded_otherwise {

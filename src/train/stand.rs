@@ -104,5 +104,5 @@ pub(super) fn computed_on(job: &Job) -> ComputedOn {
         (Device::Cuda(_), Cuda::Usable(gpu)) => gpu.name.clone(),
         _ => "cpu".to_owned(),
     };
-    ComputedOn { device, threads: tch::get_num_threads() }
+    ComputedOn { device, threads: tch::get_num_threads(), ranks: job.model.n_ranks }
 }

@@ -217,7 +217,7 @@ fn retention_keeps_the_best_and_the_pinned() {
     for (step, eval_loss) in (1..).zip(losses) {
         let identity = Identity { base: String::new(), data: String::new() };
         let state = RunState { step, ..RunState::start(LossScale::none(), identity) };
-        let cpu = ComputedOn { device: "cpu".into(), threads: 1 };
+        let cpu = ComputedOn { device: "cpu".into(), threads: 1, ranks: 1 };
         let extent = Extent { steps_per_epoch: 8, total_steps: 8 };
         let mut record = Record::new(state, extent, cpu, serde_json::Map::new());
         // An evaluation of another step says nothing of this one.
