@@ -196,7 +196,7 @@ impl Layout {
 
     /// All of the buffers, as one shard.
     pub fn whole(&self) -> Shard {
-        Shard { ranges: vec![0..self.len] }
+        Shard { ranges: std::iter::once(0..self.len).collect() }
     }
 
     /// The part of each bucket that a rank of so many keeps; a layout for as many ranks has equal ones.
