@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::Ordering;
@@ -111,7 +111,7 @@ impl Job {
                 };
                 let rendezvous = match args.node_rank {
                     0 => Some(Rendezvous::listen_at(
-                        own_address(address, interface)?,
+                        own_address(address, interface, args.interface.is_some())?,
                         world_size,
                         token.as_bytes(),
                         meet,
@@ -140,6 +140,7 @@ impl Job {
                 .env(told::INTERFACE, interface.to_string())
                 .env(told::MEET_TIMEOUT, args.meet_timeout.to_string())
                 .env(told::TIMEOUT, args.collective_timeout().as_secs().to_string())
+                .env(told::LINK_TIMEOUT, args.link_timeout.to_string())
                 .env(told::TOKEN, &token)
                 .env(told::SUPERVISOR, std::process::id().to_string())
                 .env("CUDA_VISIBLE_DEVICES", gpu_of(local))
@@ -254,7 +255,11 @@ impl Job {
         failures.sort_by_key(|rank| (rank.follows_another, rank.ended.is_some_and(|s| s.signal() == Some(15))));
         let cause = failures[0];
         let exit_code = cause.ended.and_then(|status| status.code()).and_then(|code| u8::try_from(code).ok());
-        let mut what = cause.ended.map(shown).unwrap_or_default();
+        let mut what = match cause.follows_another {
+            // None of this machine's is the cause.
+            true => "has lost another rank".to_owned(),
+            false => cause.ended.map(shown).unwrap_or_default(),
+        };
         if !cause.status.is_empty() {
             what.push_str(&format!(" at {}", cause.status));
         }
@@ -262,7 +267,8 @@ impl Job {
             what.push_str("; its last lines:");
             cause.last_lines.iter().for_each(|line| what.push_str(&format!("\n    {line}")));
         }
-        Err(job_failed(exit_code.unwrap_or(1), format!("rank {}", cause.rank), what))
+        let has_begun = self.ranks.iter().any(|rank| !rank.status.is_empty());
+        Err(job_failed(exit_code.unwrap_or(1), has_begun, format!("rank {}", cause.rank), what))
     }
 
     /// Where every rank stands when none has got on for too long.
@@ -272,7 +278,7 @@ impl Job {
             let at = if rank.status.is_empty() { "not begun" } else { &rank.status };
             what.push_str(&format!("\n    rank {}: {at}, for {} s", rank.rank, rank.since.elapsed().as_secs()));
         }
-        job_failed(1, "the job".into(), what)
+        job_failed(1, true, "the job".into(), what)
     }
 }
 
@@ -298,10 +304,11 @@ impl RankProcess {
     }
 }
 
-fn job_failed(exit_code: u8, place: String, what: String) -> Error {
-    let hint = match exit_code {
-        2 => "",
-        _ => {
+fn job_failed(exit_code: u8, has_begun: bool, place: String, what: String) -> Error {
+    let hint = match (exit_code, has_begun) {
+        (2, _) => "",
+        (_, false) => "see to the cause and start the job again, by the same command on every machine",
+        (_, true) => {
             "see to the cause and go on from the newest checkpoint, by `bellora resume` or --resume with the same options"
         }
     };
@@ -377,11 +384,22 @@ fn gpu_of(local: usize) -> String {
     visible.split(',').nth(local).filter(|device| !device.is_empty()).map_or(local.to_string(), str::to_owned)
 }
 
-/// The address to listen at: the port of the rendezvous on an interface of this machine.
-fn own_address(address: &str, interface: IpAddr) -> Result<SocketAddr> {
+/// The address to listen at: that of the rendezvous; where another machine hands its port on, the interface that was named.
+fn own_address(address: &str, interface: IpAddr, is_named: bool) -> Result<SocketAddr> {
     let target = address.to_socket_addrs().ok().and_then(|mut targets| targets.next());
     let target = target.ok_or_else(|| {
         Error::invalid("--rendezvous", format!("{address:?} is no address")).hint("write HOST:PORT of machine 0")
     })?;
-    Ok(SocketAddr::new(if target.ip().is_loopback() { target.ip() } else { interface }, target.port()))
+    // The system takes an address for a socket's own if this machine has it.
+    if UdpSocket::bind((target.ip(), 0)).is_ok() {
+        return Ok(target);
+    }
+    if is_named {
+        return Ok(SocketAddr::new(interface, target.port()));
+    }
+    let what = format!("{} is no address of this machine, which is machine 0", target.ip());
+    Err(Error::invalid("--rendezvous", what).hint(format!(
+        "name one that the others reach, such as {interface}; where another machine hands the port on to this one, add \
+         --interface {interface}"
+    )))
 }

@@ -19,6 +19,7 @@ mod gradcheck;
 mod invariance;
 mod kills;
 mod log;
+mod machines;
 mod manifest;
 mod model_gradcheck;
 mod nccl;
