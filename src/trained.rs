@@ -167,7 +167,7 @@ impl Trained {
     /// Loads the model for texts of at most `max_positions` tokens, where its parameters are.
     pub fn load(&self, params: &ParamBuffer, kind: Kind, max_positions: i64) -> Result<Llama> {
         set_numerics(false)?;
-        let compute = Compute { kind, device: params.master().device(), max_positions };
+        let compute = Compute { kind, device: params.device(), max_positions };
         Llama::load(&self.base, BaseWeights::Files(&self.base_files), &self.lora(), params, compute)
     }
 

@@ -155,11 +155,11 @@ impl Bench {
             Some((name, shape)) => {
                 let lora = setup::lora_spec(&config);
                 let layout = Layout::new(shape, &lora, shape.vocab_size);
-                settle::settle_micro_batches(&mut config, shape, &lora, &layout)?;
+                settle::settle_micro_batches(&mut config, shape, &lora, &layout, 1)?;
                 (name.clone(), shape.clone(), lora, layout, None)
             }
             None => {
-                let setup = ModelSetup::inspect(config)?;
+                let setup = ModelSetup::inspect(config, 1)?;
                 config = setup.config.clone();
                 let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
                 let name = config.model.base.display().to_string();

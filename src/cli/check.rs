@@ -23,7 +23,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
     if args.print_config {
         return print(&config.print_with_defaults_marked());
     }
-    let job = Job::inspect(config, None)?;
+    let job = Job::inspect(config, None, 1)?;
     run_dir::refuse_taken_output(&job.model.config)?;
     job.run_bytes().fit(&LocalDisk, &job.model.config.train.output, 0)?;
     for line in banner::lines(&job)? {

@@ -54,7 +54,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
 /// The validation samples of a config: its files, or the share held out of the training samples.
 fn validation(config: Config) -> Result<(ModelSetup, Dataset)> {
     if config.data.validation.is_empty() && config.data.validation_fraction > 0.0 {
-        let job = Job::inspect(config, None)?;
+        let job = Job::inspect(config, None, 1)?;
         let held_out = job.validation.ok_or_else(|| Error::failed("validation", "no samples were held out"))?;
         return Ok((job.model, held_out));
     }
@@ -62,7 +62,7 @@ fn validation(config: Config) -> Result<(ModelSetup, Dataset)> {
         return Err(Error::invalid("data.validation", "there is nothing to evaluate on")
             .hint("name files: --set data.validation=FILE"));
     }
-    let model = ModelSetup::inspect(config)?;
+    let model = ModelSetup::inspect(config, 1)?;
     let samples = model.validation_files()?;
     Ok((model, samples))
 }

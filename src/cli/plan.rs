@@ -101,13 +101,13 @@ impl Subject {
         let layout = Layout::new(&shape, &lora, shape.vocab_size);
         let mut here = for_here(&config, gpu);
         let _ = settle::settle_device_and_dtype(&mut here)?;
-        settle::settle_micro_batches(&mut here, &shape, &lora, &layout)?;
+        settle::settle_micro_batches(&mut here, &shape, &lora, &layout, 1)?;
         Ok(Self { config, shape, lora, layout, lengths, has_files: false, here })
     }
 
     fn of_files(args: &PlanArgs, gpu: Option<GpuModel>) -> Result<Self> {
         let config = args.config.load()?;
-        let Job { model, train, .. } = Job::inspect(for_here(&config, gpu), None)?;
+        let Job { model, train, .. } = Job::inspect(for_here(&config, gpu), None, 1)?;
         let lengths = (0..train.len()).map(|sample| (train.ids(sample).len(), train.label_tokens(sample))).collect();
         let mut shape = model.base.clone();
         shape.vocab_size = model.vocab_size;
@@ -134,6 +134,7 @@ impl Subject {
             samples,
             micro_batch_tokens: settled(asked.micro_batch_tokens).map(|tokens| tokens as i64),
             recompute: settled(asked.recompute).map(|which| which == Recompute::All),
+            shard: settled(asked.shard),
             files: Files { run: setup::run_bytes(&self.config, &self.layout, None), caches: self.has_files },
         };
         task.plan(&machine)
@@ -196,9 +197,10 @@ fn table(plan: &Plan) -> String {
     line(
         "device",
         format!(
-            "{} x {}: {} free for the program, {} may be used (the rest is a margin for fragmentation)",
+            "{} x {}{}: {} free for the program, {} may be used (the rest is a margin for fragmentation)",
             plan.n_gpus,
             plan.device,
+            if plan.shard { ", the optimizer's state sharded" } else { "" },
             gib(plan.available_bytes),
             gib(plan.usable_bytes)
         ),

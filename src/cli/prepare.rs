@@ -26,7 +26,7 @@ pub(super) fn run(args: &PrepareArgs) -> Result<()> {
     if let Some(path) = &args.dump {
         check_dump(path, &args.config.config, &config)?;
     }
-    let model = ModelSetup::inspect(config)?;
+    let model = ModelSetup::inspect(config, 1)?;
     let data = &model.config.data;
     let dataset = model.dataset(&data.train, Some(&data.cache_dir))?;
     if let Some(path) = &args.dump {

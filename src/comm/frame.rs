@@ -32,6 +32,11 @@ pub(super) enum OpKind {
 
 impl OpKind {
     const ALL: [Self; 5] = [Self::AllReduce, Self::ReduceScatter, Self::AllGather, Self::Broadcast, Self::Barrier];
+
+    /// Whether numbers are added up, and not only copied.
+    pub(super) fn adds(self) -> bool {
+        matches!(self, Self::AllReduce | Self::ReduceScatter)
+    }
 }
 
 impl fmt::Display for OpKind {

@@ -32,7 +32,7 @@ use crate::error::{Error, Result};
 ///
 /// Operations are queued: they are carried out in the order of the calls, which must be the same on every rank. A tensor
 /// that was handed over must not be touched before [`Communicator::wait`] has returned. Tensors are contiguous, on the
-/// device of the communicator, fp32 or fp64 (broadcast: also u8 and i64). After an error the communicator is of no use any
+/// device of the communicator, fp32 or fp64 (broadcast and all_gather: also u8 and i64). After an error the communicator is of no use any
 /// more: every later call gives that error again.
 ///
 /// # Errors

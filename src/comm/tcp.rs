@@ -115,7 +115,7 @@ impl Tcp {
         if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
             return wrong(format!("takes contiguous tensors of a CPU, not one on {:?}", tensor.device()));
         }
-        let allowed = Dtype::of(tensor.kind()).filter(|dtype| dtype.is_float() || kind == OpKind::Broadcast);
+        let allowed = Dtype::of(tensor.kind()).filter(|dtype| dtype.is_float() || !kind.adds());
         let Some(dtype) = allowed else { return wrong(format!("does not take tensors of {:?}", tensor.kind())) };
         let is_in_parts = matches!(kind, OpKind::ReduceScatter | OpKind::AllGather);
         if is_in_parts && !tensor.numel().is_multiple_of(self.world_size) {

@@ -98,6 +98,9 @@ impl Config {
         word(&mut self.model.device, theirs.get("model.device"));
         word(&mut self.train.recompute, theirs.get("train.recompute"));
         let tokens = theirs.get("train.micro_batch_tokens").and_then(Value::as_u64);
+        if let (Auto::Auto, Some(shard)) = (self.train.shard, theirs.get("train.shard").and_then(Value::as_bool)) {
+            self.train.shard = Auto::Is(shard);
+        }
         if let (Auto::Auto, Some(tokens)) = (self.train.micro_batch_tokens, tokens) {
             self.train.micro_batch_tokens = Auto::Is(tokens as usize);
         }

@@ -38,7 +38,7 @@ const PACKED: &str = "leave it out: samples are always packed without padding, a
 const LEARNED: &str = "leave it out: the answer is learned and the prompt is not";
 const FIXED_OPTIMIZER: &str = "the optimizer is always AdamW; train.betas, train.eps and train.weight_decay set it";
 const RESUME: &str = "leave it out, and run `bellora resume RUN_DIR` or `bellora train CONFIG --resume`";
-const NOT_SHARDED: &str = "leave it out: sharding frameworks are not used";
+const SHARD: &str = "\"auto\", true or false: whether ranks share the optimizer's state out (ZeRO-1)";
 const LOGS: &str = "leave it out: metrics.jsonl and TensorBoard files are always written to train.output";
 const NOT_HIDDEN: &str =
     "leave it out: a loss that is not finite is always shown, and train.non_finite says what follows";
@@ -130,7 +130,8 @@ const NAMES: &[(&str, Here)] = &[
     ("full_determinism use_deterministic_algorithms", Key("train.deterministic", "true or false")),
     ("resume_from_checkpoint auto_resume_from_checkpoints resume", Absent(RESUME)),
     ("overwrite_output_dir", Absent("leave it out: a finished run is never overwritten; name another train.output")),
-    ("deepspeed fsdp fsdp_config deepspeed_config ddp_find_unused_parameters", Absent(NOT_SHARDED)),
+    ("deepspeed fsdp fsdp_config deepspeed_config zero_stage", Key("train.shard", SHARD)),
+    ("ddp_find_unused_parameters", Absent(NOT_NEEDED)),
     ("report_to logging_dir use_wandb wandb_project run_name plot_loss", Absent(LOGS)),
     ("metric_logger logging_strategy", Absent(LOGS)),
     ("push_to_hub hub_model_id", Absent("not supported: upload the run's adapter/ folder yourself")),

@@ -140,6 +140,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Which activations are computed again in backward.
     pub recompute: Auto<Recompute>,
+    /// Whether each rank holds a part of the optimizer's state only (ZeRO-1).
+    pub shard: Auto<bool>,
     /// Whether a GPU takes only ops whose sums have a fixed order.
     pub deterministic: bool,
     /// What follows a loss or gradient that is not finite, where no loss scale can mend it.
@@ -165,7 +167,7 @@ pub struct TrainConfig {
 /// A value, or the program's own choice on the machine at hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Auto<T> {
-    /// Settled when the run starts, and then written to its config.
+    /// Settled when the run starts, if there is a choice then, and written to its config.
     Auto,
     /// Settled by the user.
     Is(T),
@@ -247,7 +249,8 @@ const CONTENTS_KEYS: [&str; 4] = ["model.base", "model.tokenizer", "data.train",
 const LENGTH_KEYS: [&str; 2] = ["train.epochs", "train.max_steps"];
 
 /// The keys that decide how sums are rounded and change nothing else.
-const ROUNDING_KEYS: [&str; 4] = ["model.device", "train.micro_batch_tokens", "train.recompute", "train.deterministic"];
+const ROUNDING_KEYS: [&str; 5] =
+    ["model.device", "train.micro_batch_tokens", "train.recompute", "train.shard", "train.deterministic"];
 
 /// The keys that only say where, when, and what is kept.
 const EXECUTION_KEYS: [&str; 13] = [

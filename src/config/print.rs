@@ -84,6 +84,7 @@ impl Config {
             ("train.loss_group_samples", train.loss_group_samples.to_string()),
             ("train.seed", train.seed.to_string()),
             ("train.recompute", auto(train.recompute, |which| quoted(which.as_str()))),
+            ("train.shard", auto(train.shard, |shard| shard.to_string())),
             ("train.deterministic", train.deterministic.to_string()),
             ("train.non_finite", quoted(train.non_finite.as_str())),
             ("train.max_non_finite", train.max_non_finite.to_string()),

@@ -135,6 +135,15 @@ impl Reader<'_> {
         }
     }
 
+    pub(super) fn auto_bool(&mut self, key: &str) -> Auto<bool> {
+        match self.value(key) {
+            None => Auto::Auto,
+            Some(Value::Text(text)) if text == "auto" => Auto::Auto,
+            Some(Value::Bool(truth)) => Auto::Is(truth),
+            Some(other) => self.unexpected(key, "\"auto\", true or false", &other).unwrap_or(Auto::Auto),
+        }
+    }
+
     pub(super) fn float(&mut self, key: &str, expected: &str, is_valid: impl Fn(f64) -> bool) -> Option<f64> {
         let found = self.value(key)?;
         match as_float(&found) {

@@ -126,6 +126,7 @@ fn train(reader: &mut Reader<'_>) -> TrainConfig {
         loss_group_samples: reader.integer("train.loss_group_samples", 1).map_or(1, |samples| samples as usize),
         seed: reader.integer("train.seed", 0).unwrap_or(42),
         recompute: reader.auto_choice("train.recompute"),
+        shard: reader.auto_bool("train.shard"),
         deterministic: reader.bool("train.deterministic").unwrap_or(false),
         non_finite: reader.choice("train.non_finite").unwrap_or(NonFinite::Stop),
         max_non_finite: reader.integer("train.max_non_finite", 1).unwrap_or(10),

@@ -39,20 +39,63 @@ impl Entry {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     entries: Vec<Entry>,
-    /// Where the tensors of each block begin, and where those of the last end.
-    blocks: Vec<i64>,
+    /// In the order of the buffers, of which they are all.
+    buckets: Vec<Bucket>,
     len: i64,
 }
 
 /// A stretch of the flat buffers whose gradients are complete together.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Bucket {
+pub struct Bucket {
+    /// What lies in it.
+    pub holds: Holds,
+    /// Its elements, gaps included.
+    pub range: Range<i64>,
+}
+
+/// The tensors of a bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holds {
+    /// The embedding table: few of its rows have a gradient.
+    Embed,
+    /// Those of a block.
+    Block(usize),
     /// The head.
-    Head(Range<i64>),
-    /// The tensors of a block.
-    Block(usize, Range<i64>),
-    /// The embedding table, by its place among the entries: few of its rows have a gradient.
-    Embed(usize),
+    Head,
+}
+
+/// The stretches of the flat buffers that one rank keeps the optimizer's state of and updates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shard {
+    ranges: Vec<Range<i64>>,
+}
+
+impl Shard {
+    /// Number of elements.
+    pub fn numel(&self) -> i64 {
+        self.ranges.iter().map(|range| range.end - range.start).sum()
+    }
+
+    /// Its views of a flat buffer of the whole.
+    pub fn of_whole(&self, flat: &Tensor) -> Result<Vec<Tensor>> {
+        self.ranges.iter().map(|range| Ok(flat.f_narrow(0, range.start, range.end - range.start)?)).collect()
+    }
+
+    /// The same views of a buffer that holds the shard and nothing else.
+    pub fn of_packed(&self, packed: &Tensor) -> Result<Vec<Tensor>> {
+        let mut offset = 0;
+        let view = |range: &Range<i64>| {
+            let numel = range.end - range.start;
+            offset += numel;
+            Ok(packed.f_narrow(0, offset - numel, numel)?)
+        };
+        self.ranges.iter().map(view).collect()
+    }
+
+    /// A copy of the shard alone.
+    pub fn packed(&self, flat: &Tensor) -> Result<Tensor> {
+        Ok(Tensor::f_cat(&self.of_whole(flat)?, 0)?)
+    }
 }
 
 /// The key of an adapter matrix in PEFT's files; `matrix` is `lora_A` or `lora_B`.
@@ -74,16 +117,20 @@ pub const INPUT_GROUPS: [&[Projection]; 4] = [
 ];
 
 impl Layout {
-    /// Lays the parameters of a run out; `vocab_size` counts grown rows too.
+    /// Lays the parameters of a run on one rank out; `vocab_size` counts grown rows too.
     pub fn new(config: &LlamaConfig, lora: &LoraSpec, vocab_size: i64) -> Self {
-        let mut layout = Self { entries: Vec::new(), blocks: Vec::new(), len: 0 };
+        Self::for_ranks(config, lora, vocab_size, 1)
+    }
+
+    /// Lays the parameters out so that every bucket can be cut into equal parts, one a rank.
+    pub fn for_ranks(config: &LlamaConfig, lora: &LoraSpec, vocab_size: i64, n_ranks: usize) -> Self {
+        let mut layout = Self { entries: Vec::new(), buckets: Vec::new(), len: 0 };
         let table = |table: Table| vec![(table_key(table), [vocab_size, config.hidden_size])];
         if lora.trains(Table::Embed) {
             layout.push_group(table(Table::Embed));
+            layout.end_bucket(Holds::Embed, n_ranks);
         }
         for layer in 0..config.num_hidden_layers {
-            layout.align();
-            layout.blocks.push(layout.len);
             for group in INPUT_GROUPS {
                 let adapted: Vec<Projection> = group.iter().copied().filter(|p| lora.adapts(*p)).collect();
                 let a = |p: &Projection| (lora_key(*p, layer, "lora_A"), [lora.r, p.shape(config)[1]]);
@@ -92,23 +139,27 @@ impl Layout {
                     layout.push_group(vec![(lora_key(p, layer, "lora_B"), [p.shape(config)[0], lora.r])]);
                 }
             }
+            layout.end_bucket(Holds::Block(layer), n_ranks);
         }
-        if lora.trains(Table::Head) {
-            layout.align();
-        }
-        layout.blocks.push(layout.len);
         if lora.trains(Table::Head) {
             layout.push_group(table(Table::Head));
+            layout.end_bucket(Holds::Head, n_ranks);
         }
         layout
     }
 
-    fn align(&mut self) {
-        self.len = (self.len + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    fn align(&mut self, to: i64) {
+        self.len = (self.len + to - 1) / to * to;
+    }
+
+    fn end_bucket(&mut self, holds: Holds, n_ranks: usize) {
+        self.align(ALIGNMENT * n_ranks as i64);
+        let start = self.buckets.last().map_or(0, |bucket| bucket.range.end);
+        self.buckets.push(Bucket { holds, range: start..self.len });
     }
 
     fn push_group(&mut self, tensors: Vec<(String, [i64; 2])>) {
-        self.align();
+        self.align(ALIGNMENT);
         for (name, shape) in tensors {
             let entry = Entry { name, shape, offset: self.len };
             self.len += entry.numel();
@@ -137,22 +188,34 @@ impl Layout {
         self.len
     }
 
-    /// The buckets in the order in which backward completes them.
-    pub fn buckets(&self) -> Vec<Bucket> {
-        let (head, embed) = (self.index_of(&table_key(Table::Head)), self.index_of(&table_key(Table::Embed)));
-        let head = head.map(|index| Bucket::Head(self.entries[index].offset..self.len));
-        let blocks = self.blocks.windows(2).enumerate().rev();
-        let blocks = blocks.map(|(layer, bounds)| Bucket::Block(layer, bounds[0]..bounds[1]));
-        head.into_iter().chain(blocks).chain(embed.map(Bucket::Embed)).collect()
+    /// The buckets, whose ranges are the buffer without gaps: the embedding table, the blocks from the first, the head.
+    /// Backward completes them from the last to the first.
+    pub fn buckets(&self) -> &[Bucket] {
+        &self.buckets
     }
 
-    /// Elements that the compute copy has beyond the buffer: the padding of a trained head, which stands last.
+    /// All of the buffers, as one shard.
+    pub fn whole(&self) -> Shard {
+        Shard { ranges: vec![0..self.len] }
+    }
+
+    /// The part of each bucket that a rank of so many keeps; a layout for as many ranks has equal ones.
+    pub fn shard(&self, rank: usize, n_ranks: usize) -> Shard {
+        let part = |bucket: &Bucket| {
+            let numel = (bucket.range.end - bucket.range.start) / n_ranks as i64;
+            let start = bucket.range.start + rank as i64 * numel;
+            start..start + numel
+        };
+        Shard { ranges: self.buckets.iter().map(part).collect() }
+    }
+
+    /// Elements that the compute copy has beyond the buffer: what of a trained head's padding does not fit into it.
     pub fn head_padding(&self, compute: Kind) -> i64 {
         let is_head = |entry: &&Entry| entry.name == table_key(Table::Head);
-        self.entries
-            .last()
-            .filter(is_head)
-            .map_or(0, |head| (padded_head_rows(head.shape[0], compute) - head.shape[0]) * head.shape[1])
+        self.entries.last().filter(is_head).map_or(0, |head| {
+            let end = head.offset + padded_head_rows(head.shape[0], compute) * head.shape[1];
+            (end - self.len).max(0)
+        })
     }
 
     /// The position of a tensor among [`Self::entries`].
@@ -187,6 +250,9 @@ pub fn padded_head_rows(vocab_size: i64, compute: Kind) -> i64 {
 #[derive(Debug)]
 pub struct ParamBuffer {
     layout: Layout,
+    /// What this rank updates.
+    shard: Shard,
+    /// Of all parameters; after [`Self::keep`] in half precision of the shard alone.
     master: Tensor,
     /// The masters themselves in fp32; else a copy, the padding of a trained head behind it.
     compute: Tensor,
@@ -200,7 +266,26 @@ impl ParamBuffer {
             Kind::Float => master.shallow_clone(),
             _ => Tensor::f_zeros([layout.buffer_len() + layout.head_padding(compute)], (compute, device))?,
         };
-        Ok(Self { layout, master, compute })
+        Ok(Self { shard: layout.whole(), layout, master, compute })
+    }
+
+    /// Leaves the masters of all but a shard to other ranks. In fp32 all stay: products read them.
+    pub fn keep(&mut self, shard: Shard) -> Result<()> {
+        if self.compute.kind() != Kind::Float {
+            self.master = shard.packed(&self.master)?;
+        }
+        self.shard = shard;
+        Ok(())
+    }
+
+    /// What this rank updates.
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    /// Whether other ranks update the rest.
+    pub fn is_sharded(&self) -> bool {
+        self.shard.numel() < self.layout.len
     }
 
     /// Where the tensors lie.
@@ -208,14 +293,32 @@ impl ParamBuffer {
         &self.layout
     }
 
-    /// The flat fp32 masters `[P]`.
-    pub fn master(&self) -> &Tensor {
-        &self.master
+    /// Where they are.
+    pub fn device(&self) -> Device {
+        self.master.device()
     }
 
-    /// One tensor's fp32 master.
+    /// The flat fp32 masters `[P]`, if this rank has those of all parameters.
+    pub fn master(&self) -> Option<&Tensor> {
+        (self.master.numel() as i64 == self.layout.len).then_some(&self.master)
+    }
+
+    /// The masters of the shard.
+    pub fn shard_masters(&self) -> Result<Vec<Tensor>> {
+        match self.master() {
+            Some(master) => self.shard.of_whole(master),
+            None => self.shard.of_packed(&self.master),
+        }
+    }
+
+    /// One tensor's fp32 master, before [`Self::keep`].
     pub fn master_view(&self, index: usize) -> Result<Tensor> {
         self.layout.view(&self.master, index)
+    }
+
+    /// The flat buffer `[P]` that products read: in fp32 the masters themselves.
+    pub fn compute(&self) -> Result<Tensor> {
+        Ok(self.compute.f_narrow(0, 0, self.layout.len)?)
     }
 
     /// The copy of adjoining tensors that products read; refreshed in place, so views of it stay valid.
@@ -230,15 +333,17 @@ impl ParamBuffer {
         Ok(self.compute.f_narrow(0, offset, rows * columns)?.f_view([rows, columns])?)
     }
 
-    /// Brings the compute copy up to date with the masters; call it after every change of them.
+    /// Brings the compute copy of the shard up to date with its masters; call it after every change of them.
     pub fn refresh_compute(&mut self) -> Result<()> {
         if self.compute.kind() != Kind::Float {
-            self.compute.f_narrow(0, 0, self.layout.len)?.f_copy_(&self.master)?;
+            for (mut copy, master) in self.shard.of_whole(&self.compute)?.into_iter().zip(self.shard_masters()?) {
+                copy.f_copy_(&master)?;
+            }
         }
         Ok(())
     }
 
-    /// Names and fp32 masters in the order of the buffer.
+    /// Names and fp32 masters in the order of the buffer, before [`Self::keep`].
     pub fn named(&self) -> Result<Vec<(String, Tensor)>> {
         named_views(&self.layout, &self.master)
     }

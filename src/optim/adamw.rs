@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::params::{Gradients, Layout, ParamBuffer, named_copies, named_views};
+use crate::model::params::{Gradients, Layout, ParamBuffer, Shard, named_views};
 use crate::optim::control::Decision;
 use crate::torch::{self, AdamWStep};
 
@@ -18,7 +18,7 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
 }
 
-/// The optimizer: two moments for every parameter, flat and in fp32.
+/// The optimizer: two moments for every parameter that this rank updates, flat and in fp32.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
@@ -29,43 +29,48 @@ pub struct AdamW {
 impl AdamW {
     /// Starts with zero moments.
     pub fn new(config: AdamWConfig, params: &ParamBuffer) -> Result<Self> {
-        let zeros = || Tensor::f_zeros(params.master().size(), (Kind::Float, params.master().device()));
+        let zeros = || Tensor::f_zeros([params.layout().buffer_len()], (Kind::Float, params.device()));
         Ok(Self { config, exp_avg: zeros()?, exp_avg_sq: zeros()? })
     }
 
-    /// Both moments, flat.
-    pub fn moments(&self) -> [&Tensor; 2] {
-        [&self.exp_avg, &self.exp_avg_sq]
+    /// Leaves the moments of all but a shard to other ranks.
+    pub fn keep(&mut self, shard: &Shard) -> Result<()> {
+        (self.exp_avg, self.exp_avg_sq) = (shard.packed(&self.exp_avg)?, shard.packed(&self.exp_avg_sq)?);
+        Ok(())
     }
 
-    /// Both moments of every parameter by name, `exp_avg.KEY` and `exp_avg_sq.KEY`: views of the state itself.
+    /// Both moments by name, flat: of all parameters, or of the shard that was kept.
+    pub fn moments(&self) -> [(&'static str, &Tensor); 2] {
+        [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)]
+    }
+
+    /// Both moments of every parameter by name, `exp_avg.KEY` and `exp_avg_sq.KEY`: views of the state itself, before
+    /// [`Self::keep`].
     pub fn named_moments(&self, layout: &Layout) -> Result<Vec<(String, Tensor)>> {
-        self.named(layout, named_views)
-    }
-
-    /// Copies of both moments on the CPU, by the same names.
-    pub fn copied_moments(&self, layout: &Layout) -> Result<Vec<(String, Tensor)>> {
-        self.named(layout, named_copies)
-    }
-
-    fn named(
-        &self,
-        layout: &Layout,
-        tensors: impl Fn(&Layout, &Tensor) -> Result<Vec<(String, Tensor)>>,
-    ) -> Result<Vec<(String, Tensor)>> {
         let mut named = Vec::new();
-        for (moment, flat) in [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)] {
-            named.extend(tensors(layout, flat)?.into_iter().map(|(name, tensor)| (format!("{moment}.{name}"), tensor)));
+        for (moment, flat) in self.moments() {
+            named.extend(of_moment(moment, named_views(layout, flat)?));
         }
         Ok(named)
     }
 
-    /// Applies an update as it was decided and refreshes the parameters' compute copy. The gradients are used up.
+    /// Applies an update as it was decided to the parameters that this rank updates, and refreshes their compute copy. The
+    /// gradients are used up.
     pub fn step(&mut self, params: &mut ParamBuffer, grads: &Gradients, decision: &Decision) -> Result<()> {
         let AdamWConfig { betas, eps, weight_decay } = self.config;
         let Decision { lr, update, grad_divisor, skip } = decision;
         let numbers = AdamWStep { lr, update, grad_divisor, skip, betas, eps, weight_decay };
-        torch::fused_adamw_(params.master(), grads.flat(), &self.exp_avg, &self.exp_avg_sq, numbers)?;
+        let shard = params.shard();
+        let (masters, grads) = (params.shard_masters()?, shard.of_whole(grads.flat())?);
+        let (exp_avg, exp_avg_sq) = (shard.of_packed(&self.exp_avg)?, shard.of_packed(&self.exp_avg_sq)?);
+        for (((master, grad), exp_avg), exp_avg_sq) in masters.iter().zip(&grads).zip(&exp_avg).zip(&exp_avg_sq) {
+            torch::fused_adamw_(master, grad, exp_avg, exp_avg_sq, numbers)?;
+        }
         params.refresh_compute()
     }
+}
+
+/// Names tensors as those of a moment.
+pub fn of_moment(moment: &str, named: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
+    named.into_iter().map(|(name, tensor)| (format!("{moment}.{name}"), tensor)).collect()
 }

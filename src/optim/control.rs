@@ -19,13 +19,19 @@ const RATES_AT_ONCE: u64 = 4096;
 /// What ranks may ask of each other: counts of the kinds of requests, whatever these are.
 pub type Asks = [f64; 4];
 
+/// Where they stand among the numbers that ranks share: behind the loss and the squared norm.
+const FIRST_ASK: i64 = 2;
+
 /// The control block of a run.
 #[derive(Debug)]
 pub struct StepControl {
     /// The loss of the present update, and the scale it carries.
     pub loss: ScaledLoss,
-    /// The loss, and what is asked: `[5]` fp64, to be summed over the ranks before an update is decided.
+    /// The loss, the squared norm of the gradients, and what is asked: `[6]` fp64, to be summed over the ranks before an
+    /// update is decided.
     pub shared: Tensor,
+    /// The second of them.
+    squares: Tensor,
     dynamic: bool,
     max_grad_norm: f64,
     schedule: LrSchedule,
@@ -90,9 +96,10 @@ impl StepControl {
         device: Device,
     ) -> Result<Self> {
         let scalar = |value: f64| Tensor::f_full([0i64; 0], value, (Kind::Double, device));
-        let shared = Tensor::f_zeros([1 + Asks::default().len() as i64], (Kind::Double, device))?;
+        let shared = Tensor::f_zeros([FIRST_ASK + Asks::default().len() as i64], (Kind::Double, device))?;
         Ok(Self {
             loss: ScaledLoss { scale: scalar(loss_scale.factor())?, sum: shared.f_get(0)? },
+            squares: shared.f_get(1)?,
             shared,
             dynamic: loss_scale.is_dynamic(),
             max_grad_norm,
@@ -108,7 +115,20 @@ impl StepControl {
         let _ = self.shared.f_zero_()?;
         // Nearly always nothing is asked, and then nothing goes to the device.
         if asks != Asks::default() {
-            self.shared.f_narrow(0, 1, asks.len() as i64)?.f_copy_(&upload(&asks, self.shared.device())?)?;
+            self.shared_asks()?.f_copy_(&upload(&asks, self.shared.device())?)?;
+        }
+        Ok(())
+    }
+
+    fn shared_asks(&self) -> Result<Tensor> {
+        Ok(self.shared.f_narrow(0, FIRST_ASK, Asks::default().len() as i64)?)
+    }
+
+    /// Takes the norm of gradients that are summed over the ranks.
+    pub fn take_norm(&mut self, flat_grads: &[Tensor]) -> Result<()> {
+        let _ = self.squares.f_zero_()?;
+        for grads in flat_grads {
+            let _ = self.squares.f_add_(&torch::sum_of_squares(grads)?)?;
         }
         Ok(())
     }
@@ -116,13 +136,13 @@ impl StepControl {
     /// Decides over the gradients of a whole update, which carry the loss scale, and gets ready for the next one.
     ///
     /// `known_updates` is what the host knows of the number of updates applied; `outstanding` steps are not known yet.
-    pub fn decide(&mut self, flat_grads: &Tensor, known_updates: u64, outstanding: u64) -> Result<(Decision, Reading)> {
-        let device = flat_grads.device();
+    pub fn decide(&mut self, known_updates: u64, outstanding: u64) -> Result<(Decision, Reading)> {
+        let device = self.shared.device();
         if known_updates + outstanding >= self.rates.first + RATES_AT_ONCE {
             self.rates = Rates::upload(&self.schedule, known_updates, device)?;
         }
         let scale = self.loss.scale.copy();
-        let norm = torch::sum_of_squares(flat_grads)?.f_sqrt()?.f_div(&scale)?;
+        let norm = self.squares.f_sqrt()?.f_div(&scale)?;
         let loss = self.loss.value()?;
         let is_finite = norm.f_add(&loss)?.f_isfinite()?.f_to_kind(Kind::Double)?;
 
@@ -137,8 +157,7 @@ impl StepControl {
             self.rescale(&is_finite)?;
         }
         let numbers = [&loss, &norm, &is_finite, &scale, &self.loss.scale, &self.good_updates];
-        let asks = self.shared.f_narrow(0, 1, Asks::default().len() as i64)?;
-        let numbers = Arriving::queue(&Tensor::f_cat(&[Tensor::f_stack(&numbers, 0)?, asks], 0)?)?;
+        let numbers = Arriving::queue(&Tensor::f_cat(&[Tensor::f_stack(&numbers, 0)?, self.shared_asks()?], 0)?)?;
         Ok((decision, Reading { dynamic: self.dynamic, numbers }))
     }
 
@@ -206,6 +225,11 @@ mod tests {
         StepControl::new(SCHEDULE, max_grad_norm, loss_scale, updates, Device::Cpu).unwrap()
     }
 
+    fn decide(control: &mut StepControl, grads: &[f32], known: u64, outstanding: u64) -> (Decision, Reading) {
+        control.take_norm(&[Tensor::from_slice(grads)]).unwrap();
+        control.decide(known, outstanding).unwrap()
+    }
+
     fn number(tensor: &Tensor) -> f64 {
         tensor.double_value(&[])
     }
@@ -213,7 +237,7 @@ mod tests {
     #[test]
     fn clips_and_unscales_by_one_divisor() {
         let mut control = control(LossScale::new(8.0, 0, true), 1.0, 0);
-        let (decision, reading) = control.decide(&Tensor::from_slice(&[24f32, 32.0]), 0, 0).unwrap();
+        let (decision, reading) = decide(&mut control, &[24.0, 32.0], 0, 0);
         let outcome = reading.wait().unwrap();
         assert_eq!((outcome.grad_norm, outcome.loss_scale, outcome.is_finite), (5.0, 8.0, true));
         let divisor = 8.0 / (1.0 / (5.0 + 1e-6));
@@ -225,12 +249,12 @@ mod tests {
     fn an_overflow_moves_neither_the_schedule_nor_the_count_and_halves_the_scale() {
         for bad in [f32::INFINITY, f32::NAN] {
             let mut control = control(LossScale::dynamic(), 1.0, 3);
-            let (decision, reading) = control.decide(&Tensor::from_slice(&[1.0, bad]), 3, 0).unwrap();
+            let (decision, reading) = decide(&mut control, &[1.0, bad], 3, 0);
             assert_eq!(number(&decision.skip), 1.0);
             let outcome = reading.wait().unwrap();
             assert!(!outcome.is_finite);
             assert_eq!(outcome.next_scale.factor(), outcome.loss_scale / 2.0);
-            let (again, _) = control.decide(&Tensor::from_slice(&[1f32]), 3, 1).unwrap();
+            let (again, _) = decide(&mut control, &[1.0], 3, 1);
             assert_eq!((number(&again.update), number(&again.lr)), (4.0, SCHEDULE.lr(3)));
         }
     }
@@ -239,18 +263,15 @@ mod tests {
     fn a_loss_that_is_not_finite_is_enough() {
         let mut control = control(LossScale::none(), 0.0, 0);
         let _ = control.loss.sum.fill_(f64::NAN);
-        let (decision, reading) = control.decide(&Tensor::from_slice(&[1f32]), 0, 0).unwrap();
+        let (decision, reading) = decide(&mut control, &[1.0], 0, 0);
         assert_eq!(number(&decision.skip), 1.0);
         assert_eq!(reading.wait().unwrap().next_scale, LossScale::none());
     }
 
     #[test]
     fn the_scale_doubles_after_enough_good_updates_and_stays_within_its_bounds() {
-        let good = Tensor::from_slice(&[1f32]);
-        let bad = Tensor::from_slice(&[f32::INFINITY]);
-        let step = |control: &mut StepControl, grads: &Tensor| {
-            control.decide(grads, 0, 0).unwrap().1.wait().unwrap().next_scale
-        };
+        let (good, bad) = ([1.0], [f32::INFINITY]);
+        let step = |control: &mut StepControl, grads: &[f32]| decide(control, grads, 0, 0).1.wait().unwrap().next_scale;
         let mut grows = control(LossScale::new(4.0, GROWTH_INTERVAL - 1, true), 0.0, 0);
         assert_eq!(step(&mut grows, &good), LossScale::new(8.0, 0, true));
         assert_eq!(step(&mut grows, &good), LossScale::new(8.0, 1, true));
@@ -268,11 +289,10 @@ mod tests {
     #[test]
     fn rates_are_uploaded_again_before_they_run_out() {
         let mut control = control(LossScale::none(), 0.0, 0);
-        let grads = Tensor::from_slice(&[1f32]);
         for update in 0..RATES_AT_ONCE + 3 {
             // The host is a step behind.
             let (known, outstanding) = (update.saturating_sub(1), update.min(1));
-            let (decision, _) = control.decide(&grads, known, outstanding).unwrap();
+            let (decision, _) = decide(&mut control, &[1.0], known, outstanding);
             assert_eq!(number(&decision.lr), SCHEDULE.lr(update), "update {update}");
         }
     }

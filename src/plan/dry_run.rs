@@ -78,6 +78,8 @@ pub(super) struct Dims {
     pub(super) frozen_params: i64,
     /// Elements of a flat buffer.
     pub(super) buffer_len: i64,
+    /// Ranks among which the optimizer's state is shared out.
+    pub(super) n_shards: i64,
     pub(super) kind: Kind,
     pub(super) is_cuda: bool,
     /// Whether micro-batches differ in size.
@@ -238,11 +240,14 @@ impl<'m> DryRun<'m> {
         let workspaces = if dims.is_cuda { CUDA_WORKSPACES } else { on_cpu };
         // Cosines and sines of every position; no document is longer than the micro-batch.
         let rotations = FP32 * dims.head_dim * self.n.min(dims.max_positions);
+        let shard_len = (dims.buffer_len + dims.n_shards - 1) / dims.n_shards;
+        // Products read the masters themselves in fp32: all of them, then.
+        let masters_len = if dims.is_half_precision() { shard_len } else { dims.buffer_len };
         vec![
             self.meter.hold(Part::FrozenWeights, dims.element() * dims.frozen_params + frozen_padding),
-            self.meter.hold(Part::Masters, params(dims.buffer_len)),
+            self.meter.hold(Part::Masters, params(masters_len)),
             self.meter.hold(Part::Gradients, params(dims.buffer_len)),
-            self.meter.hold(Part::Moments, 2 * params(dims.buffer_len)),
+            self.meter.hold(Part::Moments, 2 * params(shard_len)),
             self.meter.hold(Part::ComputeCopy, copy),
             self.meter.hold(Part::Workspaces, workspaces),
             self.meter.hold(Part::Batch, rotations),

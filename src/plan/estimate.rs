@@ -11,7 +11,7 @@ use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
 use crate::plan::gpus::GpuModel;
 use crate::plan::memory::{MemoryModel, PartBytes, frozen_params, sum};
-use crate::plan::solve::{Bounds, Wanted, largest_that_fits, settle, usable};
+use crate::plan::solve::{Bounds, Form, Solved, Wanted, largest_that_fits, settle, usable};
 
 /// The share of a GPU's data-sheet peak that training is assumed to reach: what public LoRA trainers show for a 7B model on
 /// an H100. It is an assumption, not a measurement of this program.
@@ -43,6 +43,8 @@ pub struct Task<'a> {
     pub micro_batch_tokens: Option<i64>,
     /// Whether activations are computed again, where the config says.
     pub recompute: Option<bool>,
+    /// Whether the optimizer's state is sharded over the GPUs, where the config says.
+    pub shard: Option<bool>,
     /// What is written.
     pub files: Files,
 }
@@ -113,6 +115,8 @@ pub struct Plan {
     pub micro_batch_given: bool,
     /// Whether activations are computed again in backward.
     pub recompute: bool,
+    /// Whether each GPU holds a part of the optimizer's state only.
+    pub shard: bool,
     /// The largest micro-batches that fit, whatever an update needs.
     pub largest: Largest,
     /// The peak of a step, by part.
@@ -196,9 +200,10 @@ impl Samples {
 }
 
 impl Task<'_> {
-    /// The memory of the job on a device.
-    pub fn memory(&self, device: Device, recompute: bool) -> MemoryModel {
-        MemoryModel::new(self.shape, self.lora, self.layout, self.kind, device, recompute)
+    /// The memory of the job on each device of a machine.
+    pub fn memory(&self, machine: &Machine, form: Form) -> MemoryModel {
+        let model = MemoryModel::new(self.shape, self.lora, self.layout, self.kind, machine.device, form.recompute);
+        if form.shard { model.sharded(machine.n_gpus as usize) } else { model }
     }
 
     /// Plans the job for a machine.
@@ -206,9 +211,11 @@ impl Task<'_> {
     /// # Errors
     /// A longest sample that does not fit, where the config leaves the micro-batch to the plan.
     pub fn plan(&self, machine: &Machine) -> Result<Plan> {
-        let (tokens, recompute) = self.micro_batch(machine)?;
-        let largest = |recompute: bool| largest_that_fits(&self.memory(machine.device, recompute), machine.available);
-        let memory = self.memory(machine.device, recompute);
+        let Solved { tokens, form } = self.micro_batch(machine)?;
+        let Form { recompute, shard } = form;
+        let largest =
+            |recompute| largest_that_fits(&self.memory(machine, Form { recompute, shard }), machine.available);
+        let memory = self.memory(machine, form);
         let parts = memory.by_part(tokens);
         let flops = Flops::a_token(self.shape, self.lora, self.samples.mix(), recompute);
         let device = match (machine.gpu, machine.device) {
@@ -230,6 +237,7 @@ impl Task<'_> {
             micro_batch_tokens: tokens,
             micro_batch_given: self.micro_batch_tokens.is_some(),
             recompute,
+            shard,
             largest: Largest { keeping: largest(false), recomputing: largest(true) },
             memory_bytes: sum(&parts),
             fits: sum(&parts) <= usable(machine.available),
@@ -240,13 +248,12 @@ impl Task<'_> {
         })
     }
 
-    /// Tokens of a micro-batch and whether its activations are computed again.
-    fn micro_batch(&self, machine: &Machine) -> Result<(i64, bool)> {
+    /// Tokens of a micro-batch and what they cost.
+    fn micro_batch(&self, machine: &Machine) -> Result<Solved> {
         let share = (self.global_batch + machine.n_gpus - 1) / machine.n_gpus.max(1);
         let bounds = Bounds { max_length: self.max_length, update: share * self.samples.longest };
-        let wanted = Wanted { tokens: self.micro_batch_tokens, recompute: self.recompute };
-        let solved = settle(|recompute| self.memory(machine.device, recompute), wanted, machine.available, bounds)?;
-        Ok((solved.tokens, solved.recompute))
+        let wanted = Wanted { tokens: self.micro_batch_tokens, recompute: self.recompute, shard: self.shard };
+        settle(|form| self.memory(machine, form), wanted, machine.n_gpus as usize, machine.available, bounds)
     }
 
     fn speed(&self, gpu: GpuModel, n_gpus: i64, flops: &Flops) -> Speed {

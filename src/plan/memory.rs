@@ -165,6 +165,7 @@ impl MemoryModel {
             trains_head: lora.trains(Table::Head),
             frozen_params: frozen_params(shape, lora),
             buffer_len: layout.buffer_len(),
+            n_shards: 1,
             kind,
             is_cuda: device.is_cuda(),
             sizes_differ: true,
@@ -178,6 +179,13 @@ impl MemoryModel {
     #[must_use]
     pub fn of_equal_micro_batches(mut self) -> Self {
         self.dims.sizes_differ = false;
+        self
+    }
+
+    /// The memory of each of so many ranks among which the optimizer's state is shared out.
+    #[must_use]
+    pub fn sharded(mut self, n_ranks: usize) -> Self {
+        self.dims.n_shards = n_ranks as i64;
         self
     }
 

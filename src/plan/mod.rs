@@ -10,7 +10,7 @@ pub mod memory;
 pub mod solve;
 
 pub use memory::{MemoryModel, Part, PartBytes, Stage};
-pub use solve::{Solved, largest_micro_batch};
+pub use solve::Solved;
 
 /// Bytes in GiB, as people read them.
 pub fn gib(bytes: i64) -> String {

@@ -20,13 +20,22 @@ const MOST_TOKENS: i64 = 1 << 16;
 /// Sizes that are chosen freely are multiples of this, as products like them.
 const STEP: i64 = 64;
 
+/// What may be given up for memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Form {
+    /// Whether the blocks' activations are computed again in backward.
+    pub recompute: bool,
+    /// Whether each rank holds a part of the optimizer's state only.
+    pub shard: bool,
+}
+
 /// What a device can hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Solved {
     /// Tokens of a micro-batch.
     pub tokens: i64,
-    /// Whether the blocks' activations are computed again in backward.
-    pub recompute: bool,
+    /// What they cost.
+    pub form: Form,
 }
 
 /// The bounds of a micro-batch.
@@ -50,57 +59,69 @@ pub fn usable(available: i64) -> i64 {
 }
 
 /// What the user has settled of a micro-batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wanted {
     /// Its tokens.
     pub tokens: Option<i64>,
     /// Whether activations are computed again.
     pub recompute: Option<bool>,
+    /// Whether the optimizer's state is sharded.
+    pub shard: Option<bool>,
 }
 
-/// Settles the rest: the size by [`largest_micro_batch`]; recompute, for a size that is given, where it does not fit without.
-///
-/// `model` is the memory of the run without and with recompute.
-///
-/// # Errors
-/// As [`largest_micro_batch`], where the size is not given.
-pub fn settle(model: impl Fn(bool) -> MemoryModel, wanted: Wanted, available: i64, bounds: Bounds) -> Result<Solved> {
-    let (keeping, recomputing) = (model(false), model(true));
-    if let Some(tokens) = wanted.tokens {
-        let fits = keeping.total(tokens) <= usable(available);
-        return Ok(Solved { tokens, recompute: wanted.recompute.unwrap_or(!fits) });
+impl Wanted {
+    /// The forms that are left to choose from, from the quickest to the one that needs the least memory. Sharding costs a
+    /// gathering of all parameters in every update; recompute makes a step half as long again.
+    fn forms(&self, n_ranks: usize) -> Vec<Form> {
+        let shards = match self.shard {
+            Some(given) => vec![given && n_ranks > 1],
+            None if n_ranks > 1 => vec![false, true],
+            None => vec![false],
+        };
+        let recomputes = self.recompute.map_or(vec![false, true], |given| vec![given]);
+        let with = |recompute: bool| shards.iter().map(move |&shard| Form { recompute, shard });
+        recomputes.into_iter().flat_map(with).collect()
     }
-    let keeping = (wanted.recompute != Some(true)).then_some(&keeping);
-    let recomputing = (wanted.recompute != Some(false)).then_some(&recomputing);
-    largest_micro_batch(keeping, recomputing, available, bounds)
 }
 
-/// Finds the largest micro-batch whose passes fit into `available` bytes, weights and parameters included, less the margin.
+/// Settles the rest for a device with `available` bytes, weights and parameters included, less the margin; `model` is the
+/// memory of the run in each form.
 ///
-/// `keeping` and `recomputing` are the memory of the run without and with recompute; where the choice has been made, only
-/// one is given. Recompute makes a step half as long again, so it is chosen only where memory asks for it: where without
-/// it not even [`BUSY_TOKENS`] fit, or not the longest sample, or (if that is less) not a whole update.
+/// A micro-batch that is given takes the first form in which it fits. Else it is the largest that fits in the first form in
+/// which it is large enough: memory is saved only where without that not even [`BUSY_TOKENS`] fit, or not the longest
+/// sample, or (if that is less) not a whole update.
 ///
 /// # Errors
-/// [`Error::Invalid`] when the longest sample does not fit either way, with the numbers and what to lower.
-pub fn largest_micro_batch(
-    keeping: Option<&MemoryModel>,
-    recomputing: Option<&MemoryModel>,
+/// [`Error::Invalid`] when the longest sample does not fit in any form and the size is not given, with the numbers and what
+/// to lower.
+pub fn settle(
+    model: impl Fn(Form) -> MemoryModel,
+    wanted: Wanted,
+    n_ranks: usize,
     available: i64,
     bounds: Bounds,
 ) -> Result<Solved> {
     let usable = usable(available);
+    let mut forms: Vec<(Form, MemoryModel)> =
+        wanted.forms(n_ranks).into_iter().map(|form| (form, model(form))).collect();
+    let Some((least, smallest)) = forms.pop() else { return Err(Error::failed("memory", "no form of it was given")) };
+    if let Some(tokens) = wanted.tokens {
+        let fitting = forms.iter().find(|(_, model)| model.total(tokens) <= usable);
+        return Ok(Solved { tokens, form: fitting.map_or(least, |(form, _)| *form) });
+    }
     let most = |model: &MemoryModel| most_tokens(model, usable, bounds.most());
-    let without = keeping.map_or(0, most);
     let enough = bounds.most().min(bounds.max_length.max(BUSY_TOKENS));
-    if without >= enough || (recomputing.is_none() && without >= bounds.max_length) {
-        return Ok(Solved { tokens: rounded(without, bounds), recompute: false });
+    for (form, model) in &forms {
+        let tokens = most(model);
+        if tokens >= enough {
+            return Ok(Solved { tokens: rounded(tokens, bounds), form: *form });
+        }
     }
-    let with = recomputing.map_or(0, most);
-    if with >= bounds.max_length {
-        return Ok(Solved { tokens: rounded(with, bounds), recompute: true });
+    let tokens = most(&smallest);
+    if tokens >= bounds.max_length {
+        return Ok(Solved { tokens: rounded(tokens, bounds), form: least });
     }
-    Err(too_small(recomputing.or(keeping), available, usable, bounds))
+    Err(too_small(&smallest, available, usable, bounds))
 }
 
 /// The largest micro-batch that fits into so many bytes, whatever an update needs; 0 if none does.
@@ -131,8 +152,7 @@ fn rounded(tokens: i64, bounds: Bounds) -> i64 {
     if tokens == bounds.most() { tokens } else { (tokens / STEP * STEP).max(bounds.max_length) }
 }
 
-fn too_small(model: Option<&MemoryModel>, available: i64, usable: i64, bounds: Bounds) -> Error {
-    let Some(model) = model else { return Error::failed("memory", "no model of it was given") };
+fn too_small(model: &MemoryModel, available: i64, usable: i64, bounds: Bounds) -> Error {
     let (lasting, needed) = (model.lasting(), model.total(bounds.max_length));
     let what = format!(
         "one sample of {} tokens needs {}, of which {} is held by weights, parameters and optimizer; of {} available, {} may \

@@ -145,7 +145,7 @@ pub fn onednn_linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 }
 
 /// The numbers of one AdamW update. The tensors are 0-d and lie on the parameters' device, so that nothing waits for them.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct AdamWStep<'a> {
     /// Learning rate of this update, fp64 on the CPU and fp32 on a GPU.
     pub lr: &'a Tensor,

@@ -50,17 +50,18 @@ pub(super) struct Start {
 /// [`Error::Invalid`] before any file is created; [`Error::Interrupted`] after a signal, when the present step is
 /// finished and saved.
 pub fn train(config: Config, resume: bool, host: &Host, ranks: Box<dyn Communicator>) -> Result<Outcome> {
-    together(ranks, host, || start_or_go_on(config, resume, host))
+    let n_ranks = ranks.world_size();
+    together(ranks, host, || start_or_go_on(config, resume, host, n_ranks))
 }
 
-fn start_or_go_on(config: Config, resume: bool, host: &Host) -> Result<Option<Start>> {
+fn start_or_go_on(config: Config, resume: bool, host: &Host, n_ranks: usize) -> Result<Option<Start>> {
     let dir = config.train.output.clone();
     if resume && holds_run(&dir) {
         let lock = RunLock::take(&dir)?;
-        return go_on(config, dir, lock, host);
+        return go_on(config, dir, lock, host, n_ranks);
     }
     refuse_taken_output(&config)?;
-    let job = inspect(config)?;
+    let job = inspect(config, n_ranks)?;
     job.run_bytes().fit(&*host.disk, &dir, 0)?;
     Ok(Some(Start { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() }))
 }
@@ -70,13 +71,14 @@ fn start_or_go_on(config: Config, resume: bool, host: &Host) -> Result<Option<St
 /// # Errors
 /// As [`train`].
 pub fn resume(run_dir: &Path, sets: &[String], host: &Host, ranks: Box<dyn Communicator>) -> Result<Outcome> {
+    let n_ranks = ranks.world_size();
     together(ranks, host, || {
         expect_run(run_dir)?;
         let lock = RunLock::take(run_dir)?;
         let mut config = Config::load(&run_dir.join(CONFIG_FILE), sets)?;
         // The folder may have been moved since.
         config.train.output = run_dir.to_path_buf();
-        go_on(config, run_dir.to_path_buf(), lock, host)
+        go_on(config, run_dir.to_path_buf(), lock, host, n_ranks)
     })
 }
 
@@ -96,21 +98,21 @@ fn together(
     }
     let start = match start {
         Some(start) => start,
-        None => Start::beside_rank_0(&String::from_utf8_lossy(&settled))?,
+        None => Start::beside_rank_0(&String::from_utf8_lossy(&settled), ranks.world_size())?,
     };
     Run::open(start, host, ranks)?.run_to_end()
 }
 
 impl Start {
     /// The same job on another rank, which neither writes nor judges.
-    fn beside_rank_0(settled: &str) -> Result<Self> {
-        let job = inspect(Config::parse(settled, "the config of rank 0", &[])?)?;
+    fn beside_rank_0(settled: &str, n_ranks: usize) -> Result<Self> {
+        let job = inspect(Config::parse(settled, "the config of rank 0", &[])?, n_ranks)?;
         let dir = job.model.config.train.output.clone();
         Ok(Self { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() })
     }
 }
 
-fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host) -> Result<Option<Start>> {
+fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host, n_ranks: usize) -> Result<Option<Start>> {
     let Newest { good, damaged } = newest_good(&dir.join(CHECKPOINTS_DIR))?;
     let from = match good {
         Some((_, checkpoint)) => {
@@ -142,7 +144,7 @@ fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host) -> Result
                 .hint("start a new run with model.init_adapter = its adapter"));
         }
     }
-    let job = inspect(config)?;
+    let job = inspect(config, n_ranks)?;
     let mut notes = Vec::new();
     if let Some((_, record)) = &from {
         same_identity(&job, record, &changes, &dir)?;
@@ -159,9 +161,9 @@ fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host) -> Result
     Ok(Some(Start { job, dir, lock: Some(lock), from, notes, damaged }))
 }
 
-fn inspect(config: Config) -> Result<Job> {
+fn inspect(config: Config, n_ranks: usize) -> Result<Job> {
     let cache = config.data.cache_dir.clone();
-    Job::inspect(config, Some(&cache))
+    Job::inspect(config, Some(&cache), n_ranks)
 }
 
 /// Refuses a config by which the run would be another one.

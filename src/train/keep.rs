@@ -11,7 +11,6 @@ use crate::checkpoint::state::{Extent, Record};
 use crate::config;
 use crate::disk::put_file;
 use crate::error::{Error, Result};
-use crate::model::params::named_copies;
 use crate::train::non_finite::NonFinite;
 use crate::train::run::Run;
 use crate::train::run_dir::ADAPTER_DIR;
@@ -22,12 +21,12 @@ impl Run<'_> {
     /// is still being written.
     pub(super) fn save(&mut self) -> Result<()> {
         self.settle()?;
-        if !self.is_leader() {
-            (self.begun_step, self.saved_step) = (self.trainer.state.step, self.trainer.state.step);
-            return Ok(());
-        }
         self.wait_for_the_saver()?;
         let started = Instant::now();
+        let is_leader = self.is_leader();
+        let (adapter, moments) = (self.adapter()?, self.trainer.copied_moments(is_leader)?);
+        self.begun_step = self.trainer.state.step;
+        let (Some(adapter), Some(moments)) = (adapter, moments) else { return Ok(()) };
         let trainer = &self.trainer;
         let mut record = Record::new(
             trainer.state.clone(),
@@ -38,12 +37,10 @@ impl Run<'_> {
         record.metrics_lines = self.log.n_lines();
         record.evaluated = self.evaluated;
         record.evaluation_is_due = self.evaluation_is_due;
-        let moments = trainer.optimizer.copied_moments(trainer.params.layout())?;
-        let snapshot = Snapshot { adapter: self.adapter()?, moments, record };
+        let snapshot = Snapshot { adapter, moments, record };
         // Metrics first: a checkpoint never knows of a step whose line could still be lost.
         let log = self.log.durable();
         self.saver.begin(snapshot, move || log.sync())?;
-        self.begun_step = self.trainer.state.step;
         let copy_secs = started.elapsed().as_secs_f64();
         self.log.record(&format!("checkpoint of step {}: copied in {copy_secs:.3} s", self.begun_step))
     }
@@ -65,13 +62,12 @@ impl Run<'_> {
         }
     }
 
-    fn adapter(&self) -> Result<Adapter> {
-        let (model, params) = (&self.job.model, &self.trainer.params);
-        Ok(Adapter {
-            config: model.adapter_config(),
-            tensors: named_copies(params.layout(), params.master())?,
-            beside: model.files_beside(),
-        })
+    /// The adapter as it is now, on the rank that writes.
+    fn adapter(&mut self) -> Result<Option<Adapter>> {
+        let is_leader = self.is_leader();
+        let tensors = self.trainer.copied_params(is_leader)?;
+        let model = &self.job.model;
+        Ok(tensors.map(|tensors| Adapter { config: model.adapter_config(), tensors, beside: model.files_beside() }))
     }
 
     pub(super) fn wait_for_the_saver(&mut self) -> Result<()> {
@@ -110,16 +106,13 @@ impl Run<'_> {
 
     pub(super) fn write_adapter(&mut self) -> Result<()> {
         self.settle()?;
-        if !self.is_leader() {
-            return Ok(());
-        }
+        let Some(adapter) = self.adapter()? else { return Ok(()) };
         let table_dtype = match self.job.model.config.train.save_dtype {
             config::SaveDtype::Fp32 => Dtype::F32,
             config::SaveDtype::Bf16 => Dtype::BF16,
             config::SaveDtype::Fp16 => Dtype::F16,
         };
         let dir = self.dir.join(ADAPTER_DIR);
-        let adapter = self.adapter()?;
         replace_whole(&*self.disk, &dir, |folder| adapter.write(folder, table_dtype))?;
         self.log.note(&format!("adapter written to {}", dir.display()))
     }

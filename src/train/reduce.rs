@@ -1,87 +1,103 @@
 //! Summing gradients over the ranks while backward still computes the next ones.
 //!
-//! The flat buffer falls into buckets: the head, the blocks from the last to the first, the embedding table. That is the
-//! order in which backward completes them, and the one in which every rank hands them over, whatever it has computed.
+//! The flat buffer falls into buckets. Backward completes them from the last to the first, and in that order every rank
+//! hands them over, whatever it has computed. Where each rank updates a shard, it gets the sums of that alone, and what it has
+//! made of them is gathered afterwards.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::comm::Communicator;
 use crate::data::Dataset;
 use crate::error::Result;
 use crate::model::llama::Done;
-use crate::model::params::{Bucket, Gradients, Layout};
+use crate::model::params::{Bucket, Gradients, Holds, ParamBuffer};
 use crate::torch::transfer::upload;
 
 /// The gradients of one update on their way.
 pub(super) struct Reducer<'a> {
     ranks: &'a mut dyn Communicator,
     grads: &'a Gradients,
-    buckets: Vec<Bucket>,
-    /// The buckets handed over.
-    n_begun: usize,
-    /// The rows of the embedding table that this update's samples name, on every rank the same, and their gradients.
-    embed_rows: Option<(Tensor, Tensor)>,
+    is_sharded: bool,
+    /// The buckets that remain to be handed over, the next one last.
+    remaining: &'a [Bucket],
+    has_begun: bool,
+    /// The rows of the embedding table that this update's samples name, on every rank the same.
     touched: &'a [i64],
+    /// Their gradients: where they belong, which rows, the sums.
+    embed: Option<(Tensor, Tensor, Tensor)>,
 }
 
 impl<'a> Reducer<'a> {
     /// Hands nothing over yet. `touched` are the rows of the embedding table that can have a gradient.
     pub(super) fn new(
         ranks: &'a mut dyn Communicator,
-        layout: &Layout,
+        params: &'a ParamBuffer,
         grads: &'a Gradients,
         touched: &'a [i64],
     ) -> Self {
-        let buckets = if ranks.world_size() > 1 { layout.buckets() } else { Vec::new() };
-        Self { ranks, grads, buckets, n_begun: 0, embed_rows: None, touched }
+        let remaining = if ranks.world_size() > 1 { params.layout().buckets() } else { &[] };
+        Self { ranks, grads, is_sharded: params.is_sharded(), remaining, has_begun: false, touched, embed: None }
     }
 
     /// Whether other ranks wait for the rest by now.
     pub(super) fn has_begun(&self) -> bool {
-        self.n_begun > 0
+        self.has_begun
     }
 
     /// Hands over what is complete.
     pub(super) fn completed(&mut self, done: Done) -> Result<()> {
-        let is_complete = |bucket: &Bucket| match (bucket, done) {
-            (Bucket::Head(_), _) | (_, Done::Everything) => true,
-            (Bucket::Block(layer, _), Done::Block(lowest)) => *layer >= lowest,
+        let is_complete = |holds: Holds| match (holds, done) {
+            (Holds::Head, _) | (_, Done::Everything) => true,
+            (Holds::Block(layer), Done::Block(lowest)) => layer >= lowest,
             _ => false,
         };
-        while let Some(bucket) = self.buckets.get(self.n_begun).filter(|bucket| is_complete(bucket)).cloned() {
-            self.begin(&bucket)?;
-            self.n_begun += 1;
+        while let Some((bucket, rest)) = self.remaining.split_last().filter(|(last, _)| is_complete(last.holds)) {
+            self.has_begun = true;
+            self.begin(bucket)?;
+            self.remaining = rest;
         }
         Ok(())
     }
 
-    fn begin(&mut self, bucket: &Bucket) -> Result<()> {
-        match bucket {
-            Bucket::Head(range) | Bucket::Block(_, range) => {
-                let flat = self.grads.flat().f_narrow(0, range.start, range.end - range.start)?;
-                self.ranks.all_reduce(&flat)
-            }
-            Bucket::Embed(index) => {
-                let table_vd = self.grads.view(*index)?;
+    fn begin(&mut self, Bucket { holds, range }: &Bucket) -> Result<()> {
+        let flat = self.grads.flat().f_narrow(0, range.start, range.end - range.start)?;
+        match holds {
+            // So few rows that sharing them out would save little.
+            Holds::Embed => {
+                // The table stands first of all tensors.
+                let table_vd = self.grads.view(0)?;
                 let ids = upload(self.touched, table_vd.device())?;
                 let rows = table_vd.f_index_select(0, &ids)?;
                 self.ranks.all_reduce(&rows)?;
-                self.embed_rows = Some((ids, rows));
+                self.embed = Some((table_vd, ids, rows));
                 Ok(())
             }
+            _ if self.is_sharded => self.ranks.reduce_scatter(&flat),
+            _ => self.ranks.all_reduce(&flat),
         }
     }
 
     /// Hands over the rest and waits for all of it; `numbers` are summed besides.
-    pub(super) fn finish(mut self, numbers: &Tensor) -> Result<()> {
+    pub(super) fn finish(mut self, numbers: Option<&Tensor>) -> Result<()> {
         self.completed(Done::Everything)?;
-        self.ranks.all_reduce(numbers)?;
+        if let Some(numbers) = numbers {
+            self.ranks.all_reduce(numbers)?;
+        }
         self.ranks.wait()?;
-        if let (Some((ids, rows)), Some(Bucket::Embed(index))) = (&self.embed_rows, self.buckets.last()) {
-            let _ = self.grads.view(*index)?.f_index_copy_(0, ids, rows)?;
+        if let Some((mut table_vd, ids, rows)) = self.embed {
+            let _ = table_vd.f_index_copy_(0, &ids, &rows)?;
         }
         Ok(())
     }
+}
+
+/// Has every rank give its shard of a flat buffer to all.
+pub(super) fn gather(ranks: &mut dyn Communicator, params: &ParamBuffer, flat: &Tensor) -> Result<()> {
+    for Bucket { range, .. } in params.layout().buckets() {
+        // Half-precision numbers go as the bytes that they are.
+        ranks.all_gather(&flat.f_narrow(0, range.start, range.end - range.start)?.f_view_dtype(Kind::Uint8)?)?;
+    }
+    ranks.wait()
 }
 
 /// The ids that occur in samples, each once, in order.

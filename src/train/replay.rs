@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::manifest::{Newest, checkpoints, newest_good_before};
 use crate::checkpoint::state::{ComputedOn, Record};
+use crate::comm::Solo;
 use crate::config::{Config, Meaning};
 use crate::error::{Error, Result};
 use crate::log::StepMetrics;
@@ -14,7 +15,7 @@ use crate::train::begin::same_identity;
 use crate::train::non_finite::{SampleLoss, json_line};
 use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, expect_run};
 use crate::train::setup::Job;
-use crate::train::stand::{computed_on, trainer_at};
+use crate::train::stand::{Standing, computed_on};
 use crate::train::step::Trainer;
 
 /// The keys of a line of metrics that a clock decides.
@@ -69,7 +70,7 @@ impl Replay {
         let config = config_of_step(run_dir, after.as_ref(), sets)?;
         // Tokens that the run has cached are read, and none are written where it did not.
         let cache = config.data.cache_dir.clone();
-        let job = Job::inspect(config, Some(&*cache).filter(|cache| cache.is_dir()))?;
+        let job = Job::inspect(config, Some(&*cache).filter(|cache| cache.is_dir()), 1)?;
         if step == 0 || step > job.total_steps {
             let what = format!("the run has no step {step}");
             return Err(Error::invalid("--step", what).hint(format!("name one from 1 to {}", job.total_steps)));
@@ -169,7 +170,7 @@ fn open_at(job: &Job, run_dir: &Path, checkpoint: Option<&Path>) -> Result<(Trai
     if let Some(record) = &record {
         same_identity(job, record, &[], run_dir)?;
     }
-    Ok((trainer_at(job, checkpoint)?, record))
+    Ok((Standing::read(job, checkpoint)?.trainer(job, Box::new(Solo))?, record))
 }
 
 /// The line of a step without what a clock says.

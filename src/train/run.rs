@@ -10,7 +10,7 @@ use crate::checkpoint::folder::{remove_whole, sweep_incomplete};
 use crate::checkpoint::retention::Keep;
 use crate::checkpoint::saver::Saver;
 use crate::checkpoint::state::Evaluated;
-use crate::comm::Communicator;
+use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Auto, Config};
 use crate::disk::{Disk, Nowhere, make_folder, put_file, sync_parent};
 use crate::error::{Error, Result};
@@ -22,7 +22,7 @@ use crate::train::lock::RunLock;
 use crate::train::requests::{Agreed, Requests};
 use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, refuse_taken_output};
 use crate::train::setup::Job;
-use crate::train::stand::{stand_where_rank_0_does, trainer_at};
+use crate::train::stand::Standing;
 use crate::train::step::Trainer;
 
 /// How a call that should train ended.
@@ -58,16 +58,16 @@ pub(super) struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Loads the model and opens the folder's logs.
-    pub(super) fn open(start: Start, host: &'a Host, ranks: Box<dyn Communicator>) -> Result<Self> {
+    pub(super) fn open(start: Start, host: &'a Host, mut ranks: Box<dyn Communicator>) -> Result<Self> {
         let Start { job, dir, lock, from, notes, damaged } = start;
         let is_leader = ranks.rank() == 0;
         // One rank writes for all.
         let disk = if is_leader { Arc::clone(&host.disk) } else { Arc::new(Nowhere) as Arc<dyn Disk> };
         let (checkpoint, record) = from.unzip();
-        let mut trainer = trainer_at(&job, checkpoint.as_deref())?;
-        trainer.ranks = ranks;
+        let mut standing = Standing::read(&job, checkpoint.as_deref())?;
         let evaluation_is_due = record.as_ref().is_some_and(|record| record.evaluation_is_due);
-        let evaluation_is_due = stand_where_rank_0_does(&mut trainer, evaluation_is_due)?;
+        let evaluation_is_due = standing.follow_rank_0(&mut *ranks, evaluation_is_due)?;
+        let trainer = standing.trainer(&job, ranks)?;
         // What comes before has changed nothing that could be lost.
         host.requests.wait_for_the_step();
 
@@ -128,7 +128,8 @@ impl<'a> Run<'a> {
         let step = trainer.state.step;
         let world_size = trainer.ranks.world_size();
         if world_size > 1 {
-            log.note(&format!("{world_size} ranks share each update"))?;
+            let sharded = if trainer.params.is_sharded() { ", and the optimizer's state" } else { "" };
+            log.note(&format!("{world_size} ranks share each update{sharded}"))?;
         }
         if step > 0 {
             log.note(&format!("goes on from step {step} of {}", job.total_steps))?;
@@ -302,7 +303,9 @@ impl<'a> Run<'a> {
         self.settle()?;
         self.wait_for_the_saver()?;
         let step = self.trainer.state.step;
-        if self.saved_step < step || self.evaluation_is_due {
+        // Rank 0 knows which of its files are whole; all take part in a save.
+        let is_unsaved = self.saved_step < step || self.evaluation_is_due;
+        if broadcast_bytes(&mut *self.trainer.ranks, vec![u8::from(is_unsaved)])? == [1] {
             self.save()?;
             if let Some((_, Err(error))) = self.saver.wait() {
                 return Ok(error);

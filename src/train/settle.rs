@@ -9,7 +9,7 @@ use crate::model::config::LlamaConfig;
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
 use crate::plan::MemoryModel;
-use crate::plan::solve::{self, Bounds, Solved, Wanted};
+use crate::plan::solve::{self, Bounds, Form, Solved, Wanted};
 use crate::torch::memory;
 
 /// Micro-batches on a CPU hold this many tokens where the config says `auto`.
@@ -36,12 +36,19 @@ pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
     Ok(note)
 }
 
-/// Settles the size of micro-batches and recompute where they are `auto`: on a CPU fixed values, on a GPU by the memory
-/// model and the memory that is free. Whether the memory model chose the size is what comes back.
+/// Settles the size of micro-batches, recompute and sharding where they are `auto`: on a CPU fixed values, on a GPU by the
+/// memory model and the memory that is free. Whether the memory model chose the size is what comes back. Sharding stays
+/// `auto` on one rank, where there is nothing to choose.
 ///
 /// # Errors
 /// A GPU that has no room for a sample of `data.max_length`.
-pub fn settle_micro_batches(config: &mut Config, base: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<bool> {
+pub fn settle_micro_batches(
+    config: &mut Config,
+    base: &LlamaConfig,
+    lora: &LoraSpec,
+    layout: &Layout,
+    n_ranks: usize,
+) -> Result<bool> {
     fn settled<T: Copy>(value: Auto<T>) -> Option<T> {
         match value {
             Auto::Is(value) => Some(value),
@@ -50,25 +57,31 @@ pub fn settle_micro_batches(config: &mut Config, base: &LlamaConfig, lora: &Lora
     }
     let (device, kind, max_length) = (device(config), kind(config), config.data.max_length);
     let (tokens, recompute) = (settled(config.train.micro_batch_tokens), settled(config.train.recompute));
+    let (recompute, shard) = (recompute.map(|which| which == config::Recompute::All), settled(config.train.shard));
     let solved = match device.is_cuda() {
         false => Solved {
             tokens: tokens.unwrap_or(CPU_MICRO_BATCH_TOKENS.max(max_length)) as i64,
-            recompute: recompute == Some(config::Recompute::All),
+            form: Form { recompute: recompute == Some(true), shard: shard == Some(true) },
         },
         true => {
-            let model = |recompute| MemoryModel::new(base, lora, layout, kind, device, recompute);
-            let wanted = Wanted {
-                tokens: tokens.map(|tokens| tokens as i64),
-                recompute: recompute.map(|which| which == config::Recompute::All),
+            let model = |form: Form| {
+                let model = MemoryModel::new(base, lora, layout, kind, device, form.recompute);
+                if form.shard { model.sharded(n_ranks) } else { model }
             };
-            let update = config.train.global_batch.saturating_mul(max_length) as i64;
+            let wanted =
+                Wanted { tokens: tokens.map(|tokens| tokens as i64), recompute, shard: shard.filter(|_| n_ranks > 1) };
+            let share = config.train.global_batch.div_ceil(n_ranks);
+            let update = share.saturating_mul(max_length) as i64;
             let bounds = Bounds { max_length: max_length as i64, update };
-            solve::settle(model, wanted, memory::free_bytes(device)? as i64, bounds)?
+            solve::settle(model, wanted, n_ranks, memory::free_bytes(device)? as i64, bounds)?
         }
     };
     config.train.micro_batch_tokens = Auto::Is(solved.tokens as usize);
     config.train.recompute =
-        Auto::Is(if solved.recompute { config::Recompute::All } else { config::Recompute::Nothing });
+        Auto::Is(if solved.form.recompute { config::Recompute::All } else { config::Recompute::Nothing });
+    if n_ranks > 1 {
+        config.train.shard = Auto::Is(solved.form.shard);
+    }
     Ok(device.is_cuda() && tokens.is_none())
 }
 

@@ -27,8 +27,10 @@ use crate::train::step::StepSettings;
 
 /// The model of a config, checked but not loaded, with its tokenizer and template.
 pub struct ModelSetup {
-    /// The resolved config, no `auto` left.
+    /// The resolved config, no `auto` left but for what one rank alone leaves open.
     pub config: Config,
+    /// How many ranks share the work.
+    pub n_ranks: usize,
     /// The base's shape.
     pub base: LlamaConfig,
     /// The base's files.
@@ -89,8 +91,9 @@ impl Gather {
 }
 
 impl ModelSetup {
-    /// Checks the model, tokenizer and template of a config and settles its `auto` values. Reads headers, not weights.
-    pub fn inspect(mut config: Config) -> Result<Self> {
+    /// Checks the model, tokenizer and template of a config and settles its `auto` values for so many ranks. Reads headers, not
+    /// weights.
+    pub fn inspect(mut config: Config, n_ranks: usize) -> Result<Self> {
         let mut faults = Gather::default();
         let device_note = faults.take(settle::settle_device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
@@ -108,11 +111,11 @@ impl ModelSetup {
             (Some(base), Some(tokenizer)) => faults.take(vocab_size(&config, base, tokenizer, &lora))?,
             _ => None,
         };
-        let layout = base.as_ref().zip(vocab_size).map(|(base, vocab)| Layout::new(base, &lora, vocab));
+        let layout = base.as_ref().zip(vocab_size).map(|(base, vocab)| Layout::for_ranks(base, &lora, vocab, n_ranks));
         let mut micro_batch_is_solved = false;
         // Without a device there is no memory to ask for.
         if let (Some(base), Some(layout), true) = (&base, &layout, faults.0.is_empty()) {
-            let solved = settle::settle_micro_batches(&mut config, base, &lora, layout);
+            let solved = settle::settle_micro_batches(&mut config, base, &lora, layout, n_ranks);
             micro_batch_is_solved = faults.take(solved)?.unwrap_or_default();
         }
         let mut init = None;
@@ -123,6 +126,7 @@ impl ModelSetup {
         match (base, files, tokenizer, template, vocab_size, layout) {
             (Some(base), Some(files), Some(tokenizer), Some(template), Some(vocab_size), Some(layout)) => Ok(Self {
                 config,
+                n_ranks,
                 base,
                 files,
                 lora,
@@ -235,7 +239,13 @@ impl ModelSetup {
     /// The memory of this model's training.
     pub fn memory_model(&self) -> MemoryModel {
         let recompute = self.config.train.recompute == Auto::Is(config::Recompute::All);
-        MemoryModel::new(&self.base, &self.lora, &self.layout, self.kind(), self.device(), recompute)
+        let model = MemoryModel::new(&self.base, &self.lora, &self.layout, self.kind(), self.device(), recompute);
+        if self.shards() { model.sharded(self.n_ranks) } else { model }
+    }
+
+    /// Whether each rank holds the optimizer's state of a part of the parameters only.
+    pub fn shards(&self) -> bool {
+        self.n_ranks > 1 && self.config.train.shard == Auto::Is(true)
     }
 
     /// How the losses of an update are averaged.
@@ -245,9 +255,9 @@ impl ModelSetup {
 }
 
 impl Job {
-    /// Checks a whole job. With a cache folder the tokens are kept there; without one no file is created.
-    pub fn inspect(config: Config, cache: Option<&Path>) -> Result<Self> {
-        let model = ModelSetup::inspect(config)?;
+    /// Checks a whole job for so many ranks. With a cache folder the tokens are kept there; without one no file is created.
+    pub fn inspect(config: Config, cache: Option<&Path>, n_ranks: usize) -> Result<Self> {
+        let model = ModelSetup::inspect(config, n_ranks)?;
         let data = &model.config.data;
         let mut faults = Gather::default();
         // Validation first and never cached: when it is at fault, no file has been made yet.

@@ -6,38 +6,96 @@ use tch::{Device, Kind};
 
 use crate::checkpoint::load;
 use crate::checkpoint::state::{ComputedOn, RunState};
-use crate::comm::broadcast_bytes;
+use crate::comm::{Communicator, broadcast_bytes};
 use crate::device::{Cuda, cuda};
 use crate::error::{Error, Result};
+use crate::model::params::ParamBuffer;
 use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
+use crate::torch::memory;
 use crate::train::setup::Job;
 use crate::train::step::Trainer;
 
-/// A job's trainer as it stood at a checkpoint, or at the start of the run.
-///
-/// # Errors
-/// A checkpoint or a base that cannot be read.
-pub(super) fn trainer_at(job: &Job, checkpoint: Option<&Path>) -> Result<Trainer> {
-    let settings = &job.model.config.train;
-    let mut params = job.model.initial_params()?;
-    let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };
-    let optimizer = AdamW::new(adamw, &params)?;
-    let state = match checkpoint {
-        Some(dir) => {
-            let moments = optimizer.named_moments(params.layout())?;
-            load::load(dir, &mut params, &moments)?.state
+/// What a run stands at: its parameters and moments, all of them, and its position.
+pub(super) struct Standing {
+    params: ParamBuffer,
+    optimizer: AdamW,
+    state: RunState,
+}
+
+impl Standing {
+    /// As it was at a checkpoint, or at the start of the run.
+    ///
+    /// # Errors
+    /// A checkpoint or a base that cannot be read.
+    pub(super) fn read(job: &Job, checkpoint: Option<&Path>) -> Result<Self> {
+        let settings = &job.model.config.train;
+        let mut params = job.model.initial_params()?;
+        let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };
+        let optimizer = AdamW::new(adamw, &params)?;
+        let state = match checkpoint {
+            Some(dir) => {
+                let moments = optimizer.named_moments(params.layout())?;
+                load::load(dir, &mut params, &moments)?.state
+            }
+            None => {
+                let scale = match job.model.kind() {
+                    Kind::Half => LossScale::dynamic(),
+                    _ => LossScale::none(),
+                };
+                RunState::start(scale, job.identity())
+            }
+        };
+        Ok(Self { params, optimizer, state })
+    }
+
+    /// Takes on, on every rank, what rank 0 stands at, and whether an evaluation is due there.
+    ///
+    /// # Errors
+    /// Another base or other samples than those of rank 0.
+    pub(super) fn follow_rank_0(&mut self, ranks: &mut dyn Communicator, evaluation_is_due: bool) -> Result<bool> {
+        if ranks.world_size() == 1 {
+            return Ok(evaluation_is_due);
         }
-        None => {
-            let scale = match job.model.kind() {
-                Kind::Half => LossScale::dynamic(),
-                _ => LossScale::none(),
-            };
-            RunState::start(scale, job.identity())
+        let text = serde_json::to_vec(&(&self.state, evaluation_is_due)).expect("numbers and strings make JSON");
+        let text = broadcast_bytes(ranks, text)?;
+        let (state, evaluation_is_due): (RunState, bool) = serde_json::from_slice(&text)
+            .map_err(|error| Error::failed("rank 0", format!("says where the run stands in other words: {error}")))?;
+        if state.identity != self.state.identity {
+            let what = if state.identity.base == self.state.identity.base { "other samples" } else { "another base" };
+            let place = format!("rank {}", ranks.rank());
+            return Err(Error::failed(place, format!("has {what} than rank 0"))
+                .hint("give all machines the same files under the same names"));
         }
-    };
-    let model = job.model.load(&params)?;
-    Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state)
+        self.state = state;
+        let master = self.params.master();
+        let moments = self.optimizer.moments().map(|(_, moment)| moment);
+        // At the start of a run all moments are zero.
+        for flat in master.into_iter().chain(moments.into_iter().filter(|_| self.state.step > 0)) {
+            ranks.broadcast(flat, 0)?;
+        }
+        ranks.wait()?;
+        self.params.refresh_compute()?;
+        Ok(evaluation_is_due)
+    }
+
+    /// Loads the model and goes on from here. Where the optimizer is sharded, only this rank's part of it stays.
+    ///
+    /// # Errors
+    /// A base that cannot be read.
+    pub(super) fn trainer(self, job: &Job, ranks: Box<dyn Communicator>) -> Result<Trainer> {
+        let Self { mut params, mut optimizer, state } = self;
+        if job.model.shards() {
+            let shard = params.layout().shard(ranks.rank(), ranks.world_size());
+            optimizer.keep(&shard)?;
+            params.keep(shard)?;
+            memory::release_cached(params.device())?;
+        }
+        let model = job.model.load(&params)?;
+        let mut trainer = Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state)?;
+        trainer.ranks = ranks;
+        Ok(trainer)
+    }
 }
 
 /// What decides how a job's sums are rounded on this machine.
@@ -47,32 +105,4 @@ pub(super) fn computed_on(job: &Job) -> ComputedOn {
         _ => "cpu".to_owned(),
     };
     ComputedOn { device, threads: tch::get_num_threads() }
-}
-
-/// Gives every rank the parameters, the moments and the position of rank 0, and whether an evaluation is due there.
-///
-/// # Errors
-/// Another base or other samples than those of rank 0.
-pub(super) fn stand_where_rank_0_does(trainer: &mut Trainer, evaluation_is_due: bool) -> Result<bool> {
-    if trainer.ranks.world_size() == 1 {
-        return Ok(evaluation_is_due);
-    }
-    let own = trainer.state.identity.clone();
-    let text = serde_json::to_vec(&(&trainer.state, evaluation_is_due)).expect("numbers and strings make JSON");
-    let text = broadcast_bytes(&mut *trainer.ranks, text)?;
-    let (state, evaluation_is_due): (RunState, bool) = serde_json::from_slice(&text)
-        .map_err(|error| Error::failed("rank 0", format!("says where the run stands in other words: {error}")))?;
-    if state.identity != own {
-        let what = if state.identity.base == own.base { "other samples" } else { "another base" };
-        let place = format!("rank {}", trainer.ranks.rank());
-        return Err(Error::failed(place, format!("has {what} than rank 0"))
-            .hint("give all machines the same files under the same names"));
-    }
-    trainer.ranks.broadcast(trainer.params.master(), 0)?;
-    for moment in trainer.optimizer.moments() {
-        trainer.ranks.broadcast(moment, 0)?;
-    }
-    trainer.ranks.wait()?;
-    trainer.stand_at(state)?;
-    Ok(evaluation_is_due)
 }

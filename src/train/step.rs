@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use crate::checkpoint::state::RunState;
 use crate::comm::{Communicator, Solo};
@@ -12,9 +12,9 @@ use crate::error::{Error, Result};
 use crate::eval::input;
 use crate::log::StepMetrics;
 use crate::model::llama::{Done, Llama};
-use crate::model::params::{Gradients, ParamBuffer};
+use crate::model::params::{Gradients, ParamBuffer, named_copies};
 use crate::ops::dropout::DropoutKey;
-use crate::optim::adamw::AdamW;
+use crate::optim::adamw::{AdamW, of_moment};
 use crate::optim::control::{Asks, Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
@@ -22,7 +22,7 @@ use crate::plan::MemoryModel;
 use crate::torch::memory;
 use crate::train::non_finite::{NonFinite, SampleLoss};
 use crate::train::probe::{Probed, Trial, probe};
-use crate::train::reduce::{Reducer, touched_ids};
+use crate::train::reduce::{Reducer, gather, touched_ids};
 
 /// What an update depends on besides its samples and the run's state.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -145,7 +145,7 @@ impl Trainer {
         state: RunState,
     ) -> Result<Self> {
         let StepSettings { seed, global_batch, shuffle, max_grad_norm, schedule, .. } = settings;
-        let device = params.master().device();
+        let device = params.device();
         let order = EpochOrder::new(samples.len(), global_batch, shuffle, seed);
         let grads = Gradients::new(params.layout(), device)?;
         let control = StepControl::new(schedule, max_grad_norm, state.loss_scale, state.updates, device)?;
@@ -168,18 +168,6 @@ impl Trainer {
             note: None,
             non_finite: None,
         })
-    }
-
-    /// Puts the run where another rank says that it stands; parameters and moments are set by then.
-    ///
-    /// # Errors
-    /// What libtorch says.
-    pub fn stand_at(&mut self, state: RunState) -> Result<()> {
-        let StepSettings { max_grad_norm, schedule, .. } = self.settings;
-        let device = self.params.master().device();
-        self.control = StepControl::new(schedule, max_grad_norm, state.loss_scale, state.updates, device)?;
-        self.state = state;
-        self.params.refresh_compute()
     }
 
     /// Does one step and gives the metrics that have become known by it: its own on a CPU, those of the step before on
@@ -235,13 +223,16 @@ impl Trainer {
             }
         }
         let outstanding = self.outstanding.len() as u64;
-        let (decision, reading) = self.control.decide(self.grads.flat(), self.state.updates, outstanding)?;
+        let (decision, reading) = self.control.decide(self.state.updates, outstanding)?;
         self.optimizer.step(&mut self.params, &self.grads, &decision)?;
+        if self.params.is_sharded() {
+            gather(&mut *self.ranks, &self.params, &self.params.compute()?)?;
+        }
         after(Part::Optimizer)?;
         Ok(Some(reading))
     }
 
-    /// Loss and gradients over the micro-batches of this rank's share of an update, summed over the ranks.
+    /// Loss, gradients and their norm over the micro-batches of this rank's share of an update, summed over the ranks.
     fn accumulate(
         &mut self,
         samples: &[u32],
@@ -253,7 +244,7 @@ impl Trainer {
         grads.zero()?;
         control.begin(self.asks)?;
         let touched = if ranks.world_size() > 1 { touched_ids(&self.samples, samples) } else { Vec::new() };
-        let mut reducer = Reducer::new(&mut **ranks, params.layout(), grads, &touched);
+        let mut reducer = Reducer::new(&mut **ranks, params, grads, &touched);
         for (nth, packed) in (1..).zip(batches) {
             let mut pass = || -> Result<()> {
                 let mut completed = |done: Done| match nth == batches.len() {
@@ -273,7 +264,15 @@ impl Trainer {
             };
             pass().map_err(|error| Stopped { error, may_repeat: !reducer.has_begun() })?;
         }
-        Ok(reducer.finish(&control.shared)?)
+        // The norm of a shard is a part of the whole, and is summed; gradients that are whole have the same one everywhere.
+        let is_sharded = params.is_sharded();
+        reducer.finish((!is_sharded).then_some(&control.shared))?;
+        control.take_norm(&params.shard().of_whole(grads.flat())?)?;
+        if is_sharded {
+            ranks.all_reduce(&control.shared)?;
+            ranks.wait()?;
+        }
+        Ok(())
     }
 
     /// Tries a micro-batch of the greatest size before the first step, halving it while memory runs out.
@@ -281,7 +280,7 @@ impl Trainer {
     /// # Errors
     /// Not even one document of `max_length` fits.
     pub fn try_largest(&mut self, predicted: &MemoryModel, max_length: usize) -> Result<Probed> {
-        let device = self.params.master().device();
+        let device = self.params.device();
         loop {
             let StepSettings { micro_batch_tokens: tokens, recompute, dropout, .. } = self.settings;
             let trial = Trial { tokens, max_length, recompute, dropout };
@@ -301,7 +300,7 @@ impl Trainer {
 
     /// Halves the micro-batches of an update that did not fit into memory, for the rest of the run.
     fn halve_micro_batches(&mut self, batches: &[PackedBatch], error: &Error) -> Result<()> {
-        memory::release_cached(self.params.master().device())?;
+        memory::release_cached(self.params.device())?;
         let tokens = batches.iter().map(|batch| batch.input_ids.len()).max().unwrap_or_default();
         if batches.iter().all(|batch| batch.slots.len() == 1) {
             let what = format!("out of memory with one sample of {tokens} tokens at a time: {error}");
@@ -321,6 +320,41 @@ impl Trainer {
     /// What the user should know of the last step, once.
     pub fn take_note(&mut self) -> Option<String> {
         self.note.take()
+    }
+
+    /// Copies of the parameters on the CPU by name, for the rank that asks for them. Every rank must call this together.
+    pub fn copied_params(&mut self, is_wanted: bool) -> Result<Option<Vec<(String, Tensor)>>> {
+        let whole = match self.params.master() {
+            Some(master) => master.shallow_clone(),
+            None => self.gathered(&self.params.shard_masters()?)?,
+        };
+        is_wanted.then(|| named_copies(self.params.layout(), &whole)).transpose()
+    }
+
+    /// Copies of the moments on the CPU by name, as [`Self::copied_params`].
+    pub fn copied_moments(&mut self, is_wanted: bool) -> Result<Option<Vec<(String, Tensor)>>> {
+        let mut copied = Vec::new();
+        for (moment, flat) in self.optimizer.moments().map(|(moment, flat)| (moment, flat.shallow_clone())) {
+            let whole = match self.params.is_sharded() {
+                true => self.gathered(&self.params.shard().of_packed(&flat)?)?,
+                false => flat,
+            };
+            if is_wanted {
+                copied.extend(of_moment(moment, named_copies(self.params.layout(), &whole)?));
+            }
+        }
+        Ok(is_wanted.then_some(copied))
+    }
+
+    /// A buffer of all parameters, of which every rank gives its shard. It lies where the gradients do, which are of no use
+    /// between two steps.
+    fn gathered(&mut self, shard: &[Tensor]) -> Result<Tensor> {
+        let whole = self.grads.flat().shallow_clone();
+        for (mut ours, given) in self.params.shard().of_whole(&whole)?.into_iter().zip(shard) {
+            ours.f_copy_(given)?;
+        }
+        gather(&mut *self.ranks, &self.params, &whole)?;
+        Ok(whole)
     }
 
     /// The samples that the next step will take.

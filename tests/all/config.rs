@@ -121,6 +121,7 @@ loss_average = "tokens"
 loss_group_samples = 1
 seed = 42
 recompute = "auto"
+shard = "auto"
 deterministic = false
 non_finite = "stop"
 max_non_finite = 10
@@ -165,7 +166,7 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
         "max_steps = 9\nglobal_batch = 3\nmicro_batch_tokens = 100\nlearning_rate = 1.2345678901234567e-5\n\
          schedule = \"constant\"\nwarmup_steps = 2\nweight_decay = 1\nbetas = [0, 0.5]\neps = 1e-300\n\
          max_grad_norm = 0\n\
-         loss_average = \"samples\"\nloss_group_samples = 2\nseed = 0\nrecompute = \"none\"\ndeterministic = true\n\
+         loss_average = \"samples\"\nloss_group_samples = 2\nseed = 0\nrecompute = \"none\"\nshard = true\ndeterministic = true\n\
          non_finite = \"skip\"\nmax_non_finite = 1\n\
          checkpoint_every = 8\n\
          keep_checkpoints = 1\nkeep_best = 2\nkeep_steps = [3]\neval_every = 4\nlog_every = 0\nsave_dtype = \"fp16\"",
@@ -263,7 +264,7 @@ fn names_of_other_trainers_lead_to_ours_wherever_they_stand() {
         ("resume_from_checkpoint = true", "bellora resume RUN_DIR"),
         ("sample_packing = true", "always packed"),
         ("load_in_4bit = true", "not supported"),
-        ("deepspeed = \"x\"", "leave it out"),
+        ("deepspeed = \"x\"", "use train.shard"),
         ("use_dora = true", "not supported"),
         // Ours, in the wrong section or slightly misspelt.
         ("max_length = 1", "write max_length under [data]: data.max_length"),
@@ -383,6 +384,8 @@ fn paths_and_values_that_cannot_be_are_refused() {
         (model, "init_adapter = \"ziqing/chinese-alpaca\"", "model.init_adapter", "no folder", "hf download"),
         (model, "resize_vocab = true", "model.resize_vocab", "lacks embed_tokens and lm_head", "modules_to_save"),
         (model, "resize_vocab = \"true\"", "model.resize_vocab", "expected true or false", "without quotes"),
+        (train, "shard = \"true\"", "train.shard", "expected \"auto\", true or false", "without quotes"),
+        (train, "shard = 1", "train.shard", "expected \"auto\", true or false", ""),
         (model, "device = \"cuda:0\"", "model.device", "\"auto\", \"cpu\", \"cuda\"", "write \"cuda\""),
         (lora, "target_modules = []", "lora.target_modules", "empty list", "leave it out"),
         (lora, "target_modules = \"all-linear\"", "lora.target_modules", "all-linear", "leave it out"),

@@ -217,7 +217,7 @@ fn losses_norms_rates_and_adapters_however_the_work_is_cut() {
 #[test]
 fn tokens_and_labels_of_every_row() {
     for case in cases() {
-        let job = Job::inspect(case.config(), None).unwrap();
+        let job = Job::inspect(case.config(), None, 1).unwrap();
         let mut dump = Vec::new();
         job.train.write_dump(&mut dump).unwrap();
         let expected = std::fs::read_to_string(case.dir.join("expected/tokens.jsonl")).unwrap();

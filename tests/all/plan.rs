@@ -11,7 +11,7 @@ use bellora::model::params::{Gradients, Layout};
 use bellora::model::shapes;
 use bellora::model::tensor_file_out::{Planned, TensorFileWriter};
 use bellora::plan::memory::{MemoryModel, Part, sum};
-use bellora::plan::solve::{Bounds, largest_micro_batch, usable};
+use bellora::plan::solve::{Bounds, Form, Wanted, settle, usable};
 use bellora::plan::{Solved, Stage, gib};
 use bellora::train::probe::{Trial, probe};
 use safetensors::Dtype;
@@ -108,13 +108,18 @@ fn the_largest_micro_batch_fills_the_memory_and_recomputes_only_where_it_must() 
     let lora = reference_lora();
     let shape = reference_shape("llama-2-7b");
     let bounds = Bounds { max_length: 512, update: 64 * 512 };
-    let [keeping, recomputing] = [false, true].map(|r| model_of(&shape, &lora, Kind::Half, GPU, r));
-    let solve = |gb: i64| largest_micro_batch(Some(&keeping), Some(&recomputing), gb * 1_000_000_000, bounds);
+    let model = |form: Form| {
+        let model = model_of(&shape, &lora, Kind::Half, GPU, form.recompute);
+        if form.shard { model.sharded(8) } else { model }
+    };
+    let solve_for =
+        |gb: i64, wanted: Wanted, n_ranks: usize| settle(model, wanted, n_ranks, gb * 1_000_000_000, bounds);
+    let solve = |gb: i64| solve_for(gb, Wanted::default(), 1);
 
     for gb in [28, 32, 40, 80] {
         let available = gb * 1_000_000_000;
-        let Solved { tokens, recompute } = solve(gb).unwrap();
-        let model = if recompute { &recomputing } else { &keeping };
+        let Solved { tokens, form } = solve(gb).unwrap();
+        let model = model(form);
         assert!(model.total(tokens) <= usable(available), "{gb} GB: {tokens} tokens do not fit");
         assert!(
             tokens == bounds.update || model.total(tokens + 64) > usable(available),
@@ -123,19 +128,33 @@ fn the_largest_micro_batch_fills_the_memory_and_recomputes_only_where_it_must() 
         assert!(tokens >= bounds.max_length);
     }
     // 28 GB hold 512 tokens without recompute, but many more with it.
-    assert!(solve(28).unwrap().recompute);
-    assert!(!solve(33).unwrap().recompute);
-    assert!(!solve(80).unwrap().recompute);
+    let [nothing, recompute, shard] =
+        [(false, false), (true, false), (false, true)].map(|(recompute, shard)| Form { recompute, shard });
+    assert_eq!(solve(28).unwrap().form, recompute);
+    assert_eq!(solve(33).unwrap().form, nothing);
+    assert_eq!(solve(80).unwrap().form, nothing);
     // The whole update fits: no more is taken.
-    assert_eq!(solve(400).unwrap(), Solved { tokens: bounds.update, recompute: false });
+    assert_eq!(solve(400).unwrap(), Solved { tokens: bounds.update, form: nothing });
+    // Among ranks sharding comes before recompute, and only where it must.
+    let among_8 = |gb: i64| solve_for(gb, Wanted::default(), 8).unwrap();
+    assert_eq!(among_8(28).form, shard);
+    assert!(among_8(28).tokens > 1024, "{:?}", among_8(28));
+    assert_eq!(among_8(33).form, nothing);
+    assert_eq!(among_8(19).form, Form { recompute: true, shard: true });
     // A choice that has been made is kept.
-    let given = largest_micro_batch(Some(&keeping), None, 28_000_000_000, bounds).unwrap();
-    assert!(!given.recompute && given.tokens < 1024, "{given:?}");
+    let given = solve_for(28, Wanted { recompute: Some(false), ..Wanted::default() }, 1).unwrap();
+    assert!(given.form == nothing && given.tokens < 1024, "{given:?}");
+    let given = solve_for(80, Wanted { shard: Some(true), ..Wanted::default() }, 8).unwrap();
+    assert_eq!(given.form, shard);
+    assert_eq!(solve_for(80, Wanted { shard: Some(true), ..Wanted::default() }, 1).unwrap().form, nothing);
+    // Micro-batches that are given take the first form in which they fit.
+    let of_tokens = |gb: i64| solve_for(gb, Wanted { tokens: Some(2048), ..Wanted::default() }, 8).unwrap().form;
+    assert_eq!([34, 28, 19].map(of_tokens), [nothing, shard, Form { recompute: true, shard: true }]);
 
     let error = solve(25).unwrap_err();
     assert_eq!(error.exit_code(), 2);
     let what = error.to_string();
-    for part in ["512 tokens", &gib(25_000_000_000), &gib(keeping.lasting())] {
+    for part in ["512 tokens", &gib(25_000_000_000), &gib(model(nothing).lasting())] {
         assert!(what.contains(part), "{what}");
     }
     assert!(error.faults()[0].hint.contains("lower"), "{error:?}");
@@ -230,7 +249,7 @@ fn predicted_above_start(case: &Case) -> i64 {
 fn predicted(case: &Case) -> i64 {
     let dir = tempfile::tempdir().unwrap();
     let config = bellora::config::Config::load(&write_job(case, dir.path()), &[]).unwrap();
-    let job = bellora::train::setup::Job::inspect(config, None).unwrap();
+    let job = bellora::train::setup::Job::inspect(config, None, 1).unwrap();
     assert_eq!(job.train.n_tokens() as i64, case.max_length * case.samples, "{}: tokens", case.name);
     job.model.memory_model().total(case.max_length * case.samples)
 }

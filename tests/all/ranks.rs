@@ -63,9 +63,9 @@ pub(crate) const FP32: f64 = 1e-6;
 fn ranks_change_nothing_but_rounding() {
     let lab = lab();
     let solo = train(&lab, "solo", 1, &[]);
-    for nproc in [2, 3, 4] {
-        let what = format!("{nproc} ranks");
-        let ours = train(&lab, &what, nproc, &[]);
+    for (nproc, shard) in [(2, "auto"), (3, "false"), (4, "false"), (2, "true"), (3, "true"), (4, "true")] {
+        let what = format!("{nproc} ranks, shard = {shard}");
+        let ours = train(&lab, &what, nproc, &[&format!("train.shard={shard}")]);
         same_to_rounding(&what, &ours, &solo, FP32);
         assert_eq!(checkpoint_steps(&ours), checkpoint_steps(&solo), "{what}");
         let adapter = "adapter/adapter_model.safetensors";
@@ -75,11 +75,10 @@ fn ranks_change_nothing_but_rounding() {
     }
 }
 
-#[test]
-fn the_same_ranks_give_the_same_bits_and_a_run_moves_between_them() {
-    let lab = lab();
-    let two = train(&lab, "two", 2, &[]);
-    assert_same_run("again on two ranks", &train(&lab, "again", 2, &[]), &two);
+/// Two runs that do the same from start to end, and where a run may go on that has done half of its steps.
+fn moves_between_ranks(lab: &Lab, sets: &[&str]) {
+    let two = train(lab, "two", 2, sets);
+    assert_same_run("again on two ranks", &train(lab, "again", 2, sets), &two);
     // From the middle on: with as many ranks the same bits, with another number the same to rounding.
     for nproc in [2, 1, 3] {
         let dir = lab.path(&format!("from the middle on {nproc}"));
@@ -96,10 +95,42 @@ fn the_same_ranks_give_the_same_bits_and_a_run_moves_between_them() {
 }
 
 #[test]
+fn the_same_ranks_give_the_same_bits_and_a_run_moves_between_them() {
+    moves_between_ranks(&lab(), &[]);
+}
+
+#[test]
+fn a_run_with_a_sharded_optimizer_moves_between_ranks_as_well() {
+    moves_between_ranks(&lab(), &["train.shard=true"]);
+}
+
+/// Who updates a parameter does not matter, but for the order in which the squares of the norm are added up: without clipping
+/// not a bit of an update depends on it.
+#[test]
+fn a_sharded_optimizer_does_the_same_updates() {
+    for dtype in ["fp32", "bf16", "fp16"] {
+        let dtype_set = format!("model.dtype={dtype}");
+        let lab = lab().with(&[&*dtype_set, "train.max_grad_norm=0", "train.eval_every=6"]);
+        let whole = train(&lab, "whole", 3, &["train.shard=false"]);
+        let sharded = train(&lab, "sharded", 3, &["train.shard=true"]);
+        let log = std::fs::read_to_string(sharded.join("train.log")).unwrap();
+        assert!(log.contains("3 ranks share each update, and the optimizer's state"), "{dtype}: {log}");
+        for key in ["loss", "eval_loss"] {
+            assert_eq!(numbers(&sharded, key), numbers(&whole, key), "{dtype}: {key}");
+        }
+        for file in ["adapter_model.safetensors", "optimizer.safetensors"] {
+            let [ours, theirs] = [&sharded, &whole].map(|dir| std::fs::read(step_dir(dir, 12).join(file)).unwrap());
+            assert!(ours == theirs, "{dtype}: {file} differs");
+        }
+    }
+}
+
+#[test]
 fn more_ranks_than_samples() {
     let lab = lab().with(&["train.max_steps=4", "data.validation_fraction=0", "train.eval_every=0"]);
     let solo = train(&lab, "solo", 1, &[]);
     same_to_rounding("8 ranks", &train(&lab, "eight", 8, &[]), &solo, FP32);
+    same_to_rounding("8 sharded ranks", &train(&lab, "sharded", 8, &["train.shard=true"]), &solo, FP32);
 }
 
 #[test]
@@ -108,9 +139,12 @@ fn half_precision_with_overflows_is_skipped_by_all_alike() {
     let skipped = |dir: &Path| -> Vec<(Value, Value)> {
         metrics(dir).iter().map(|line| (line["skipped"].clone(), line["loss_scale"].clone())).collect()
     };
-    let (solo, two) = (train(&lab, "solo", 1, &[]), train(&lab, "two", 2, &[]));
-    assert_eq!(skipped(&two), skipped(&solo));
-    assert!(skipped(&two).iter().any(|(skipped, _)| *skipped == true));
+    let solo = train(&lab, "solo", 1, &[]);
+    assert!(skipped(&solo).iter().any(|(skipped, _)| *skipped == true));
+    for shard in ["false", "true"] {
+        let two = train(&lab, &format!("shard = {shard}"), 2, &[&format!("train.shard={shard}")]);
+        assert_eq!(skipped(&two), skipped(&solo), "shard = {shard}");
+    }
 }
 
 /// A job on two ranks that takes some seconds.

@@ -183,7 +183,7 @@ warmup_steps = 1
     /// Writes an adapter whose `lora_B` is not zero, so that every gradient is alive from the first update, and makes
     /// every config of this folder begin with it.
     pub(crate) fn with_init_adapter(self) -> Self {
-        let setup = ModelSetup::inspect(self.config(&[])).unwrap();
+        let setup = ModelSetup::inspect(self.config(&[]), 1).unwrap();
         let dir = self.path("init_adapter");
         std::fs::create_dir(&dir).unwrap();
         let mut draws = Draws::new(77);
@@ -370,7 +370,7 @@ pub(crate) fn trainer(config: Config) -> Rig {
 /// each other.
 pub(crate) fn trainer_at(config: Config, change: impl FnOnce(&mut RunState)) -> Rig {
     tch::set_num_threads(1);
-    let job = Job::inspect(config, None).unwrap();
+    let job = Job::inspect(config, None, 1).unwrap();
     let params = job.model.initial_params().unwrap();
     let settings = &job.model.config.train;
     let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };

@@ -145,7 +145,7 @@ impl Nccl {
         if tensor.device() != self.device || !tensor.is_contiguous() {
             return wrong(format!("takes contiguous tensors on {:?}, not one on {:?}", self.device, tensor.device()));
         }
-        let is_allowed = kind == OpKind::Broadcast || matches!(tensor.kind(), Kind::Float | Kind::Double);
+        let is_allowed = !kind.adds() || matches!(tensor.kind(), Kind::Float | Kind::Double);
         let Some(dtype) = dtype(tensor.kind()).filter(|_| is_allowed) else {
             return wrong(format!("does not take tensors of {:?}", tensor.kind()));
         };
