@@ -21,6 +21,7 @@ mod kills;
 mod log;
 mod machines;
 mod manifest;
+mod meeting;
 mod model_gradcheck;
 mod nccl;
 mod non_finite;
