@@ -216,6 +216,26 @@ impl RankArgs {
     }
 }
 
+/// The variable by which a process is kept to some of the machine's GPUs.
+pub(super) const VISIBLE_GPUS: &str = "CUDA_VISIBLE_DEVICES";
+
+/// The GPU of a rank on its machine, of those that this process may see.
+pub(super) fn gpu_of(local: usize) -> Option<String> {
+    match std::env::var(VISIBLE_GPUS) {
+        Err(_) => Some(local.to_string()),
+        Ok(visible) => visible.split(',').nth(local).filter(|gpu| !gpu.is_empty()).map(str::to_owned),
+    }
+}
+
+/// The GPU of the rank that torchrun has started, which lets each of its processes see them all; unless only one is visible
+/// already, by what stands between torchrun and this program.
+pub(super) fn own_gpu() -> Option<String> {
+    variable("TORCHELASTIC_RUN_ID")?;
+    let local = variable("LOCAL_RANK")?.parse().ok()?;
+    let is_kept_to_one = std::env::var(VISIBLE_GPUS).is_ok_and(|visible| !visible.contains(','));
+    if is_kept_to_one { None } else { gpu_of(local) }
+}
+
 /// Whether a supervisor has started this process and watches it.
 pub(super) fn is_supervised() -> bool {
     variable(told::SUPERVISOR).is_some()

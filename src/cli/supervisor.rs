@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use super::ranks::{RankArgs, interface_towards, told};
+use super::ranks::{RankArgs, VISIBLE_GPUS, gpu_of, interface_towards, told};
 use super::{say, signals};
 use crate::comm::{Place, Rendezvous, fresh_token};
 use crate::error::{Error, Fault, Result, STOP_SIGNALS};
@@ -33,9 +33,15 @@ pub(super) const FOLLOWS_ANOTHER: &str = "follows another";
 pub(super) fn supervise(args: &RankArgs, nproc: usize, can_resume: bool) -> Result<()> {
     let requests = signals::listen_for_run()?;
     requests.ends_at_once.store(false, Ordering::SeqCst);
+    // Asked once: while the network is away, which a job may outlive, there is no way to the rendezvous.
+    let interface = match (&args.rendezvous, args.interface) {
+        (None, _) => Place::LOOPBACK,
+        (Some(_), Some(interface)) => interface,
+        (Some(address), None) => interface_towards(address)?,
+    };
     let mut restarts = 0;
     loop {
-        let mut job = Job::start(args, nproc, can_resume && restarts > 0)?;
+        let mut job = Job::start(args, nproc, interface, can_resume && restarts > 0)?;
         let ended = job.watch(args, &requests);
         match ended {
             Err(error) if restarts < args.max_restarts && is_worth_another_try(&error) => {
@@ -83,7 +89,7 @@ struct Job {
 }
 
 impl Job {
-    fn start(args: &RankArgs, nproc: usize, resumes: bool) -> Result<Self> {
+    fn start(args: &RankArgs, nproc: usize, interface: IpAddr, resumes: bool) -> Result<Self> {
         let world_size = nproc * args.nnodes;
         let meet = Duration::from_secs(args.meet_timeout);
         let token = std::env::var(told::TOKEN).unwrap_or_default();
@@ -98,28 +104,17 @@ impl Job {
                 .hint("set BELLORA_TOKEN to the same random text on all machines"));
             }
         };
-        let (rendezvous, address, interface) = match &args.rendezvous {
+        let listen_at = |at| Rendezvous::listen_at(at, world_size, token.as_bytes(), meet);
+        let (rendezvous, address) = match &args.rendezvous {
             None => {
-                let rendezvous = Rendezvous::listen(Place::LOOPBACK, world_size, token.as_bytes(), meet)?;
+                let rendezvous = listen_at(SocketAddr::new(interface, 0))?;
                 let address = rendezvous.address().to_string();
-                (Some(rendezvous), address, Place::LOOPBACK)
+                (Some(rendezvous), address)
             }
-            Some(address) => {
-                let interface = match args.interface {
-                    Some(interface) => interface,
-                    None => interface_towards(address)?,
-                };
-                let rendezvous = match args.node_rank {
-                    0 => Some(Rendezvous::listen_at(
-                        own_address(address, interface, args.interface.is_some())?,
-                        world_size,
-                        token.as_bytes(),
-                        meet,
-                    )?),
-                    _ => None,
-                };
-                (rendezvous, address.clone(), interface)
+            Some(address) if args.node_rank == 0 => {
+                (Some(listen_at(own_address(address, interface, args.interface.is_some())?)?), address.clone())
             }
+            Some(address) => (None, address.clone()),
         };
         let (sender, events) = channel();
         let mut job = Self { ranks: Vec::new(), events, rendezvous };
@@ -143,7 +138,8 @@ impl Job {
                 .env(told::LINK_TIMEOUT, args.link_timeout.to_string())
                 .env(told::TOKEN, &token)
                 .env(told::SUPERVISOR, std::process::id().to_string())
-                .env("CUDA_VISIBLE_DEVICES", gpu_of(local))
+                // On CPUs there may be more ranks than GPUs: these see none.
+                .env(VISIBLE_GPUS, gpu_of(local).unwrap_or_default())
                 .stdin(Stdio::null())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
@@ -376,12 +372,6 @@ fn shown(status: ExitStatus) -> String {
         (None, Some(9)) => "was killed (SIGKILL): by hand, or by the system for want of memory".to_owned(),
         (None, signal) => format!("was ended by signal {}", signal.unwrap_or_default()),
     }
-}
-
-/// The GPU of a rank on its machine, of those that this process may see.
-fn gpu_of(local: usize) -> String {
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
-    visible.split(',').nth(local).filter(|device| !device.is_empty()).map_or(local.to_string(), str::to_owned)
 }
 
 /// The address to listen at: that of the rendezvous; where another machine hands its port on, the interface that was named.

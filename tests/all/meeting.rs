@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::machines::Supervisor;
 use crate::ranks::{lab, nothing_is_left, says};
-use crate::resume::{assert_same_folder, copy_folder};
+use crate::resume::{assert_same_folder, copy_folder, wait_until};
 use crate::support::{Lab, bellora};
 
 /// One of the processes, and how it is to end. `PORT` in its arguments and words is where they meet.
@@ -63,6 +63,7 @@ impl Run {
         let mut command = bellora();
         command.arg("resume").arg(&self.dir).args(["--set", "train.max_steps=4"]);
         command.args(process.arguments.replace("PORT", &port.to_string()).split_whitespace());
+        command.env_remove("CUDA_VISIBLE_DEVICES");
         command.env("BELLORA_TOKEN", "a secret of this test").env("MASTER_ADDR", "127.0.0.1");
         command.env("MASTER_PORT", port.to_string()).envs(process.environment.iter().copied());
         Supervisor::start(command, self.lab.path(&format!("log {at}")))
@@ -156,4 +157,25 @@ fn places_in_the_environment_that_cannot_be() {
         free_port(),
         &[by_environment(&zero, 1, &twice), by_environment(&one, 1, &twice), by_environment(&one, 1, &twice)],
     );
+}
+
+/// torchrun shows every process all GPUs; one that waits for the others shows here which it was left with.
+#[test]
+fn a_rank_of_torchrun_takes_the_gpu_of_its_own() {
+    let run = Run::new();
+    for (visible, gpu) in [(None, "1"), (Some("4,7"), "7"), (Some("6"), "6"), (Some(""), "")] {
+        let job = [("TORCHELASTIC_RUN_ID", "a job"), ("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")];
+        let environment: Vec<_> = job.into_iter().chain(visible.map(|gpus| ("CUDA_VISIBLE_DEVICES", gpus))).collect();
+        let port = free_port();
+        // torchrun's own port is the one below.
+        let mut rank = run.start(port - 1, 0, &by_environment(&environment, 1, &[]));
+        let environ = format!("/proc/{}/environ", rank.child.id());
+        let has_gpu = || {
+            let now = std::fs::read(&environ).unwrap();
+            let is_its_own = |variable: &[u8]| variable == format!("CUDA_VISIBLE_DEVICES={gpu}").as_bytes();
+            // The program has been started again with what libraries read.
+            now.split(|&byte| byte == 0).any(is_its_own) && now.windows(16).any(|name| name == b"OMP_WAIT_POLICY=")
+        };
+        wait_until(&mut rank.child, has_gpu);
+    }
 }
