@@ -7,7 +7,8 @@
 # arguments (say, a test's name) only `cargo test --release ARGUMENT ...` runs.
 #
 # Where a folder with reference cases is found (the environment variable BELLORA_SHARED, or ../shared beside the
-# checkout), they are judged as well by the script that comes with them; without it the project's own cases suffice.
+# checkout), they are judged as well by the script that comes with them, with one process and with several ranks; without
+# it the project's own cases suffice.
 # The last line is "N passed, M failed".
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -43,11 +44,14 @@ if [ -f "$shared/oracle/oracle_case.py" ] && [ -x "$binary" ]; then
     cases=("$shared"/oracle/cases/*/)
     say "reference cases found in $shared/oracle: ${#cases[@]}; each runs in default and in small micro-batches"
     packages=$(private_packages numpy 'numpy>=1.24')
-    before=$passed
-    PYTHONPATH="$packages" python3 "$shared/oracle/oracle_case.py" "$binary" "${cases[@]}" 2>&1 | tee "$log" || broken=1
-    agreeing=$(sed -nE 's|^([0-9]+)/[0-9]+ runs agree.*|\1|p' "$log")
-    passed=$((passed + ${agreeing:-0})) failed=$((failed + 2 * ${#cases[@]} - ${agreeing:-0}))
-    say "reference cases: ${#cases[@]} ran, $((passed - before)) of $((2 * ${#cases[@]})) runs agree"
+    for ranks in "" "--nproc 2 --set train.shard=true" "--nproc 3 --set train.shard=false"; do
+        say "reference cases with ${ranks:-one process}:"
+        ORACLE_EXTRA=$ranks PYTHONPATH="$packages" python3 "$shared/oracle/oracle_case.py" "$binary" "${cases[@]}" 2>&1 |
+            tee "$log" || broken=1
+        agreeing=$(sed -nE 's|^([0-9]+)/[0-9]+ runs agree.*|\1|p' "$log")
+        passed=$((passed + ${agreeing:-0})) failed=$((failed + 2 * ${#cases[@]} - ${agreeing:-0}))
+        say "reference cases: ${#cases[@]} ran, ${agreeing:-0} of $((2 * ${#cases[@]})) runs agree"
+    done
 else
     say "no reference cases: $shared/oracle is not there (the environment variable BELLORA_SHARED says where to look)"
 fi

@@ -53,6 +53,8 @@ pub(super) struct Run<'a> {
     pub(super) evaluated: Option<Evaluated>,
     /// Whether the present step is to be evaluated still.
     pub(super) evaluation_is_due: bool,
+    /// The step that this process began with, and what it had sent to other ranks by then.
+    began: (u64, u64),
     _lock: Option<RunLock>,
 }
 
@@ -137,6 +139,7 @@ impl<'a> Run<'a> {
         let keep =
             Keep { newest: settings.keep_checkpoints, best: settings.keep_best, steps: settings.keep_steps.clone() };
         let mut run = Self {
+            began: (step, trainer.ranks.sent_bytes()),
             saver: Saver::new(Arc::clone(&disk), checkpoints, keep),
             dir,
             disk,
@@ -201,8 +204,20 @@ impl<'a> Run<'a> {
     }
 
     fn end(&mut self) -> Result<()> {
+        self.record_traffic()?;
         self.write_adapter()?;
         self.log.flush()
+    }
+
+    /// Logs what the ranks had to tell each other, evaluations and checkpoints included.
+    fn record_traffic(&mut self) -> Result<()> {
+        let ((first, before), ranks) = (self.began, &self.trainer.ranks);
+        let (rank, n_steps) = (ranks.rank(), self.trainer.state.step - first);
+        if ranks.world_size() == 1 || n_steps == 0 {
+            return Ok(());
+        }
+        let mb = (ranks.sent_bytes() - before) as f64 / n_steps as f64 / 1e6;
+        self.log.record(&format!("rank {rank} sent {mb:.6} MB a step to the others"))
     }
 
     /// Does a step and tells whoever watches how far it is.

@@ -244,13 +244,27 @@ fn one_rank_alone_has_nothing_to_do() {
     assert!(fault(comm.broadcast(&tensor, 1)).what.contains("rank 1 is to send, but there are only 1 ranks"));
 }
 
+/// What is only copied need not be numbers that can be added up.
+#[test]
+fn bytes_are_gathered_as_they_are() {
+    job(3, LONG, |rank, mut comm| {
+        let parts: Vec<u8> = (0..6).map(|at| if at / 2 == rank { 250 + at as u8 } else { 0 }).collect();
+        let bytes = Tensor::from_slice(&parts);
+        comm.all_gather(&bytes).unwrap();
+        comm.wait().unwrap();
+        assert_eq!(Vec::<u8>::try_from(bytes).unwrap(), [250, 251, 252, 253, 254, 255]);
+    });
+}
+
 #[test]
 fn tensors_that_do_not_fit_are_refused_and_nothing_is_lost() {
     job(2, LONG, |_, mut comm| {
         let wide = Tensor::ones([4, 4], (Kind::Float, Device::Cpu));
         assert!(fault(comm.all_reduce(&wide.narrow(1, 0, 2))).what.contains("contiguous tensors of a CPU"));
         let ids = Tensor::from_slice(&[1i64, 2]);
-        assert!(fault(comm.all_reduce(&ids)).what.contains("does not take tensors of Int64"));
+        for result in [comm.all_reduce(&ids), comm.reduce_scatter(&ids)] {
+            assert!(fault(result).what.contains("does not take tensors of Int64"));
+        }
         assert!(fault(comm.broadcast(&wide.to_kind(Kind::Half), 0)).what.contains("does not take tensors of Half"));
         let three = Tensor::ones([3], (Kind::Float, Device::Cpu));
         for result in [comm.all_gather(&three), comm.reduce_scatter(&three)] {

@@ -97,12 +97,13 @@ fn ranks_of_another_process() {
                 works(comm.all_gather(&tensor));
                 works(comm.broadcast(&tensor.to_kind(Kind::Int64), 1));
                 works(comm.broadcast(&tensor.to_kind(Kind::Uint8), 0));
+                works(comm.all_gather(&tensor.to_kind(Kind::Uint8)));
                 works(comm.all_reduce(&tensor.narrow(0, 0, 0)));
                 assert!(fault(comm.all_reduce(&tensor.to_kind(Kind::Int64))).what.contains("tensors of Int64"));
                 assert!(fault(comm.all_gather(&tensor.narrow(0, 0, 9))).what.contains("not 2 equal parts"));
                 works(comm.wait());
                 works(comm.barrier());
-                assert_eq!((comm.rank(), comm.world_size(), comm.sent_bytes()), (rank, 2, 40 + 40 + 20 + 40 + 5));
+                assert_eq!((comm.rank(), comm.world_size(), comm.sent_bytes()), (rank, 2, 40 + 40 + 20 + 40 + 5 + 5));
             }
             "hang" => {
                 works(comm.all_reduce(&tensor));
@@ -176,6 +177,7 @@ fn nccl_is_called_as_its_header_says_and_its_errors_come_out() {
             format!("all_gather of 5, dtype 7, 0, from {own}, stream 141"),
             "broadcast of 10, dtype 4, 1, from 0, stream 141".into(),
             "broadcast of 10, dtype 1, 0, from 0, stream 141".into(),
+            format!("all_gather of 5, dtype 1, 0, from {}, stream 141", own / 4),
             "finalize".into(),
             "destroy".into(),
         ]

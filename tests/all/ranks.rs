@@ -148,11 +148,11 @@ fn half_precision_with_overflows_is_skipped_by_all_alike() {
 }
 
 /// A job on two ranks that takes some seconds.
-fn long(lab: &Lab, arguments: &[&str]) -> (PathBuf, Child) {
+fn long(lab: &Lab, arguments: &[&str], more: &[&str]) -> (PathBuf, Child) {
     let dir = lab.path("run");
     let sets = ["train.max_steps=400", "train.checkpoint_every=40", "train.eval_every=0"];
     let arguments = [&["--nproc", "2"], arguments].concat();
-    let child = lab.command("train", &arguments, &sets).stderr(Stdio::piped()).spawn().unwrap();
+    let child = lab.command("train", &arguments, &[&sets, more].concat()).stderr(Stdio::piped()).spawn().unwrap();
     (dir, child)
 }
 
@@ -198,7 +198,7 @@ pub(crate) fn says(ran: &Ran, words: &[&str]) {
 fn a_rank_that_is_killed_ends_the_job_and_is_named() {
     let lab = lab();
     for victim in [0, 1] {
-        let (dir, mut child) = long(&lab, &[]);
+        let (dir, mut child) = long(&lab, &[], &[]);
         wait_until(&mut child, || n_lines(&dir) >= 50);
         let supervisor = child.id();
         kill(ranks_of(supervisor)[victim], "KILL");
@@ -215,11 +215,11 @@ fn a_rank_that_is_killed_ends_the_job_and_is_named() {
 #[test]
 fn a_job_is_restarted_and_comes_out_the_same() {
     let lab = lab();
-    let (dir, child) = long(&lab, &[]);
+    let (dir, child) = long(&lab, &[], &["train.shard=true"]);
     ended(child).ok();
     let straight = lab.path("straight");
     std::fs::rename(&dir, &straight).unwrap();
-    let (dir, mut child) = long(&lab, &["--max-restarts", "1"]);
+    let (dir, mut child) = long(&lab, &["--max-restarts", "1"], &["train.shard=true"]);
     wait_until(&mut child, || n_lines(&dir) >= 50);
     kill(ranks_of(child.id())[1], "KILL");
     let ran = ended(child).ok();
@@ -231,7 +231,7 @@ fn a_job_is_restarted_and_comes_out_the_same() {
 #[test]
 fn ranks_end_with_their_supervisor() {
     let lab = lab();
-    let (dir, mut child) = long(&lab, &[]);
+    let (dir, mut child) = long(&lab, &[], &[]);
     wait_until(&mut child, || n_lines(&dir) >= 10);
     let supervisor = child.id();
     assert_eq!(ranks_of(supervisor).len(), 2);
@@ -243,22 +243,25 @@ fn ranks_end_with_their_supervisor() {
 
 #[test]
 fn a_signal_to_the_supervisor_stops_all_ranks_after_the_same_step() {
-    let lab = lab();
-    let (dir, mut child) = long(&lab, &[]);
-    wait_until(&mut child, || n_lines(&dir) >= 10);
-    let supervisor = child.id();
-    signal(&child, "INT");
-    let ran = ended(child);
-    assert_eq!(ran.code, Some(130), "{}", ran.stderr);
-    says(&ran, &["stopped by Ctrl-C", "bellora resume"]);
-    nothing_is_left(supervisor);
-    assert_eq!(checkpoint_steps(&dir).last(), Some(&(n_lines(&dir) as u64)), "the last step is saved");
+    // Sharded, all take part in a checkpoint, and have to know whether the step at which they stop has one already.
+    for sets in [&[][..], &["train.shard=true"], &["train.shard=true", "train.checkpoint_every=1"]] {
+        let lab = lab();
+        let (dir, mut child) = long(&lab, &[], sets);
+        wait_until(&mut child, || n_lines(&dir) >= 10);
+        let supervisor = child.id();
+        signal(&child, "INT");
+        let ran = ended(child);
+        assert_eq!(ran.code, Some(130), "{sets:?}: {}", ran.stderr);
+        says(&ran, &["stopped by Ctrl-C", "bellora resume"]);
+        nothing_is_left(supervisor);
+        assert_eq!(checkpoint_steps(&dir).last(), Some(&(n_lines(&dir) as u64)), "{sets:?}: the last step is saved");
+    }
 }
 
 #[test]
 fn a_rank_that_stands_still_is_found() {
     let lab = lab();
-    let (dir, mut child) = long(&lab, &["--hang-timeout", "3"]);
+    let (dir, mut child) = long(&lab, &["--hang-timeout", "3"], &[]);
     wait_until(&mut child, || n_lines(&dir) >= 10);
     let supervisor = child.id();
     kill(ranks_of(supervisor)[1], "STOP");
