@@ -45,6 +45,9 @@ pub enum Error {
     /// A fault that showed only while running (exit code 1).
     #[error("{0}")]
     Failed(Fault),
+    /// An operation of all ranks came to nothing (exit code 1): most likely another one is the cause.
+    #[error("{0}")]
+    Lost(Fault),
     /// The operating system refused a file operation (exit code 1).
     #[error("cannot {doing} {}: {source}", path.display())]
     Io {
@@ -121,7 +124,7 @@ impl Error {
                     last.hint = hint.into();
                 }
             }
-            Self::Failed(fault) => fault.hint = hint.into(),
+            Self::Failed(fault) | Self::Lost(fault) => fault.hint = hint.into(),
             _ => {}
         }
         self
@@ -131,7 +134,7 @@ impl Error {
     pub fn hint_where_none(mut self, hint: &str) -> Self {
         let faults = match &mut self {
             Self::Invalid(faults) => faults.as_mut_slice(),
-            Self::Failed(fault) => std::slice::from_mut(fault),
+            Self::Failed(fault) | Self::Lost(fault) => std::slice::from_mut(fault),
             _ => &mut [],
         };
         for fault in faults.iter_mut().filter(|fault| fault.hint.is_empty()) {
@@ -150,7 +153,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Invalid(_) => 2,
-            Self::Failed(_) | Self::Io { .. } | Self::Torch(_) => 1,
+            Self::Failed(_) | Self::Lost(_) | Self::Io { .. } | Self::Torch(_) => 1,
             Self::Job { exit_code, .. } => *exit_code,
             Self::Interrupted { signal, .. } => 128u8.saturating_add(*signal as u8),
         }
@@ -174,7 +177,7 @@ impl Error {
     pub fn advice(&self) -> &'static str {
         use std::io::ErrorKind;
         match self {
-            Self::Invalid(_) | Self::Failed(_) | Self::Job { .. } | Self::Interrupted { .. } => "",
+            Self::Invalid(_) | Self::Failed(_) | Self::Lost(_) | Self::Job { .. } | Self::Interrupted { .. } => "",
             Self::Io { source, .. } => match source.kind() {
                 ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room there, or name another place",
                 ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
@@ -193,7 +196,7 @@ impl Error {
     pub fn faults(&self) -> &[Fault] {
         match self {
             Self::Invalid(faults) => faults,
-            Self::Failed(fault) | Self::Job { fault, .. } => std::slice::from_ref(fault),
+            Self::Failed(fault) | Self::Lost(fault) | Self::Job { fault, .. } => std::slice::from_ref(fault),
             _ => &[],
         }
     }

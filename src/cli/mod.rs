@@ -131,7 +131,9 @@ const READ_AT_START: [(&str, &str); 4] = [
 
 /// Starts the program again with the variables that libraries read at their start.
 fn set_what_libraries_read() {
-    let missing: Vec<_> = READ_AT_START.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
+    let unset = READ_AT_START.into_iter().filter(|(name, _)| std::env::var_os(name).is_none());
+    let mut missing: Vec<_> = unset.map(|(name, value)| (name, value.to_owned())).collect();
+    missing.extend(ranks::own_gpu().map(|gpu| (ranks::VISIBLE_GPUS, gpu)));
     if missing.is_empty() {
         return;
     }

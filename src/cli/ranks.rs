@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, value_parser};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tch::Device;
 
@@ -19,6 +19,7 @@ pub(super) mod told {
     pub(crate) const INTERFACE: &str = "BELLORA_INTERFACE";
     pub(crate) const MEET_TIMEOUT: &str = "BELLORA_MEET_TIMEOUT";
     pub(crate) const TIMEOUT: &str = "BELLORA_TIMEOUT";
+    pub(crate) const LINK_TIMEOUT: &str = "BELLORA_LINK_TIMEOUT";
     pub(crate) const SUPERVISOR: &str = "BELLORA_SUPERVISOR";
     /// Also read where another program starts the ranks: the secret by which they know each other.
     pub(crate) const TOKEN: &str = "BELLORA_TOKEN";
@@ -49,6 +50,9 @@ pub(super) struct RankArgs {
     /// Seconds without any progress after which a job is stopped; 0: never
     #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
     pub(super) hang_timeout: u64,
+    /// Seconds without any answer of another machine's system after which it, or the link to it, is taken for lost; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = Place::LINK_TIMEOUT.as_secs(), value_parser = value_parser!(u64).range(..=86_400))]
+    pub(super) link_timeout: u64,
     /// Seconds that all processes may take to meet
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub(super) meet_timeout: u64,
@@ -131,6 +135,7 @@ impl RankArgs {
             token: text(told::TOKEN)?.into_bytes(),
             deadline: Duration::from_secs(number(told::MEET_TIMEOUT)?),
             timeout: Duration::from_secs(number(told::TIMEOUT)?),
+            link_timeout: Duration::from_secs(number(told::LINK_TIMEOUT)?),
         }))
     }
 
@@ -153,8 +158,21 @@ impl RankArgs {
             })
         };
         let (rank, world_size) = (number(rank_name, &rank)?, number(world_name, &world_size)?);
+        if rank >= world_size {
+            let what = format!("expected less than {world_name} {world_size}, found {rank}");
+            return Err(Error::invalid(rank_name, what).hint("ranks count from 0: see what starts them"));
+        }
         if world_size == 1 {
             return Ok(None);
+        }
+        if rank_name == "SLURM_PROCID" && variable("SLURM_STEP_ID").or(variable("SLURM_STEPID")).is_none() {
+            let what = format!(
+                "says that this is rank {rank} of {world_size}, but no SLURM_STEP_ID is set: it is the batch script that runs \
+                 here, not a task of srun, and the other ranks would never come"
+            );
+            return Err(Error::invalid(rank_name, what).hint(
+                "write `srun bellora train ...`, or give --nproc for ranks on this machine (--nproc 1: no others)",
+            ));
         }
         let hint = "set MASTER_ADDR and MASTER_PORT to an address of rank 0's machine and a free port";
         let Some((host, port)) = variable("MASTER_ADDR").zip(variable("MASTER_PORT")) else {
@@ -185,6 +203,7 @@ impl RankArgs {
             token: token.into_bytes(),
             deadline: Duration::from_secs(self.meet_timeout),
             timeout: self.collective_timeout(),
+            link_timeout: Duration::from_secs(self.link_timeout),
         }))
     }
 
@@ -197,14 +216,29 @@ impl RankArgs {
     }
 }
 
+/// The variable by which a process is kept to some of the machine's GPUs.
+pub(super) const VISIBLE_GPUS: &str = "CUDA_VISIBLE_DEVICES";
+
+/// The GPU of a rank on its machine, of those that this process may see.
+pub(super) fn gpu_of(local: usize) -> Option<String> {
+    match std::env::var(VISIBLE_GPUS) {
+        Err(_) => Some(local.to_string()),
+        Ok(visible) => visible.split(',').nth(local).filter(|gpu| !gpu.is_empty()).map(str::to_owned),
+    }
+}
+
+/// The GPU of the rank that torchrun has started, which lets each of its processes see them all; unless only one is visible
+/// already, by what stands between torchrun and this program.
+pub(super) fn own_gpu() -> Option<String> {
+    variable("TORCHELASTIC_RUN_ID")?;
+    let local = variable("LOCAL_RANK")?.parse().ok()?;
+    let is_kept_to_one = std::env::var(VISIBLE_GPUS).is_ok_and(|visible| !visible.contains(','));
+    if is_kept_to_one { None } else { gpu_of(local) }
+}
+
 /// Whether a supervisor has started this process and watches it.
 pub(super) fn is_supervised() -> bool {
     variable(told::SUPERVISOR).is_some()
-}
-
-/// Whether an error is one of the collectives: another rank has ended, and this one goes after it.
-pub(super) fn follows_another(error: &Error) -> bool {
-    error.faults().iter().any(|fault| fault.place.starts_with("rank ") && fault.place.contains(" of "))
 }
 
 /// The ranks that have met, joined by what is fastest between them.

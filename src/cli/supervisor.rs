@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::Ordering;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use super::ranks::{RankArgs, interface_towards, told};
+use super::ranks::{RankArgs, VISIBLE_GPUS, gpu_of, interface_towards, told};
 use super::{say, signals};
 use crate::comm::{Place, Rendezvous, fresh_token};
 use crate::error::{Error, Fault, Result, STOP_SIGNALS};
@@ -33,9 +33,15 @@ pub(super) const FOLLOWS_ANOTHER: &str = "follows another";
 pub(super) fn supervise(args: &RankArgs, nproc: usize, can_resume: bool) -> Result<()> {
     let requests = signals::listen_for_run()?;
     requests.ends_at_once.store(false, Ordering::SeqCst);
+    // Asked once: while the network is away, which a job may outlive, there is no way to the rendezvous.
+    let interface = match (&args.rendezvous, args.interface) {
+        (None, _) => Place::LOOPBACK,
+        (Some(_), Some(interface)) => interface,
+        (Some(address), None) => interface_towards(address)?,
+    };
     let mut restarts = 0;
     loop {
-        let mut job = Job::start(args, nproc, can_resume && restarts > 0)?;
+        let mut job = Job::start(args, nproc, interface, can_resume && restarts > 0)?;
         let ended = job.watch(args, &requests);
         match ended {
             Err(error) if restarts < args.max_restarts && is_worth_another_try(&error) => {
@@ -83,7 +89,7 @@ struct Job {
 }
 
 impl Job {
-    fn start(args: &RankArgs, nproc: usize, resumes: bool) -> Result<Self> {
+    fn start(args: &RankArgs, nproc: usize, interface: IpAddr, resumes: bool) -> Result<Self> {
         let world_size = nproc * args.nnodes;
         let meet = Duration::from_secs(args.meet_timeout);
         let token = std::env::var(told::TOKEN).unwrap_or_default();
@@ -98,28 +104,17 @@ impl Job {
                 .hint("set BELLORA_TOKEN to the same random text on all machines"));
             }
         };
-        let (rendezvous, address, interface) = match &args.rendezvous {
+        let listen_at = |at| Rendezvous::listen_at(at, world_size, token.as_bytes(), meet);
+        let (rendezvous, address) = match &args.rendezvous {
             None => {
-                let rendezvous = Rendezvous::listen(Place::LOOPBACK, world_size, token.as_bytes(), meet)?;
+                let rendezvous = listen_at(SocketAddr::new(interface, 0))?;
                 let address = rendezvous.address().to_string();
-                (Some(rendezvous), address, Place::LOOPBACK)
+                (Some(rendezvous), address)
             }
-            Some(address) => {
-                let interface = match args.interface {
-                    Some(interface) => interface,
-                    None => interface_towards(address)?,
-                };
-                let rendezvous = match args.node_rank {
-                    0 => Some(Rendezvous::listen_at(
-                        own_address(address, interface)?,
-                        world_size,
-                        token.as_bytes(),
-                        meet,
-                    )?),
-                    _ => None,
-                };
-                (rendezvous, address.clone(), interface)
+            Some(address) if args.node_rank == 0 => {
+                (Some(listen_at(own_address(address, interface, args.interface.is_some())?)?), address.clone())
             }
+            Some(address) => (None, address.clone()),
         };
         let (sender, events) = channel();
         let mut job = Self { ranks: Vec::new(), events, rendezvous };
@@ -140,9 +135,11 @@ impl Job {
                 .env(told::INTERFACE, interface.to_string())
                 .env(told::MEET_TIMEOUT, args.meet_timeout.to_string())
                 .env(told::TIMEOUT, args.collective_timeout().as_secs().to_string())
+                .env(told::LINK_TIMEOUT, args.link_timeout.to_string())
                 .env(told::TOKEN, &token)
                 .env(told::SUPERVISOR, std::process::id().to_string())
-                .env("CUDA_VISIBLE_DEVICES", gpu_of(local))
+                // On CPUs there may be more ranks than GPUs: these see none.
+                .env(VISIBLE_GPUS, gpu_of(local).unwrap_or_default())
                 .stdin(Stdio::null())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
@@ -254,7 +251,11 @@ impl Job {
         failures.sort_by_key(|rank| (rank.follows_another, rank.ended.is_some_and(|s| s.signal() == Some(15))));
         let cause = failures[0];
         let exit_code = cause.ended.and_then(|status| status.code()).and_then(|code| u8::try_from(code).ok());
-        let mut what = cause.ended.map(shown).unwrap_or_default();
+        let mut what = match cause.follows_another {
+            // None of this machine's is the cause.
+            true => "has lost another rank".to_owned(),
+            false => cause.ended.map(shown).unwrap_or_default(),
+        };
         if !cause.status.is_empty() {
             what.push_str(&format!(" at {}", cause.status));
         }
@@ -262,7 +263,8 @@ impl Job {
             what.push_str("; its last lines:");
             cause.last_lines.iter().for_each(|line| what.push_str(&format!("\n    {line}")));
         }
-        Err(job_failed(exit_code.unwrap_or(1), format!("rank {}", cause.rank), what))
+        let has_begun = self.ranks.iter().any(|rank| !rank.status.is_empty());
+        Err(job_failed(exit_code.unwrap_or(1), has_begun, format!("rank {}", cause.rank), what))
     }
 
     /// Where every rank stands when none has got on for too long.
@@ -272,7 +274,7 @@ impl Job {
             let at = if rank.status.is_empty() { "not begun" } else { &rank.status };
             what.push_str(&format!("\n    rank {}: {at}, for {} s", rank.rank, rank.since.elapsed().as_secs()));
         }
-        job_failed(1, "the job".into(), what)
+        job_failed(1, true, "the job".into(), what)
     }
 }
 
@@ -298,10 +300,11 @@ impl RankProcess {
     }
 }
 
-fn job_failed(exit_code: u8, place: String, what: String) -> Error {
-    let hint = match exit_code {
-        2 => "",
-        _ => {
+fn job_failed(exit_code: u8, has_begun: bool, place: String, what: String) -> Error {
+    let hint = match (exit_code, has_begun) {
+        (2, _) => "",
+        (_, false) => "see to the cause and start the job again, by the same command on every machine",
+        (_, true) => {
             "see to the cause and go on from the newest checkpoint, by `bellora resume` or --resume with the same options"
         }
     };
@@ -371,17 +374,22 @@ fn shown(status: ExitStatus) -> String {
     }
 }
 
-/// The GPU of a rank on its machine, of those that this process may see.
-fn gpu_of(local: usize) -> String {
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
-    visible.split(',').nth(local).filter(|device| !device.is_empty()).map_or(local.to_string(), str::to_owned)
-}
-
-/// The address to listen at: the port of the rendezvous on an interface of this machine.
-fn own_address(address: &str, interface: IpAddr) -> Result<SocketAddr> {
+/// The address to listen at: that of the rendezvous; where another machine hands its port on, the interface that was named.
+fn own_address(address: &str, interface: IpAddr, is_named: bool) -> Result<SocketAddr> {
     let target = address.to_socket_addrs().ok().and_then(|mut targets| targets.next());
     let target = target.ok_or_else(|| {
         Error::invalid("--rendezvous", format!("{address:?} is no address")).hint("write HOST:PORT of machine 0")
     })?;
-    Ok(SocketAddr::new(if target.ip().is_loopback() { target.ip() } else { interface }, target.port()))
+    // The system takes an address for a socket's own if this machine has it.
+    if UdpSocket::bind((target.ip(), 0)).is_ok() {
+        return Ok(target);
+    }
+    if is_named {
+        return Ok(SocketAddr::new(interface, target.port()));
+    }
+    let what = format!("{} is no address of this machine, which is machine 0", target.ip());
+    Err(Error::invalid("--rendezvous", what).hint(format!(
+        "name one that the others reach, such as {interface}; where another machine hands the port on to this one, add \
+         --interface {interface}"
+    )))
 }

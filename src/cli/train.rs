@@ -78,7 +78,7 @@ fn end(outcome: Result<Outcome>) -> Result<()> {
         Ok(Outcome::AlreadyFinished) => say("the run is finished already: nothing to do\n"),
         Ok(Outcome::Trained) => {}
         Err(error) => {
-            if ranks::is_supervised() && ranks::follows_another(&error) {
+            if ranks::is_supervised() && matches!(error, Error::Lost(_)) {
                 tell(FOLLOWS_ANOTHER);
             }
             return Err(error);

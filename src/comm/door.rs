@@ -18,7 +18,7 @@ const MOST_VISITORS: usize = 256;
 pub(super) struct Door {
     listener: TcpListener,
     key: Key,
-    purpose: Purpose,
+    purposes: &'static [Purpose],
     visitors: Vec<Visitor>,
     n_strangers: usize,
 }
@@ -57,9 +57,9 @@ enum Step {
 }
 
 impl Door {
-    /// Lets ranks in at a listener that does not block.
-    pub(super) fn new(listener: TcpListener, key: Key, purpose: Purpose) -> Self {
-        Self { listener, key, purpose, visitors: Vec::new(), n_strangers: 0 }
+    /// Lets ranks in at a listener that does not block, who come for one of these purposes.
+    pub(super) fn new(listener: TcpListener, key: Key, purposes: &'static [Purpose]) -> Self {
+        Self { listener, key, purposes, visitors: Vec::new(), n_strangers: 0 }
     }
 
     /// How many connections ended without a proof.
@@ -109,7 +109,7 @@ impl Door {
     fn hear_visitors(&mut self) -> Result<Option<Guest>> {
         let mut at = 0;
         while at < self.visitors.len() {
-            match self.visitors[at].hear(&self.key, self.purpose)? {
+            match self.visitors[at].hear(&self.key, self.purposes)? {
                 Step::Waits => at += 1,
                 Step::IsStranger => {
                     self.visitors.remove(at);
@@ -126,7 +126,7 @@ impl Door {
 }
 
 impl Visitor {
-    fn hear(&mut self, key: &Key, purpose: Purpose) -> Result<Step> {
+    fn hear(&mut self, key: &Key, purposes: &[Purpose]) -> Result<Step> {
         loop {
             let awaited = if self.talk.is_some() { HELLO_LEN } else { CALL_LEN };
             match self.stream.read(&mut self.heard[self.n_heard..awaited]) {
@@ -146,7 +146,7 @@ impl Visitor {
                 });
             }
             let call = self.heard.first_chunk::<CALL_LEN>().expect("a hello is longer than a call");
-            let Some((talk, answer)) = Talk::answer(key, purpose, call, fresh_nonce()?) else {
+            let Some((talk, answer)) = Talk::answer(key, purposes, call, fresh_nonce()?) else {
                 return Ok(Step::IsStranger);
             };
             // The buffer of a fresh connection has room for it.

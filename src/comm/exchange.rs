@@ -21,7 +21,7 @@ use tch::Tensor;
 
 use super::frame::{Dtype, OpKind, Operation, PIECE, Tag};
 use super::link::Link;
-use super::sockets::{shown, wait_ready};
+use super::sockets::{is_out_of_reach, shown, wait_ready};
 use crate::torch;
 
 /// How often an operation that waits looks whether this rank wants to leave.
@@ -50,6 +50,8 @@ pub(super) struct Failure {
 }
 
 const SEE_OTHER: &str = "see that rank's own log for the reason; the newest checkpoint is where to go on from";
+const SEE_NETWORK: &str = "see that the machine runs and that the network leads there; then go on from the newest checkpoint, \
+                           by `bellora resume` or --resume with the same options on every machine";
 
 /// What remains to be done with one other rank.
 #[derive(Debug)]
@@ -141,6 +143,8 @@ impl Exchange<'_> {
             }
             if n_moved > 0 {
                 quiet_since = Instant::now();
+            } else if let Some(failure) = self.cut() {
+                return Err(failure);
             } else if quiet_since.elapsed() >= self.team.timeout {
                 return Err(self.stands_still());
             }
@@ -315,7 +319,24 @@ impl Exchange<'_> {
         }
     }
 
+    /// A rank whose machine is out of reach. The others find it out by themselves, or through this one.
+    fn cut(&mut self) -> Option<Failure> {
+        let (at, error) = self.team.links.iter_mut().enumerate().find_map(|(at, link)| Some((at, link.cut()?)))?;
+        Some(self.out_of_reach(at, &error))
+    }
+
+    fn out_of_reach(&self, at: usize, error: &std::io::Error) -> Failure {
+        let link = &self.team.links[at];
+        let (rank, address, last_seen) = (link.rank, link.address, self.last_seen(link));
+        let what =
+            format!("the machine of rank {rank} at {address}, or the link to it, is gone ({error}); {last_seen}");
+        self.failure(what, SEE_NETWORK)
+    }
+
     fn lost(&self, at: usize, error: &std::io::Error) -> Failure {
+        if is_out_of_reach(error) {
+            return self.out_of_reach(at, error);
+        }
         let link = &self.team.links[at];
         let how = match error.kind() {
             ErrorKind::InvalidData => "sent what no rank sends".to_string(),

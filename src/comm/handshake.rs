@@ -19,7 +19,7 @@ use super::sockets::read_exact_until;
 use crate::error::{Error, Result};
 
 /// The last byte is the version of the protocol.
-const MAGIC: [u8; 8] = *b"BELLORA\x01";
+const MAGIC: [u8; 8] = *b"BELLORA\x02";
 const NONCE_LEN: usize = 32;
 const PROOF_LEN: usize = 32;
 pub(super) const CALL_LEN: usize = MAGIC.len() + 1 + NONCE_LEN;
@@ -36,6 +36,7 @@ const VERDICT_MOST: usize = 1 << 20;
 pub(super) enum Purpose {
     Rendezvous = 1,
     Mesh = 2,
+    Lifeline = 3,
 }
 
 /// Who says something.
@@ -107,7 +108,7 @@ impl Key {
 #[derive(Debug, Clone)]
 pub(super) struct Talk {
     key: Key,
-    purpose: Purpose,
+    pub(super) purpose: Purpose,
     caller: Nonce,
     listener: Nonce,
 }
@@ -126,18 +127,19 @@ impl Talk {
         self.mac(role, body).verify_slice(proof).is_ok()
     }
 
-    /// The listener's side: reads a call and makes the answer to it; `None` if it is no call of this purpose.
+    /// The listener's side: reads a call and makes the answer to it; `None` if it is no call of these purposes.
     pub(super) fn answer(
         key: &Key,
-        purpose: Purpose,
+        purposes: &[Purpose],
         call: &[u8; CALL_LEN],
         listener: Nonce,
     ) -> Option<(Self, [u8; ANSWER_LEN])> {
         let (magic, rest) = call.split_first_chunk::<8>()?;
         let (&[asked], rest) = rest.split_first_chunk::<1>()?;
-        if *magic != MAGIC || asked != purpose as u8 {
+        if *magic != MAGIC {
             return None;
         }
+        let purpose = purposes.iter().copied().find(|purpose| *purpose as u8 == asked)?;
         let talk = Self { key: key.clone(), purpose, caller: rest.try_into().ok()?, listener };
         let mut answer = [0; ANSWER_LEN];
         answer[..8].copy_from_slice(&MAGIC);
@@ -297,7 +299,7 @@ pub(super) fn call(
     let talk = Talk { key: key.clone(), purpose, caller, listener: *listener };
     if !talk.is_proven(Role::Answer, &[], proof) {
         return Err(Error::failed(place, "what listens there does not hold this job's token")
-            .hint("another job listens there, or the ranks were given different tokens: give all of them the same"));
+            .hint("another job listens there, or the ranks were given different tokens: give all of them the same BELLORA_TOKEN"));
     }
     let body = hello.bytes();
     let mut message = [0; HELLO_LEN];

@@ -1,23 +1,43 @@
-//! One rank's connection to another: frames in and out, without ever blocking.
+//! One rank's connection to another: frames in and out, without ever blocking; and beside it a lifeline.
+//!
+//! The lifeline is a connection on which nothing is said. The two systems ask each other on it whether they are still there
+//! ([`watch`](super::sockets::watch)), which they answer also for a process that is slow or stopped. On the connection of
+//! the frames itself that would not be known: a stopped process leaves its buffer full, which the system that sends does not
+//! tell from a machine that is gone.
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
 use super::frame::{HEADER_LEN, Operation, PIECE, Tag, header, read_header};
-use super::sockets::{wait_ready, would_block};
+use super::sockets::{is_out_of_reach, wait_ready, would_block};
+
+/// What two ranks have between them once they have met.
+#[derive(Debug)]
+pub(super) struct Connection {
+    /// Where the other one's machine is reached.
+    pub(super) address: IpAddr,
+    /// For frames; it does not block.
+    pub(super) stream: TcpStream,
+    /// Is watched, and carries nothing.
+    pub(super) lifeline: TcpStream,
+}
 
 /// A connection to another rank.
 #[derive(Debug)]
 pub(super) struct Link {
     /// The other rank.
     pub(super) rank: usize,
+    /// Where its machine is reached.
+    pub(super) address: IpAddr,
     /// The operation that the last header from there named.
     pub(super) last_seen: Option<Operation>,
     stream: TcpStream,
+    /// Until it has failed.
+    lifeline: Option<TcpStream>,
     head: [u8; HEADER_LEN],
     n_head: usize,
     payload: Vec<u8>,
@@ -36,10 +56,22 @@ struct Outgoing {
 }
 
 impl Link {
-    /// Takes over a connection that does not block.
-    pub(super) fn new(rank: usize, stream: TcpStream) -> Self {
-        let (head, payload) = ([0; HEADER_LEN], Vec::new());
-        Self { rank, last_seen: None, stream, head, n_head: 0, payload, n_payload: 0, out: None }
+    /// Takes over a connection.
+    pub(super) fn new(rank: usize, connection: Connection) -> Self {
+        let Connection { address, stream, lifeline } = connection;
+        let (lifeline, head, payload) = (Some(lifeline), [0; HEADER_LEN], Vec::new());
+        Self { rank, address, last_seen: None, stream, lifeline, head, n_head: 0, payload, n_payload: 0, out: None }
+    }
+
+    /// What the system says of the other rank's machine when it is out of reach.
+    pub(super) fn cut(&mut self) -> Option<io::Error> {
+        let error = match self.lifeline.as_ref()?.take_error() {
+            Ok(None) => return None,
+            Ok(Some(error)) | Err(error) => error,
+        };
+        // Of a process that died on a machine that lives, the other connection tells.
+        self.lifeline = None;
+        Some(error).filter(is_out_of_reach)
     }
 
     /// Takes in what has come; `None` until a frame is whole. `n_moved` grows by the bytes that came.

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use super::door::{Door, Guest};
 use super::handshake::{Hello, Key, Purpose, Talk, Verdict, call, fresh_nonce};
-use super::sockets::{bind, connect, left, local_address, shown, would_block};
+use super::link::Connection;
+use super::sockets::{bind, connect, is_out_of_reach, left, local_address, shown, watch, would_block};
 use crate::error::{Error, Result};
 
 /// How often a meeting looks whether it was called off, and whether those who wait are still there.
@@ -40,17 +41,22 @@ pub struct Place {
     pub deadline: Duration,
     /// How long a collective may stand still.
     pub timeout: Duration,
+    /// How long nothing may come from another rank's machine, be it a word of its system alone; zero: for ever.
+    pub link_timeout: Duration,
 }
 
 impl Place {
     /// The interface unless another one is given: ranks on one host.
     pub const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    /// The link timeout where nothing else is given: networks that mend themselves (a spanning tree, a route, a link that
+    /// is negotiated again) take some seconds, and half a minute of many machines is not much to lose.
+    pub const LINK_TIMEOUT: Duration = Duration::from_secs(30);
 
     fn check(&self) -> Result<()> {
         if self.rank < self.world_size {
             return Ok(());
         }
-        let what = format!("rank {} is out of range: a job of {} ranks has 0 to less", self.rank, self.world_size);
+        let what = format!("rank {} is out of range: a job of {} ranks counts them from 0", self.rank, self.world_size);
         Err(Error::invalid("the place of this rank", what).hint("see what the launcher set as rank and world size"))
     }
 }
@@ -58,8 +64,9 @@ impl Place {
 impl fmt::Debug for Place {
     /// Without the token, which must not come into any log.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rank, world_size, address, interface, token: _, deadline, timeout } = self;
-        write!(f, "rank {rank} of {world_size} by {address} on {interface}, deadline {deadline:?}, timeout {timeout:?}")
+        let Self { rank, world_size, address, interface, token: _, deadline, timeout, link_timeout } = self;
+        write!(f, "rank {rank} of {world_size} by {address} on {interface}, deadline {deadline:?}, ")?;
+        write!(f, "timeout {timeout:?}, of links {link_timeout:?}")
     }
 }
 
@@ -94,7 +101,7 @@ impl Rendezvous {
             world_size,
             deadline,
             until: Instant::now() + deadline,
-            door: Door::new(listener, key, Purpose::Rendezvous),
+            door: Door::new(listener, key, &[Purpose::Rendezvous]),
             guests: BTreeMap::new(),
             gone: BTreeSet::new(),
             is_called_off: Arc::clone(&is_called_off),
@@ -191,6 +198,8 @@ impl Meeting {
             }
             if let Some(guest) = self.door.next_guest(self.until.min(now + LOOK))? {
                 self.until = self.until.min(Instant::now() + guest.hello.patience);
+                // A machine that is gone gives its seat back. Without the watch it would only do so later.
+                let _ = watch(&guest.stream, Place::LINK_TIMEOUT);
                 // A seat may have become free while this one was on its way.
                 self.miss_those_who_left();
                 let refusal = self.judge(&guest);
@@ -212,19 +221,21 @@ impl Meeting {
                     "rank {rank} (from {from}) says that the job has {world_size} ranks, this listener was told {}",
                     self.world_size
                 ),
-                hint: "give every rank and the launcher the same world size".into(),
+                hint: "give every machine the same --nnodes and --nproc, or every process the same WORLD_SIZE".into(),
             });
         }
         if rank >= world_size {
             return Some(Refusal {
-                what: format!("rank {rank} (from {from}) is out of range: a job of {world_size} ranks has 0 to less"),
+                what: format!(
+                    "rank {rank} (from {from}) is out of range: a job of {world_size} ranks counts them from 0"
+                ),
                 hint: "see what the launcher set as rank".into(),
             });
         }
         let first = self.guests.get(&rank)?;
         Some(Refusal {
             what: format!("rank {rank} has come twice: from {} and from {from}", first.from),
-            hint: "start each rank once, and give every process its own rank".into(),
+            hint: "start each rank once: give every machine its own --node-rank, or every process its own RANK".into(),
         })
     }
 
@@ -258,8 +269,7 @@ impl Meeting {
             0 => {}
             n => what.push_str(&format!("; {n} connections did not prove that they belong to the job")),
         }
-        let hint =
-            "see whether the missing ranks started, reach this address and hold the same token, or give them more time";
+        let hint = "see whether the missing ranks started, reach this address and hold the same BELLORA_TOKEN, or give them more time";
         Refusal { what, hint: hint.into() }
     }
 
@@ -269,11 +279,11 @@ impl Meeting {
     }
 }
 
-/// Joins a job: gives this rank's connections to all others in the order of their ranks, none of which block.
+/// Joins a job: gives this rank's connections to all others in the order of their ranks.
 ///
 /// # Errors
 /// Whatever keeps the ranks from meeting, with the place, before the deadline.
-pub(super) fn join(place: &Place) -> Result<Vec<(usize, TcpStream)>> {
+pub(super) fn join(place: &Place) -> Result<Vec<(usize, Connection)>> {
     place.check()?;
     let until = Instant::now() + place.deadline;
     let key = Key::new(&place.token)?;
@@ -285,51 +295,84 @@ pub(super) fn join(place: &Place) -> Result<Vec<(usize, TcpStream)>> {
     let (rank, world_size) = (place.rank, place.world_size);
     let hello = || Hello { rank, world_size, patience: left(until), address: own };
     let talk = call(&mut stream, &key, Purpose::Rendezvous, &hello(), &at, until)?;
+    watch(&stream, place.link_timeout).map_err(|error| unusable(&at, &error))?;
     let (session, addresses) = await_table(place, &at, &talk, &mut stream, until)?;
 
     let key = key.of_session(&session);
-    let mut mesh = Vec::new();
+    let mut mesh = Mesh { rank, world_size, streams: BTreeMap::new() };
     for (other, address) in addresses.iter().enumerate().take(rank) {
-        let at = format!("rank {other} at {address}");
-        let mut stream = connect(*address, until).map_err(|error| {
-            Error::failed(&at, format!("cannot be reached: {error}")).hint(
-                "see whether that rank still runs; between machines, give each the interface by which the others reach it, \
-                 and open its ports to them",
-            )
-        })?;
-        call(&mut stream, &key, Purpose::Mesh, &hello(), &at, until)?;
-        mesh.push((other, stream));
-    }
-    let mut door = Door::new(listener, key, Purpose::Mesh);
-    while mesh.len() + 1 < world_size {
-        let is_new = |other: usize| other > rank && mesh.iter().all(|(there, _)| *there != other);
-        match door.next_guest(until)? {
-            Some(guest) if is_new(guest.hello.rank) && guest.hello.rank < world_size => {
-                mesh.push((guest.hello.rank, guest.stream));
-            }
-            // It belongs to the job and yet has no place here: it finds the connection closed.
-            Some(_) => {}
-            None => {
-                let missing = (rank + 1..world_size).filter(|other| is_new(*other));
-                let missing: Vec<String> = missing.map(|other| format!("rank {other}")).collect();
-                let what = format!(
-                    "these met at {} but did not connect within {}: {}",
-                    place.address,
-                    shown(place.deadline),
-                    missing.join(", ")
-                );
-                return Err(Error::failed(format!("rank {rank} of {world_size}"), what)
-                    .hint("see what they say; between machines, see that each reaches the others' interfaces"));
-            }
+        for purpose in Mesh::PURPOSES {
+            let at = format!("rank {other} at {address}");
+            let mut stream = connect(*address, until).map_err(|error| {
+                Error::failed(&at, format!("cannot be reached: {error}")).hint(
+                    "see whether that rank still runs; between machines, give each the interface by which the others reach \
+                     it, and open its ports to them",
+                )
+            })?;
+            call(&mut stream, &key, purpose, &hello(), &at, until)?;
+            mesh.add(other, purpose, stream);
         }
     }
-    mesh.sort_by_key(|(other, _)| *other);
-    for (other, stream) in &mesh {
-        stream
-            .set_nonblocking(true)
-            .map_err(|error| Error::failed(format!("the connection to rank {other}"), error.to_string()))?;
+    let mut door = Door::new(listener, key, &Mesh::PURPOSES);
+    while mesh.streams.len() < Mesh::PURPOSES.len() * (world_size - 1) {
+        match door.next_guest(until)? {
+            // Who belongs to the job and yet has no place here finds the connection closed.
+            Some(guest) if guest.hello.rank > rank => mesh.add(guest.hello.rank, guest.talk.purpose, guest.stream),
+            Some(_) => {}
+            None => return Err(mesh.too_late(place)),
+        }
     }
-    Ok(mesh)
+    mesh.connections(&addresses, place.link_timeout)
+}
+
+/// The connections to the other ranks, as they come about: two to each.
+struct Mesh {
+    rank: usize,
+    world_size: usize,
+    streams: BTreeMap<(usize, u8), TcpStream>,
+}
+
+impl Mesh {
+    const PURPOSES: [Purpose; 2] = [Purpose::Mesh, Purpose::Lifeline];
+
+    /// Adds a connection that is not there yet.
+    fn add(&mut self, other: usize, purpose: Purpose, stream: TcpStream) {
+        if other < self.world_size {
+            self.streams.entry((other, purpose as u8)).or_insert(stream);
+        }
+    }
+
+    fn too_late(&self, place: &Place) -> Error {
+        let is_missing =
+            |other: &usize| Self::PURPOSES.iter().any(|purpose| !self.streams.contains_key(&(*other, *purpose as u8)));
+        let missing = (self.rank + 1..self.world_size).filter(is_missing);
+        let missing: Vec<String> = missing.map(|other| format!("rank {other}")).collect();
+        let what = format!(
+            "these met at {} but did not connect within {}: {}",
+            place.address,
+            shown(place.deadline),
+            missing.join(", ")
+        );
+        Error::failed(format!("rank {} of {}", self.rank, self.world_size), what)
+            .hint("see what they say; between machines, see that each reaches the others' interfaces")
+    }
+
+    /// What it amounts to when all are there; `addresses` are those of all ranks.
+    fn connections(mut self, addresses: &[SocketAddr], link_timeout: Duration) -> Result<Vec<(usize, Connection)>> {
+        let mut connections = Vec::new();
+        for (other, address) in addresses.iter().enumerate() {
+            let [stream, lifeline] = Self::PURPOSES.map(|purpose| self.streams.remove(&(other, purpose as u8)));
+            let Some((stream, lifeline)) = stream.zip(lifeline) else { continue };
+            let ready = stream.set_nonblocking(true).and_then(|()| watch(&lifeline, link_timeout));
+            ready.map_err(|error| unusable(&format!("the connection to rank {other}"), &error))?;
+            connections.push((other, Connection { address: address.ip(), stream, lifeline }));
+        }
+        Ok(connections)
+    }
+}
+
+fn unusable(at: &str, error: &std::io::Error) -> Error {
+    Error::failed(at, format!("the connection cannot be set up: {error}"))
 }
 
 /// Connects to the rendezvous; a listener that is not there yet is called again until the deadline.
@@ -351,7 +394,8 @@ fn reach(place: &Place, at: &str, until: Instant) -> Result<TcpStream> {
         if left(until) <= RETRY {
             let what = format!("cannot be reached within {}: {said}", shown(place.deadline));
             return Err(Error::failed(at, what)
-                .hint("start the launcher, or rank 0, first; see that host and port are right and no firewall closes the port"));
+                .hint("start machine 0, or rank 0, as well; see that host and port are right, that no firewall closes the port, and \
+                       that this rank was not started twice: once all have met, nobody listens there any more"));
         }
         std::thread::sleep(RETRY);
     }
@@ -387,6 +431,12 @@ fn await_table(
         Ok(Verdict::Refusal { what, hint }) => Err(Error::failed(at, what).hint(hint)),
         Err(error) => {
             let what = match error.kind() {
+                _ if error.raw_os_error().is_some() && is_out_of_reach(&error) => {
+                    let what = format!("its machine, or the link to it, is gone ({error})");
+                    return Err(
+                        Error::failed(at, what).hint("see that machine 0 runs and that the network leads there")
+                    );
+                }
                 std::io::ErrorKind::TimedOut => {
                     format!("took this rank in and has said nothing more within {}", shown(place.deadline))
                 }

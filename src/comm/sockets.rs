@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::{set_socket_keepalive, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_user_timeout};
 
 use crate::error::{Error, Result};
 
@@ -41,7 +42,8 @@ pub(super) fn read_exact_until(stream: &mut TcpStream, buffer: &mut [u8], until:
         match stream.read(&mut buffer[n_read..]) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(n) => n_read += n,
-            Err(error) if would_block(&error) || error.kind() == ErrorKind::TimedOut => {}
+            // What the read timeout ends reads as would-block; timed out is the connection itself.
+            Err(error) if would_block(&error) => {}
             Err(error) => return Err(error),
         }
     }
@@ -51,6 +53,32 @@ pub(super) fn read_exact_until(stream: &mut TcpStream, buffer: &mut [u8], until:
 /// Whether a call on a socket has merely to be made again later.
 pub(super) fn would_block(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+/// Has the systems at both ends of a connection ask each other whether they are still there, so that it fails with
+/// [`is_out_of_reach`] when nothing has come from the other one for so long; zero: never.
+///
+/// Systems answer for processes that are slow or stopped. But only while next to nothing is said on the connection: where
+/// the other process does not read and its buffer is full, a system that answers is taken for lost all the same.
+pub(super) fn watch(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
+    if timeout.is_zero() {
+        return Ok(());
+    }
+    // First after a third of the time and then at every sixth: of four questions, three may be lost. Whole seconds only.
+    let part = |n: u64| Duration::from_secs((timeout.as_secs() / n).max(1));
+    set_tcp_keepidle(stream, part(3))?;
+    set_tcp_keepintvl(stream, part(6))?;
+    // Takes the place of a number of questions, and ends what is on its way and not acknowledged as well.
+    set_tcp_user_timeout(stream, u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX))?;
+    Ok(set_socket_keepalive(stream, true)?)
+}
+
+/// Whether an error of a connection means that the other machine, or the way to it, is gone.
+pub(super) fn is_out_of_reach(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown
+    )
 }
 
 /// Connects before a moment.
@@ -74,7 +102,9 @@ pub(super) fn bind(at: SocketAddr) -> Result<TcpListener> {
     let listener = TcpListener::bind(at).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
     listener.map_err(|error| {
         let hint = match error.kind() {
-            ErrorKind::AddrInUse => "another process listens there: end it, or name another port",
+            ErrorKind::AddrInUse => {
+                "another process listens there: end it, or name another port, the same for all ranks"
+            }
             ErrorKind::AddrNotAvailable => {
                 "no interface of this machine has that address: name one that `ip address` lists"
             }

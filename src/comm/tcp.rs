@@ -145,7 +145,7 @@ impl Tcp {
     }
 
     fn state(&self) -> Result<()> {
-        self.failed.as_ref().map_or(Ok(()), |fault| Err(Error::Failed(fault.clone())))
+        self.failed.as_ref().map_or(Ok(()), |fault| Err(Error::Lost(fault.clone())))
     }
 }
 

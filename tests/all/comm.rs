@@ -28,6 +28,7 @@ fn place(rank: usize, world_size: usize, address: impl ToString) -> Place {
         token: TOKEN.to_vec(),
         deadline: LONG,
         timeout: LONG,
+        link_timeout: Place::LINK_TIMEOUT,
     }
 }
 
@@ -55,7 +56,7 @@ fn job<R: Send>(world_size: usize, timeout: Duration, each: impl Fn(usize, Tcp) 
 #[track_caller]
 fn fault<T>(result: Result<T>) -> Fault {
     match result.map(|_| ()) {
-        Err(Error::Failed(fault)) => fault,
+        Err(Error::Failed(fault) | Error::Lost(fault)) => fault,
         Err(Error::Invalid(mut faults)) if faults.len() == 1 => faults.remove(0),
         other => panic!("{other:?}"),
     }
@@ -494,10 +495,10 @@ fn come(address: SocketAddr, rank: u32, world_size: u32) -> TcpStream {
     };
     let mut stream = TcpStream::connect(address).unwrap();
     let (mut nonces, mut answer) = ([9; 64], [0; 72]);
-    stream.write_all(&[&b"BELLORA\x01\x01"[..], &nonces[..32]].concat()).unwrap();
+    stream.write_all(&[&b"BELLORA\x02\x01"[..], &nonces[..32]].concat()).unwrap();
     stream.read_exact(&mut answer).unwrap();
     nonces[32..].copy_from_slice(&answer[8..40]);
-    assert_eq!((&answer[..8], &answer[40..]), (&b"BELLORA\x01"[..], &proof(1, &nonces, &[])[..]));
+    assert_eq!((&answer[..8], &answer[40..]), (&b"BELLORA\x02"[..], &proof(1, &nonces, &[])[..]));
     let mut hello = [0; 30];
     for (at, number) in [rank, world_size, 60_000].into_iter().enumerate() {
         hello[4 * at..4 * at + 4].copy_from_slice(&number.to_le_bytes());
@@ -543,8 +544,8 @@ fn strangers_do_not_hold_up_the_meeting_of_the_ranks() {
     drop(connect());
     // Half a call; a whole one, after which nothing comes; one whose hello proves nothing.
     let mut half = connect();
-    half.write_all(b"BELLORA\x01\x01").unwrap();
-    let call = [&b"BELLORA\x01\x01"[..], &[7; 32]].concat();
+    half.write_all(b"BELLORA\x02\x01").unwrap();
+    let call = [&b"BELLORA\x02\x01"[..], &[7; 32]].concat();
     let mut whole = connect();
     whole.write_all(&call).unwrap();
     let mut unproven = connect();
@@ -593,7 +594,7 @@ fn what_is_no_rendezvous_is_told_from_one_within_the_deadline() {
     let other_version = b"BELLORA\x63aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
     assert_says(
         &try_at(impostor(other_version).to_string()),
-        &["speaks version 99 of the protocol, this rank version 1"],
+        &["speaks version 99 of the protocol, this rank version 2"],
     );
     assert_says(&try_at(impostor(b"").to_string()), &["said nothing until the deadline"]);
 }

@@ -78,7 +78,8 @@ fn ranks_of_another_process() {
     let rank = |rank| {
         let address = rendezvous.address().to_string();
         let (interface, token) = (Place::LOOPBACK, b"token".to_vec());
-        let place = Place { rank, world_size: n_ranks, address, interface, token, deadline: LONG, timeout: LONG };
+        let (deadline, timeout, link_timeout) = (LONG, LONG, Place::LINK_TIMEOUT);
+        let place = Place { rank, world_size: n_ranks, address, interface, token, deadline, timeout, link_timeout };
         let tcp = Tcp::join(&place).unwrap();
         let made = Nccl::new(tcp, Device::Cpu, if mode == "hang" { SHORT } else { LONG });
         if mode == "absent" {
@@ -134,7 +135,7 @@ fn ranks_of_another_process() {
 #[track_caller]
 fn fault(result: Result<()>) -> Fault {
     match result {
-        Err(Error::Failed(fault)) => fault,
+        Err(Error::Failed(fault) | Error::Lost(fault)) => fault,
         other => panic!("{other:?}"),
     }
 }

@@ -20,7 +20,7 @@ const SETS: [&str; 6] = [
     "train.checkpoint_every=6",
 ];
 
-fn lab() -> Lab {
+pub(crate) fn lab() -> Lab {
     // 18 samples, five an update: the last of an epoch has three.
     Lab::new(Shape::default()).with(&SETS).with(&[
         "data.shuffle=true",
@@ -43,7 +43,7 @@ fn numbers(dir: &Path, key: &str) -> Vec<f64> {
 
 /// Holds a run against the one of a single process.
 #[track_caller]
-fn same_to_rounding(what: &str, ours: &Path, judge: &Path, bound: f64) {
+pub(crate) fn same_to_rounding(what: &str, ours: &Path, judge: &Path, bound: f64) {
     for key in ["loss", "grad_norm", "eval_loss"] {
         let (ours, judge) = (numbers(ours, key), numbers(judge, key));
         assert_eq!(ours.len(), judge.len(), "{what}: {key}");
@@ -57,7 +57,7 @@ fn same_to_rounding(what: &str, ours: &Path, judge: &Path, bound: f64) {
 }
 
 /// fp32 sums in another order; the losses of a small model move by a few of their last digits in a dozen updates.
-const FP32: f64 = 1e-6;
+pub(crate) const FP32: f64 = 1e-6;
 
 #[test]
 fn ranks_change_nothing_but_rounding() {
@@ -160,7 +160,7 @@ fn long(lab: &Lab, arguments: &[&str], more: &[&str]) -> (PathBuf, Child) {
 }
 
 /// The processes of a job's ranks, in their order.
-fn ranks_of(supervisor: u32) -> Vec<u32> {
+pub(crate) fn ranks_of(supervisor: u32) -> Vec<u32> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().map(Result::unwrap) {
         let Ok(process) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
@@ -175,14 +175,14 @@ fn ranks_of(supervisor: u32) -> Vec<u32> {
     found.into_iter().map(|(_, process)| process).collect()
 }
 
-fn kill(process: u32, signal: &str) {
+pub(crate) fn kill(process: u32, signal: &str) {
     let sent = Command::new("kill").args([&format!("-{signal}"), &process.to_string()]).status().unwrap();
     assert!(sent.success());
 }
 
 /// Waits until no process is left of a job.
 #[track_caller]
-fn nothing_is_left(supervisor: u32) {
+pub(crate) fn nothing_is_left(supervisor: u32) {
     let started = Instant::now();
     while !ranks_of(supervisor).is_empty() {
         assert!(started.elapsed() < Duration::from_secs(60), "ranks are left: {:?}", ranks_of(supervisor));
@@ -191,7 +191,7 @@ fn nothing_is_left(supervisor: u32) {
 }
 
 #[track_caller]
-fn says(ran: &Ran, words: &[&str]) {
+pub(crate) fn says(ran: &Ran, words: &[&str]) {
     for word in words {
         assert!(ran.stderr.contains(word), "{word:?} is not in: {}", ran.stderr);
     }

@@ -97,8 +97,8 @@ impl Nccl {
 
     fn too_late(&self, timeout: Duration, what: &str) -> Error {
         let place = format!("rank {} of {}, {what}", self.rank(), self.world_size());
-        Error::failed(place, format!("is not done after {}: another rank hangs, died, or is cut off", shown(timeout)))
-            .hint("see the other ranks' logs; NCCL_DEBUG=INFO gives NCCL's own account")
+        let what = format!("is not done after {}: another rank hangs, died, or is cut off", shown(timeout));
+        Error::Lost(Fault::new(place, what).hint("see the other ranks' logs; NCCL_DEBUG=INFO gives NCCL's own account"))
     }
 
     /// Ends everything at once. The other ranks learn of it by the connections that close with this process.
@@ -111,7 +111,7 @@ impl Nccl {
     }
 
     fn state(&self) -> Result<()> {
-        self.failed.as_ref().map_or(Ok(()), |fault| Err(Error::Failed(fault.clone())))
+        self.failed.as_ref().map_or(Ok(()), |fault| Err(Error::Lost(fault.clone())))
     }
 
     /// Keeps the first error for all later calls, with where it happened; nothing works after it.
