@@ -21,6 +21,7 @@ impl Run<'_> {
     /// is still being written.
     pub(super) fn save(&mut self) -> Result<()> {
         self.settle()?;
+        self.trainer.compare_with_other_ranks()?;
         self.wait_for_the_saver()?;
         let started = Instant::now();
         let is_leader = self.is_leader();
@@ -106,6 +107,7 @@ impl Run<'_> {
 
     pub(super) fn write_adapter(&mut self) -> Result<()> {
         self.settle()?;
+        self.trainer.compare_with_other_ranks()?;
         let Some(adapter) = self.adapter()? else { return Ok(()) };
         let table_dtype = match self.job.model.config.train.save_dtype {
             config::SaveDtype::Fp32 => Dtype::F32,

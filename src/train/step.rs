@@ -22,7 +22,7 @@ use crate::plan::MemoryModel;
 use crate::torch::memory;
 use crate::train::non_finite::{NonFinite, SampleLoss};
 use crate::train::probe::{Probed, Trial, probe};
-use crate::train::reduce::{Reducer, gather, touched_ids};
+use crate::train::reduce::{Reducer, checksum, gather, gather_number, touched_ids};
 
 /// What an update depends on besides its samples and the run's state.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -320,6 +320,23 @@ impl Trainer {
     /// What the user should know of the last step, once.
     pub fn take_note(&mut self) -> Option<String> {
         self.note.take()
+    }
+
+    /// Holds the parameters that this rank's products read against those of the other ranks. Every rank must call this
+    /// together.
+    ///
+    /// # Errors
+    /// They are not the same to the last bit, on every rank.
+    pub fn compare_with_other_ranks(&mut self) -> Result<()> {
+        if self.ranks.world_size() == 1 {
+            return Ok(());
+        }
+        let sums = gather_number(&mut *self.ranks, &checksum(&self.params.compute()?)?)?;
+        let Some(other) = sums.iter().position(|sum| *sum != sums[0]) else { return Ok(()) };
+        let what = format!("rank {other} has other parameters than rank 0: nothing is saved from here on");
+        Err(Error::failed(format!("step {}", self.state.step), what).hint(
+            "one of them has computed wrongly, or they compute differently: see that all machines have the same hardware,              driver and bellora, and that their memory is sound; then go on from the newest checkpoint",
+        ))
     }
 
     /// Copies of the parameters on the CPU by name, for the rank that asks for them. Every rank must call this together.

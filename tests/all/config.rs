@@ -446,7 +446,8 @@ fn paths_and_values_that_cannot_be_are_refused() {
 #[test]
 fn differences_are_named_with_what_they_mean_to_the_run() {
     let place = Place::new();
-    let run = parse(&place.minimal(), &["train.micro_batch_tokens=4096", "model.dtype=fp32"]).unwrap().values();
+    let run = parse(&place.minimal(), &["train.micro_batch_tokens=4096", "train.shard=true", "model.dtype=fp32"]);
+    let run = run.unwrap().values();
     let shown = |sets: &[&str]| -> Vec<String> {
         let config = parse(&place.minimal(), sets).unwrap();
         let differences = config.differences(&run).into_iter();
@@ -460,16 +461,17 @@ fn differences_are_named_with_what_they_mean_to_the_run() {
         "Free train.log_every: 7 / 1",
         "Length train.max_steps: 5 / not set",
         "Rounding train.micro_batch_tokens: 1024 / 4096",
+        "Rounding train.shard: false / true",
         "Length train.epochs: not set / 1",
     ];
     let other = ["train.max_steps=5", "lora.r=8", "model.dtype=bf16", "train.log_every=7"];
-    assert_eq!(shown(&[&other[..], &["train.micro_batch_tokens=1024"]].concat()), expected);
+    assert_eq!(shown(&[&other[..], &["train.micro_batch_tokens=1024", "train.shard=false"]].concat()), expected);
     assert!(shown(&["data.template=chinese-alpaca"])[0].starts_with("Contents data.template"));
 
     // What a run settled stays, unless the config says otherwise.
     let mut config = parse(&place.minimal(), &["model.dtype=bf16"]).unwrap();
     config.keep_settled(&run);
-    assert_eq!(config.train.micro_batch_tokens, Auto::Is(4096));
+    assert_eq!((config.train.micro_batch_tokens, config.train.shard), (Auto::Is(4096), Auto::Is(true)));
     assert_eq!(config.model.dtype, Auto::Is(Dtype::Bf16));
 }
 

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bellora::comm::{Place, Rendezvous, Tcp};
 use serde_json::Value;
 
 use crate::resume::{
     assert_same_run, checkpoint_steps, copy_folder, ended, logged_steps, n_lines, signal, step_dir, wait_until,
 };
-use crate::support::{Lab, Ran, Shape, assert_tensors_close, bellora, metrics, read_tensors, run};
+use crate::support::{Lab, Ran, Shape, assert_tensors_close, bellora, metrics, read_tensors, run, trainer};
 
 const SETS: [&str; 6] = [
     "lora.dropout=0.1",
@@ -36,6 +37,9 @@ fn train(lab: &Lab, name: &str, nproc: usize, more: &[&str]) -> PathBuf {
     lab.run("train", &["--nproc", &nproc.to_string()], &[&[&*output], more].concat()).ok();
     dir
 }
+
+/// How long ranks in threads of the test wait for each other.
+const MEET: Duration = Duration::from_secs(60);
 
 fn numbers(dir: &Path, key: &str) -> Vec<f64> {
     metrics(dir).iter().filter_map(|line| line.get(key).and_then(Value::as_f64)).collect()
@@ -125,6 +129,32 @@ fn a_sharded_optimizer_does_the_same_updates() {
             let [ours, theirs] = [&sharded, &whole].map(|dir| std::fs::read(step_dir(dir, 12).join(file)).unwrap());
             assert!(ours == theirs, "{dtype}: {file} differs");
         }
+    }
+}
+
+#[test]
+fn a_rank_with_other_parameters_is_found_before_anything_is_saved() {
+    let lab = lab().with(&["model.dtype=bf16"]);
+    let rendezvous = Rendezvous::listen(Place::LOOPBACK, 3, b"token", MEET).unwrap();
+    let rank = |rank: usize| {
+        let (address, interface, token) = (rendezvous.address().to_string(), Place::LOOPBACK, b"token".to_vec());
+        let (deadline, timeout, link_timeout) = (MEET, MEET, MEET);
+        let tcp = Tcp::join(&Place { rank, world_size: 3, address, interface, token, deadline, timeout, link_timeout });
+        let mut trainer = trainer(lab.config(&[]));
+        trainer.ranks = Box::new(tcp.unwrap());
+        for _ in 0..2 {
+            trainer.step().unwrap();
+            trainer.compare_with_other_ranks().unwrap();
+        }
+        if rank == 2 {
+            let last = trainer.params.compute().unwrap().get(-1);
+            let _ = last.shallow_clone().copy_(&(&last + 0.25));
+        }
+        trainer.compare_with_other_ranks().unwrap_err().to_string()
+    };
+    let said = std::thread::scope(|scope| [0, 1, 2].map(|at| scope.spawn(move || rank(at))).map(|t| t.join().unwrap()));
+    for said in said {
+        assert_eq!(said, "step 2: rank 2 has other parameters than rank 0: nothing is saved from here on");
     }
 }
 
