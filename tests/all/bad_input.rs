@@ -217,7 +217,7 @@ fn keys_and_files_of_other_trainers() {
         key("train.num_train_epochs", &["unknown key"], "train.epochs"),
         key("train.lr", &["unknown key"], "train.learning_rate"),
         key("train.save_steps", &["unknown key"], "train.checkpoint_every"),
-        key("train.deepspeed", &["unknown key"], "leave it out"),
+        key("train.deepspeed", &["unknown key"], "use train.shard"),
         key("lora.lora_alpha", &["unknown key"], "lora.alpha"),
         key("lora.lora_target", &["unknown key"], "lora.target_modules"),
         key("model.model_name_or_path", &["unknown key"], "model.base"),
