@@ -5,6 +5,7 @@
 
 pub mod banner;
 pub mod begin;
+mod gather;
 mod keep;
 mod lock;
 pub mod non_finite;

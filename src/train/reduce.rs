@@ -2,9 +2,9 @@
 //!
 //! The flat buffer falls into buckets. Backward completes them from the last to the first, and in that order every rank
 //! hands them over, whatever it has computed. Where each rank updates a shard, it gets the sums of that alone, and what it has
-//! made of them is gathered afterwards.
+//! made of them is gathered afterwards (`gather`).
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use crate::comm::Communicator;
 use crate::data::Dataset;
@@ -89,30 +89,6 @@ impl<'a> Reducer<'a> {
         }
         Ok(())
     }
-}
-
-/// Has every rank give its shard of a flat buffer to all.
-pub(super) fn gather(ranks: &mut dyn Communicator, params: &ParamBuffer, flat: &Tensor) -> Result<()> {
-    for Bucket { range, .. } in params.layout().buckets() {
-        // Half-precision numbers go as the bytes that they are.
-        ranks.all_gather(&flat.f_narrow(0, range.start, range.end - range.start)?.f_view_dtype(Kind::Uint8)?)?;
-    }
-    ranks.wait()
-}
-
-/// The sum of the bits of a flat buffer, taken as whole numbers: the same in whatever order they are added up.
-pub(super) fn checksum(flat: &Tensor) -> Result<Tensor> {
-    let kind = if flat.kind() == Kind::Float { Kind::Int } else { Kind::Int16 };
-    Ok(flat.f_view_dtype(kind)?.f_sum(Kind::Int64)?)
-}
-
-/// Has every rank know a number of each.
-pub(super) fn gather_number(ranks: &mut dyn Communicator, number: &Tensor) -> Result<Vec<i64>> {
-    let all = Tensor::f_zeros([ranks.world_size() as i64], (Kind::Int64, number.device()))?;
-    all.f_get(ranks.rank() as i64)?.f_copy_(number)?;
-    ranks.all_gather(&all)?;
-    ranks.wait()?;
-    Ok(Vec::try_from(all.f_to_device(Device::Cpu)?)?)
 }
 
 /// The ids that occur in samples, each once, in order.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use crate::checkpoint::state::RunState;
 use crate::comm::{Communicator, Solo};
@@ -12,17 +12,18 @@ use crate::error::{Error, Result};
 use crate::eval::input;
 use crate::log::StepMetrics;
 use crate::model::llama::{Done, Llama};
-use crate::model::params::{Gradients, ParamBuffer, named_copies};
+use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::dropout::DropoutKey;
-use crate::optim::adamw::{AdamW, of_moment};
+use crate::optim::adamw::AdamW;
 use crate::optim::control::{Asks, Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
 use crate::plan::MemoryModel;
 use crate::torch::memory;
+use crate::train::gather::gather;
 use crate::train::non_finite::{NonFinite, SampleLoss};
 use crate::train::probe::{Probed, Trial, probe};
-use crate::train::reduce::{Reducer, checksum, gather, gather_number, touched_ids};
+use crate::train::reduce::{Reducer, touched_ids};
 
 /// What an update depends on besides its samples and the run's state.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -101,7 +102,7 @@ pub struct Trainer {
     /// What was asked by any rank with the steps whose outcomes are known; whoever acts on it sets it back.
     pub asked: Asks,
     order: EpochOrder,
-    grads: Gradients,
+    pub(super) grads: Gradients,
     control: StepControl,
     /// Steps begun whose outcome is not known yet, the oldest first.
     outstanding: VecDeque<Begun>,
@@ -320,58 +321,6 @@ impl Trainer {
     /// What the user should know of the last step, once.
     pub fn take_note(&mut self) -> Option<String> {
         self.note.take()
-    }
-
-    /// Holds the parameters that this rank's products read against those of the other ranks. Every rank must call this
-    /// together.
-    ///
-    /// # Errors
-    /// They are not the same to the last bit, on every rank.
-    pub fn compare_with_other_ranks(&mut self) -> Result<()> {
-        if self.ranks.world_size() == 1 {
-            return Ok(());
-        }
-        let sums = gather_number(&mut *self.ranks, &checksum(&self.params.compute()?)?)?;
-        let Some(other) = sums.iter().position(|sum| *sum != sums[0]) else { return Ok(()) };
-        let what = format!("rank {other} has other parameters than rank 0: nothing is saved from here on");
-        Err(Error::failed(format!("step {}", self.state.step), what).hint(
-            "one of them has computed wrongly, or they compute differently: see that all machines have the same hardware,              driver and bellora, and that their memory is sound; then go on from the newest checkpoint",
-        ))
-    }
-
-    /// Copies of the parameters on the CPU by name, for the rank that asks for them. Every rank must call this together.
-    pub fn copied_params(&mut self, is_wanted: bool) -> Result<Option<Vec<(String, Tensor)>>> {
-        let whole = match self.params.master() {
-            Some(master) => master.shallow_clone(),
-            None => self.gathered(&self.params.shard_masters()?)?,
-        };
-        is_wanted.then(|| named_copies(self.params.layout(), &whole)).transpose()
-    }
-
-    /// Copies of the moments on the CPU by name, as [`Self::copied_params`].
-    pub fn copied_moments(&mut self, is_wanted: bool) -> Result<Option<Vec<(String, Tensor)>>> {
-        let mut copied = Vec::new();
-        for (moment, flat) in self.optimizer.moments().map(|(moment, flat)| (moment, flat.shallow_clone())) {
-            let whole = match self.params.is_sharded() {
-                true => self.gathered(&self.params.shard().of_packed(&flat)?)?,
-                false => flat,
-            };
-            if is_wanted {
-                copied.extend(of_moment(moment, named_copies(self.params.layout(), &whole)?));
-            }
-        }
-        Ok(is_wanted.then_some(copied))
-    }
-
-    /// A buffer of all parameters, of which every rank gives its shard. It lies where the gradients do, which are of no use
-    /// between two steps.
-    fn gathered(&mut self, shard: &[Tensor]) -> Result<Tensor> {
-        let whole = self.grads.flat().shallow_clone();
-        for (mut ours, given) in self.params.shard().of_whole(&whole)?.into_iter().zip(shard) {
-            ours.f_copy_(given)?;
-        }
-        gather(&mut *self.ranks, &self.params, &whole)?;
-        Ok(whole)
     }
 
     /// The samples that the next step will take.
