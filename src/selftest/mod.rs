@@ -1,7 +1,9 @@
-//! The check of a machine: every op of a training step, and a tiny training run, against the same in higher precision.
+//! The check of a machine: every op of a training step, a tiny training run, and what ranks say to each other, against the
+//! same in higher precision.
 //!
 //! [`run`] gives rows; whoever calls it shows them. Nothing is read from files, nothing is timed.
 
+mod collectives;
 mod judge;
 mod ops;
 mod training;
@@ -133,5 +135,6 @@ pub fn run(target: Target<'_>) -> Result<Report> {
     let mut rows: Vec<Row> = kinds.iter().flat_map(|&kind| ops::try_all(kind, device)).collect();
     let (training, training_rows) = training::try_all(&kinds, device)?;
     rows.extend(training_rows);
+    rows.extend(collectives::try_all(device));
     Ok(Report::new(machine, rows, training))
 }
