@@ -38,12 +38,13 @@ pub fn evaluate(
     ranks: &mut dyn Communicator,
     stop: &AtomicUsize,
 ) -> Result<EvalResult> {
-    let samples: Vec<u32> = (0..dataset.len() as u32).collect();
+    // Samples are shared out, not batches: ranks need not agree on the size of these.
+    let samples: Vec<u32> = (ranks.rank() as u32..dataset.len() as u32).step_by(ranks.world_size()).collect();
     let (mut sum, mut label_tokens) = (0.0, 0);
     let batches = samples
         .chunks(SAMPLES_AT_ONCE)
         .flat_map(|chunk| build_batches(dataset, chunk, LossAverage::Tokens, micro_batch_tokens));
-    for packed in batches.skip(ranks.rank()).step_by(ranks.world_size()) {
+    for packed in batches {
         if stop.load(Ordering::SeqCst) != 0 {
             break;
         }

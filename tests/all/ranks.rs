@@ -2,15 +2,19 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use bellora::comm::{Place, Rendezvous, Tcp};
+use bellora::eval::evaluate;
+use bellora::train::step::Trainer;
 use serde_json::Value;
 
 use crate::resume::{
     assert_same_run, checkpoint_steps, copy_folder, ended, logged_steps, n_lines, signal, step_dir, wait_until,
 };
-use crate::support::{Lab, Ran, Shape, assert_tensors_close, bellora, metrics, read_tensors, run, trainer};
+use crate::support::{Lab, Ran, Rig, Shape, assert_tensors_close, bellora, metrics, read_tensors, run, trainer};
 
 const SETS: [&str; 6] = [
     "lora.dropout=0.1",
@@ -132,29 +136,67 @@ fn a_sharded_optimizer_does_the_same_updates() {
     }
 }
 
+/// Calls `each` with a rank's trainer and its number, on threads of this process; gives what they return in their order.
+fn on_ranks<R: Send>(lab: &Lab, n_ranks: usize, each: impl Fn(usize, &mut Rig) -> R + Sync) -> Vec<R> {
+    let rendezvous = Rendezvous::listen(Place::LOOPBACK, n_ranks, b"token", MEET).unwrap();
+    // What they begin with is drawn by a generator that a process has only one of.
+    let turn = Mutex::new(());
+    let rank = |rank: usize| {
+        let mut trainer = {
+            let _mine = turn.lock().unwrap();
+            trainer(lab.config(&[]))
+        };
+        let (address, interface, token) = (rendezvous.address().to_string(), Place::LOOPBACK, b"token".to_vec());
+        let (world_size, deadline, timeout, link_timeout) = (n_ranks, MEET, MEET, MEET);
+        let place = Place { rank, world_size, address, interface, token, deadline, timeout, link_timeout };
+        trainer.ranks = Box::new(Tcp::join(&place).unwrap());
+        each(rank, &mut trainer)
+    };
+    std::thread::scope(|scope| {
+        let rank = &rank;
+        let ranks: Vec<_> = (0..n_ranks).map(|at| scope.spawn(move || rank(at))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
 #[test]
 fn a_rank_with_other_parameters_is_found_before_anything_is_saved() {
-    let lab = lab().with(&["model.dtype=bf16"]);
-    let rendezvous = Rendezvous::listen(Place::LOOPBACK, 3, b"token", MEET).unwrap();
-    let rank = |rank: usize| {
-        let (address, interface, token) = (rendezvous.address().to_string(), Place::LOOPBACK, b"token".to_vec());
-        let (deadline, timeout, link_timeout) = (MEET, MEET, MEET);
-        let tcp = Tcp::join(&Place { rank, world_size: 3, address, interface, token, deadline, timeout, link_timeout });
-        let mut trainer = trainer(lab.config(&[]));
-        trainer.ranks = Box::new(tcp.unwrap());
-        for _ in 0..2 {
-            trainer.step().unwrap();
-            trainer.compare_with_other_ranks().unwrap();
+    for dtype in ["fp32", "bf16"] {
+        let lab = lab().with(&[&*format!("model.dtype={dtype}")]);
+        let said = on_ranks(&lab, 3, |rank, trainer| {
+            for _ in 0..2 {
+                trainer.step().unwrap();
+                trainer.compare_with_other_ranks().unwrap();
+            }
+            if rank == 2 {
+                let last = trainer.params.master().unwrap().get(-1);
+                last.shallow_clone().copy_(&(&last + 1e-7));
+            }
+            trainer.compare_with_other_ranks().unwrap_err().to_string()
+        });
+        for said in said {
+            assert_eq!(
+                said, "step 2: rank 2 has other parameters than rank 0: nothing is saved from here on",
+                "{dtype}"
+            );
         }
-        if rank == 2 {
-            let last = trainer.params.compute().unwrap().get(-1);
-            last.shallow_clone().copy_(&(&last + 0.25));
-        }
-        trainer.compare_with_other_ranks().unwrap_err().to_string()
+    }
+}
+
+/// A rank that ran out of memory once has smaller micro-batches than the others from there on.
+#[test]
+fn an_evaluation_counts_every_sample_once_whatever_ranks_hold_at_a_time() {
+    let lab = lab();
+    let results = |n_ranks: usize, tokens: &[usize]| {
+        on_ranks(&lab, n_ranks, |rank, trainer| {
+            let Trainer { model, samples, ranks, .. } = &mut **trainer;
+            evaluate(model, samples, tokens[rank], &mut **ranks, &AtomicUsize::new(0)).unwrap()
+        })
     };
-    let said = std::thread::scope(|scope| [0, 1, 2].map(|at| scope.spawn(move || rank(at))).map(|t| t.join().unwrap()));
-    for said in said {
-        assert_eq!(said, "step 2: rank 2 has other parameters than rank 0: nothing is saved from here on");
+    let judge = results(1, &[320]).remove(0);
+    for found in results(3, &[320, 160, 2000]) {
+        assert_eq!((found.samples, found.label_tokens), (judge.samples, judge.label_tokens));
+        assert!((found.eval_loss / judge.eval_loss - 1.0).abs() < FP32, "{} {}", found.eval_loss, judge.eval_loss);
     }
 }
 
