@@ -65,13 +65,14 @@ impl Link {
 
     /// What the system says of the other rank's machine when it is out of reach.
     pub(super) fn cut(&mut self) -> Option<io::Error> {
-        let error = match self.lifeline.as_ref()?.take_error() {
-            Ok(None) => return None,
-            Ok(Some(error)) | Err(error) => error,
+        // Not by the socket's error: that also tells of a route that is missed for a moment, which the connection outlives.
+        let ended = match self.lifeline.as_ref()?.peek(&mut [0]) {
+            Err(error) if would_block(&error) || error.kind() == ErrorKind::Interrupted => return None,
+            ended => ended.err(),
         };
         // Of a process that died on a machine that lives, the other connection tells.
         self.lifeline = None;
-        Some(error).filter(is_out_of_reach)
+        ended.filter(is_out_of_reach)
     }
 
     /// Takes in what has come; `None` until a frame is whole. `n_moved` grows by the bytes that came.

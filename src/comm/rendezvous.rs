@@ -363,7 +363,8 @@ impl Mesh {
         for (other, address) in addresses.iter().enumerate() {
             let [stream, lifeline] = Self::PURPOSES.map(|purpose| self.streams.remove(&(other, purpose as u8)));
             let Some((stream, lifeline)) = stream.zip(lifeline) else { continue };
-            let ready = stream.set_nonblocking(true).and_then(|()| watch(&lifeline, link_timeout));
+            let ready = [&stream, &lifeline].into_iter().try_for_each(|socket| socket.set_nonblocking(true));
+            let ready = ready.and_then(|()| watch(&lifeline, link_timeout));
             ready.map_err(|error| unusable(&format!("the connection to rank {other}"), &error))?;
             connections.push((other, Connection { address: address.ip(), stream, lifeline }));
         }

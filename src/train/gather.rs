@@ -9,9 +9,12 @@ use crate::model::params::{Bucket, ParamBuffer, named_copies};
 use crate::optim::adamw::of_moment;
 use crate::train::step::Trainer;
 
+/// Elements whose bits are summed at a time: libtorch widens all that it is given before it sums.
+const SUMMED_AT_ONCE: i64 = 1 << 22;
+
 impl Trainer {
-    /// Holds the parameters that this rank's products read against those of the other ranks. Every rank must call this
-    /// together.
+    /// Holds the parameters of this rank against those of the other ranks: the masters where it has them all, else what its
+    /// products read. Every rank must call this together.
     ///
     /// # Errors
     /// They are not the same to the last bit, on every rank.
@@ -19,7 +22,11 @@ impl Trainer {
         if self.ranks.world_size() == 1 {
             return Ok(());
         }
-        let sums = gather_number(&mut *self.ranks, &checksum(&self.params.compute()?)?)?;
+        let ours = match self.params.master() {
+            Some(master) => master.shallow_clone(),
+            None => self.params.compute()?,
+        };
+        let sums = gather_number(&mut *self.ranks, &checksum(&ours)?)?;
         let Some(other) = sums.iter().position(|sum| *sum != sums[0]) else { return Ok(()) };
         let what = format!("rank {other} has other parameters than rank 0: nothing is saved from here on");
         Err(Error::failed(format!("step {}", self.state.step), what).hint(
@@ -75,7 +82,11 @@ pub(super) fn gather(ranks: &mut dyn Communicator, params: &ParamBuffer, flat: &
 /// The sum of the bits of a flat buffer, taken as whole numbers: the same in whatever order they are added up.
 fn checksum(flat: &Tensor) -> Result<Tensor> {
     let kind = if flat.kind() == Kind::Float { Kind::Int } else { Kind::Int16 };
-    Ok(flat.f_view_dtype(kind)?.f_sum(Kind::Int64)?)
+    let total = Tensor::f_zeros([0i64; 0], (Kind::Int64, flat.device()))?;
+    for piece in flat.f_view_dtype(kind)?.f_split(SUMMED_AT_ONCE, 0)? {
+        let _ = total.shallow_clone().f_add_(&piece.f_sum(Kind::Int64)?)?;
+    }
+    Ok(total)
 }
 
 /// Has every rank know a number of each.

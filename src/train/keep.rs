@@ -12,6 +12,7 @@ use crate::config;
 use crate::disk::put_file;
 use crate::error::{Error, Result};
 use crate::train::non_finite::NonFinite;
+use crate::train::requests::forget_saves;
 use crate::train::run::Run;
 use crate::train::run_dir::ADAPTER_DIR;
 use crate::train::stand::computed_on;
@@ -48,6 +49,8 @@ impl Run<'_> {
 
     pub(super) fn save_as_asked(&mut self) -> Result<()> {
         self.settle()?;
+        // Steps that were begun meanwhile carried the same request.
+        forget_saves(&mut self.trainer.asked);
         let step = self.trainer.state.step;
         if self.begun_step < step {
             self.save()?;

@@ -6,6 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::error::STOP_SIGNALS;
 use crate::optim::control::Asks;
 
+/// Where the requests for a checkpoint are counted, behind those of the signals to stop.
+const SAVE: usize = STOP_SIGNALS.len();
+
 /// Cells that signal handlers write and the run reads.
 #[derive(Debug, Default)]
 pub struct Requests {
@@ -37,6 +40,11 @@ impl Requests {
     }
 }
 
+/// Takes the requests for a checkpoint out of what was asked.
+pub(super) fn forget_saves(asked: &mut Asks) {
+    asked[SAVE] = 0.0;
+}
+
 /// What all ranks know that one of them was asked.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Agreed {
@@ -50,6 +58,6 @@ impl Agreed {
     /// Reads what the ranks' counts add up to.
     pub(super) fn of(counts: &Asks) -> Self {
         let stop = STOP_SIGNALS.into_iter().zip(counts).find(|(_, count)| **count > 0.0);
-        Self { stop: stop.map(|(signal, _)| signal), save: counts[3] > 0.0 }
+        Self { stop: stop.map(|(signal, _)| signal), save: counts[SAVE] > 0.0 }
     }
 }

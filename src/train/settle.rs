@@ -1,4 +1,4 @@
-//! What a config leaves to the machine: device, dtype, the size of micro-batches, recompute.
+//! What a config leaves to the machine: device, dtype, the size of micro-batches, recompute, sharding.
 
 use tch::{Device, Kind};
 
