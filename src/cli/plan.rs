@@ -132,9 +132,9 @@ impl Subject {
                 Duration::Steps(steps) => steps * asked.global_batch as u64,
             },
             samples,
-            micro_batch_tokens: settled(asked.micro_batch_tokens).map(|tokens| tokens as i64),
-            recompute: settled(asked.recompute).map(|which| which == Recompute::All),
-            shard: settled(asked.shard),
+            micro_batch_tokens: asked.micro_batch_tokens.settled().map(|tokens| tokens as i64),
+            recompute: asked.recompute.settled().map(|which| which == Recompute::All),
+            shard: asked.shard.settled(),
             files: Files { run: setup::run_bytes(&self.config, &self.layout, None), caches: self.has_files },
         };
         task.plan(&machine)
@@ -159,13 +159,6 @@ impl Subject {
             Auto::Auto => Kind::Half,
         };
         Ok((kind, Machine::of_gpu(gpu, n_gpus)?))
-    }
-}
-
-fn settled<T>(value: Auto<T>) -> Option<T> {
-    match value {
-        Auto::Auto => None,
-        Auto::Is(value) => Some(value),
     }
 }
 

@@ -173,6 +173,16 @@ pub enum Auto<T> {
     Is(T),
 }
 
+impl<T> Auto<T> {
+    /// The value, where there is one already.
+    pub fn settled(self) -> Option<T> {
+        match self {
+            Self::Auto => None,
+            Self::Is(value) => Some(value),
+        }
+    }
+}
+
 /// How long to train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Duration {

@@ -49,15 +49,9 @@ pub fn settle_micro_batches(
     layout: &Layout,
     n_ranks: usize,
 ) -> Result<bool> {
-    fn settled<T: Copy>(value: Auto<T>) -> Option<T> {
-        match value {
-            Auto::Is(value) => Some(value),
-            Auto::Auto => None,
-        }
-    }
     let (device, kind, max_length) = (device(config), kind(config), config.data.max_length);
-    let (tokens, recompute) = (settled(config.train.micro_batch_tokens), settled(config.train.recompute));
-    let (recompute, shard) = (recompute.map(|which| which == config::Recompute::All), settled(config.train.shard));
+    let (tokens, shard) = (config.train.micro_batch_tokens.settled(), config.train.shard.settled());
+    let recompute = config.train.recompute.settled().map(|which| which == config::Recompute::All);
     let solved = match device.is_cuda() {
         false => Solved {
             tokens: tokens.unwrap_or(CPU_MICRO_BATCH_TOKENS.max(max_length)) as i64,
