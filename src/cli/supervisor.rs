@@ -257,7 +257,7 @@ impl Job {
             false => cause.ended.map(shown).unwrap_or_default(),
         };
         if !cause.status.is_empty() {
-            what.push_str(&format!(" at {}", cause.status));
+            what.push_str(&format!("; it was at {}", cause.status));
         }
         if !cause.last_lines.is_empty() {
             what.push_str("; its last lines:");
