@@ -28,6 +28,11 @@ impl Fault {
         self.hint = hint.into();
         self
     }
+
+    /// The fault in one line, what can be done about it at the end.
+    pub fn in_one_line(&self) -> String {
+        if self.hint.is_empty() { self.to_string() } else { format!("{self} ({})", self.hint) }
+    }
 }
 
 impl std::fmt::Display for Fault {

@@ -8,6 +8,7 @@ pub mod error;
 pub mod torch;
 
 pub mod comm;
+pub mod formats;
 pub mod ops;
 
 pub mod data;

@@ -36,6 +36,8 @@ pub struct Config {
     pub data: DataConfig,
     /// `[train]`: the updates, and what is written when.
     pub train: TrainConfig,
+    /// What may not be what the user means, though it is no fault.
+    pub warnings: Vec<Fault>,
     /// The keys the user gave, as `section.key`; the others are defaults.
     given: BTreeSet<&'static str>,
 }

@@ -35,7 +35,7 @@ impl Config {
 
     /// Gives every key that holds with its value in TOML, section by section.
     pub(super) fn entries(&self) -> Vec<(&'static str, String)> {
-        let Self { model, lora, data, train, given: _ } = self;
+        let Self { model, lora, data, train, warnings: _, given: _ } = self;
         let init_adapter = model.init_adapter.iter().map(|dir| ("model.init_adapter", path(dir)));
         let mut entries = vec![
             ("model.base", path(&model.base)),

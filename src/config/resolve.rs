@@ -25,7 +25,7 @@ pub(super) fn resolve(raw: Raw, file_keys: FileKeys, faults: &mut Faults) -> Con
     let data = data(&mut reader);
     let train = train(&mut reader);
     let given: BTreeSet<_> = reader.raw.keys().collect();
-    let config = Config { model, lora, data, train, given };
+    let config = Config { model, lora, data, train, warnings: Vec::new(), given };
     rules(&config, &mut reader);
     reader.name_defaults(&config);
     config

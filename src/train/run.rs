@@ -13,7 +13,7 @@ use crate::checkpoint::state::Evaluated;
 use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Auto, Config};
 use crate::disk::{Disk, Nowhere, make_folder, put_file, sync_parent};
-use crate::error::{Error, Result};
+use crate::error::{Error, Fault, Result};
 use crate::eval::evaluate;
 use crate::log::{EvalMetrics, LogSettings, RunLog, StepMetrics};
 use crate::train::banner;
@@ -339,7 +339,7 @@ impl<'a> Run<'a> {
 
 /// What the user should know before a run starts, though it is no fault.
 pub fn warnings(job: &Job) -> Vec<String> {
-    let mut warnings = Vec::new();
+    let mut warnings: Vec<String> = job.warnings().map(Fault::in_one_line).collect();
     let (kind, is_cpu) = (job.model.kind(), job.model.device() == Device::Cpu);
     if kind == Kind::Half && is_cpu {
         warnings

@@ -45,6 +45,8 @@ pub struct ModelSetup {
     pub tokenizer: Tokenizer,
     /// The text around instruction and answer.
     pub template: Template,
+    /// What the files of the model hold that may not be what the user means, though it is no fault.
+    pub warnings: Vec<Fault>,
     /// What is worth a word about the device: the GPU that is used, or why one is not.
     pub device_note: Option<String>,
     /// Whether the memory model chose the size of micro-batches for this GPU, so that it is worth a trial.
@@ -95,6 +97,7 @@ impl ModelSetup {
     /// weights.
     pub fn inspect(mut config: Config, n_ranks: usize) -> Result<Self> {
         let mut faults = Gather::default();
+        let warnings = config.warnings.clone();
         let device_note = faults.take(settle::settle_device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
         let base = faults.take(LlamaConfig::load(&config.model.base))?;
@@ -134,6 +137,7 @@ impl ModelSetup {
                 layout,
                 tokenizer,
                 template,
+                warnings,
                 device_note,
                 micro_batch_is_solved,
                 init,
@@ -300,6 +304,11 @@ impl Job {
         };
         let schedule = LrSchedule { learning_rate: settings.learning_rate, shape, warmup, total: total_steps };
         Ok(Self { model, train, validation, total_steps, steps_per_epoch, schedule })
+    }
+
+    /// What the config, the model's files and the samples hold that may not be what the user means, though it is no fault.
+    pub fn warnings(&self) -> impl Iterator<Item = &Fault> {
+        self.model.warnings.iter()
     }
 
     /// What every update depends on.

@@ -8,7 +8,7 @@ use std::process::Command;
 /// A module uses lower layers; those of one layer do not know each other, but for what [`SIBLINGS`] says.
 const LAYERS: [&[&str]; 6] = [
     &["error", "disk", "torch", "device"],
-    &["ops", "comm"],
+    &["ops", "comm", "formats"],
     &["model", "data"],
     &["optim", "checkpoint"],
     &["config", "log", "plan", "eval", "train", "trained", "generate", "export", "bench", "selftest"],
