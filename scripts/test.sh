@@ -36,6 +36,9 @@ count() {
 }
 
 # Many tests wait for processes of their own: one more than there are cores keeps these busy.
+cpu=$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)
+vectors=$(grep -m 1 '^flags' /proc/cpuinfo | grep -oE '\b(avx2|avx512f|avx512_bf16|amx_bf16)\b' | tr '\n' ' ' || true)
+say "on ${cpu:-an unknown CPU}, $(nproc) cores (${vectors:-no AVX2 })ONEDNN_MAX_CPU_ISA=${ONEDNN_MAX_CPU_ISA-} OMP_NUM_THREADS=${OMP_NUM_THREADS-}"
 export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 1))}
 cargo test --release --no-fail-fast 2>&1 | tee "$log" || broken=1
 count '^test result: .* ([0-9]+) passed; ([0-9]+) failed;'

@@ -8,9 +8,9 @@ use crate::checkpoint::manifest::{MANIFEST_FILE, newest_good};
 use crate::config::{Dtype, ModelOfRun};
 use crate::data::{SpecialTokens, Template, TemplateFile, Tokenizer};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
-use crate::error::{Error, Result};
+use crate::error::{Error, Fault, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
-use crate::model::config::LlamaConfig;
+use crate::model::config::{LlamaConfig, ReadConfig};
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{Layout, ParamBuffer, table_key};
@@ -40,6 +40,8 @@ pub struct Trained {
     pub base_files: TensorFiles,
     /// The adapter on it.
     pub adapter: Option<OpenedAdapter>,
+    /// What its files hold that may not be what the user means.
+    pub warnings: Vec<Fault>,
     /// The dtype its run computed in, where there is a run.
     run_dtype: Option<Dtype>,
 }
@@ -47,11 +49,12 @@ pub struct Trained {
 impl Trained {
     /// Opens a run directory (its final adapter, else its newest good checkpoint), an adapter's folder or a base model.
     ///
-    /// `base` replaces the base that the adapter names.
+    /// `base` replaces the base that the adapter names; `allowed` names keys of the base's `config.json` that are passed over,
+    /// beside those of the run.
     ///
     /// # Errors
     /// A path that is none of the three; a base or adapter with faults.
-    pub fn open(path: &Path, base: Option<&Path>) -> Result<Self> {
+    pub fn open(path: &Path, base: Option<&Path>, allowed: &[String]) -> Result<Self> {
         let place = path.display().to_string();
         if !path.is_dir() {
             let what = if path.exists() { "is a file, not a folder" } else { "does not exist" };
@@ -62,18 +65,19 @@ impl Trained {
         if holds_run(path) {
             // Only what the model needs: the run's data may be elsewhere by now.
             let run = ModelOfRun::load(&path.join(CONFIG_FILE))?;
-            let mut opened = Self::with_adapter(&newest_adapter(path)?, base.or(run.base.as_deref()))?;
+            let allowed = [allowed, &run.allow_config_keys].concat();
+            let mut opened = Self::with_adapter(&newest_adapter(path)?, base.or(run.base.as_deref()), &allowed)?;
             opened.run_dtype = run.dtype;
             return Ok(opened);
         }
         if path.join(adapter_file::CONFIG_FILE).is_file() {
-            return Self::with_adapter(path, base);
+            return Self::with_adapter(path, base, allowed);
         }
         if path.join("config.json").is_file() {
             if base.is_some() {
                 return Err(Error::invalid("--base", format!("{place} is a base itself")).hint("leave --base out"));
             }
-            return Self::on_base(path);
+            return Self::on_base(path, allowed);
         }
         Err(Error::invalid(
             place,
@@ -82,22 +86,22 @@ impl Trained {
         .hint("name a folder that holds one of these files"))
     }
 
-    fn on_base(dir: &Path) -> Result<Self> {
-        let base = LlamaConfig::load(dir)?;
+    fn on_base(dir: &Path, allowed: &[String]) -> Result<Self> {
+        let ReadConfig { config: base, warnings } = LlamaConfig::load(dir, allowed)?;
         let base_files = TensorFiles::open_model(dir)?;
         let faults = base_files.check_llama(&base);
         if !faults.is_empty() {
             return Err(Error::Invalid(faults));
         }
-        Ok(Self { base_dir: dir.to_path_buf(), base, base_files, adapter: None, run_dtype: None })
+        Ok(Self { base_dir: dir.to_path_buf(), base, base_files, adapter: None, warnings, run_dtype: None })
     }
 
-    fn with_adapter(dir: &Path, base: Option<&Path>) -> Result<Self> {
+    fn with_adapter(dir: &Path, base: Option<&Path>, allowed: &[String]) -> Result<Self> {
         if dir.join(MANIFEST_FILE).is_file() {
             verify_adapter(dir)?;
         }
         let config = AdapterConfig::load(dir)?;
-        let mut opened = Self::on_base(&base_of(dir, &config, base)?)?;
+        let mut opened = Self::on_base(&base_of(dir, &config, base)?, allowed)?;
         let vocab_size = opened.grown_vocab_size(dir, &config.lora)?;
         let files = adapter_file::open_weights(dir, &Layout::new(&opened.base, &config.lora, vocab_size))?;
         opened.adapter = Some(OpenedAdapter { dir: dir.to_path_buf(), config, files, vocab_size });

@@ -13,7 +13,7 @@ use tch::{Device, Kind};
 
 use crate::checkpoint::state::{Identity, RunState};
 use crate::config::{Auto, Config, Recompute};
-use crate::data::{Dataset, EpochOrder, Lengths, build_batches};
+use crate::data::{Dataset, EpochOrder, Lengths, TokenCache, build_batches};
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
 use crate::model::flops::TokenMix;
@@ -171,7 +171,7 @@ impl Bench {
         let (samples, about) = match (&self.lengths, &setup) {
             (None, Some(setup)) => {
                 let names: Vec<String> = data.train.iter().map(|path| path.display().to_string()).collect();
-                (setup.dataset(&data.train, Some(&data.cache_dir))?, names.join(", "))
+                (setup.dataset(&data.train, TokenCache::Read(&data.cache_dir))?, names.join(", "))
             }
             (None, None) => return Err(Error::failed("bellora bench", "has neither lengths nor data")),
             (Some(lengths), _) => {
@@ -224,7 +224,7 @@ fn trainer(subject: &Subject, params: ParamBuffer, model: Llama, samples: Datase
     let optimizer =
         AdamW::new(AdamWConfig { betas: train.betas, eps: train.eps, weight_decay: train.weight_decay }, &params)?;
     let scale = if subject.kind == Kind::Half { LossScale::dynamic() } else { LossScale::none() };
-    let nobodys = Identity { base: String::new(), data: String::new() };
+    let nobodys = Identity::of_no_run();
     Trainer::new(settings, samples, model, params, optimizer, RunState::start(scale, nobodys))
 }
 

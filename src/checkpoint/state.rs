@@ -11,8 +11,12 @@ use crate::optim::scaler::LossScale;
 /// The file's name in a checkpoint.
 pub const STATE_FILE: &str = "state.json";
 
-/// The version of this format.
-const FORMAT_VERSION: u32 = 2;
+/// The version of this format. Checkpoints of [`FORMAT_2`] are read too.
+const FORMAT_VERSION: u32 = 3;
+
+/// The first version that is read: it has a checksum of the base in place of what the base is, and nothing of the validation
+/// samples.
+const FORMAT_2: u32 = 2;
 
 /// A run's position; the same for every rank.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,14 +33,53 @@ pub struct RunState {
     pub identity: Identity,
 }
 
-/// Checksums of what a run reads; a resumed run must find the same.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What a run reads; a resumed run must find the same base and training samples.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Identity {
-    /// Of the base model: its shape, its tensors' names, dtypes, shapes and sampled contents.
-    pub base: String,
-    /// Of the training samples: their ids and what of them is learned.
+    /// The base model.
+    pub base: BaseIdentity,
+    /// A checksum of the training samples: their ids and what of them is learned.
     pub data: String,
+    /// The same of the validation samples; nothing where there are none, or where an older checkpoint does not say.
+    #[serde(default)]
+    pub validation: Option<String>,
+}
+
+impl Identity {
+    /// Of a training that is nobody's run and is never taken up again.
+    pub fn of_no_run() -> Self {
+        Self { base: BaseIdentity::Named(Map::new()), data: String::new(), validation: None }
+    }
+}
+
+/// What tells a base model from another.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum BaseIdentity {
+    /// The values of `config.json` that decide what is computed, by their names there, and under `tensors` a checksum of the
+    /// tensors' names, dtypes, shapes and sampled contents.
+    Named(Map<String, Value>),
+    /// A checksum of all that in one, as [`FORMAT_2`] has it.
+    Sum(String),
+}
+
+impl BaseIdentity {
+    /// The names of the values that differ, with this identity's value and the other's. A name that one side lacks is of
+    /// another version of the program, and is passed over.
+    ///
+    /// `None` where one of the two is a checksum and not the other.
+    pub fn differences(&self, other: &Self) -> Option<Vec<(String, Value, Value)>> {
+        match (self, other) {
+            (Self::Named(ours), Self::Named(theirs)) => {
+                let both = ours.iter().filter_map(|(name, ours)| Some((name, ours, theirs.get(name)?)));
+                let differing = both.filter(|(_, ours, theirs)| ours != theirs);
+                Some(differing.map(|(name, ours, theirs)| (name.clone(), ours.clone(), theirs.clone())).collect())
+            }
+            (Self::Sum(ours), Self::Sum(theirs)) if ours == theirs => Some(Vec::new()),
+            _ => None,
+        }
+    }
 }
 
 impl RunState {
@@ -145,8 +188,11 @@ impl Record {
         let place = path.display().to_string();
         let broken = |error: serde_json::Error| Error::invalid(&place, format!("is not a run's state: {error}"));
         let value: Value = serde_json::from_str(&text).map_err(broken)?;
-        if value["format_version"] != FORMAT_VERSION {
-            let what = format!("has format version {}, this program reads {FORMAT_VERSION}", value["format_version"]);
+        if ![FORMAT_2, FORMAT_VERSION].iter().any(|version| value["format_version"] == *version) {
+            let what = format!(
+                "has format version {}, this program reads {FORMAT_2} and {FORMAT_VERSION}",
+                value["format_version"]
+            );
             return Err(Error::invalid(&place, what).hint("resume with the version of bellora that wrote it"));
         }
         serde_json::from_value(value).map_err(broken)

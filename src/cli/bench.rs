@@ -44,7 +44,7 @@ pub(super) struct BenchArgs {
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     signals::end_at_once()?;
     let shape = match &args.shape {
-        Some(name) => Some((name.clone(), shapes::open(name, args.vocab_size)?)),
+        Some(name) => Some((name.clone(), shapes::open(name, args.vocab_size, &[])?)),
         None => None,
     };
     let lengths = args.lengths.as_deref().map(Lengths::of_argument).transpose()?;

@@ -5,7 +5,7 @@ use clap::Args;
 use crate::cli::{ConfigArgs, print, signals};
 use crate::disk::LocalDisk;
 use crate::error::Result;
-use crate::train::setup::Job;
+use crate::train::setup::{CacheUse, Job};
 use crate::train::{banner, run, run_dir};
 
 #[derive(Debug, Args)]
@@ -23,7 +23,8 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
     if args.print_config {
         return print(&config.print_with_defaults_marked());
     }
-    let job = Job::inspect(config, None, 1)?;
+    config.refuse_unwritable_output()?;
+    let job = Job::inspect(config, CacheUse::Judge, 1)?;
     run_dir::refuse_taken_output(&job.model.config)?;
     job.run_bytes().fit(&LocalDisk, &job.model.config.train.output, 0)?;
     for line in banner::lines(&job)? {

@@ -12,7 +12,7 @@ use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::{EvalResult, evaluate};
 use crate::train::run_dir::{CONFIG_FILE, holds_run};
-use crate::train::setup::{Job, ModelSetup};
+use crate::train::setup::{CacheUse, Job, ModelSetup};
 use crate::trained::Trained;
 
 #[derive(Debug, Args)]
@@ -34,13 +34,20 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
              --set model.init_adapter=DIR",
         ));
     }
-    let config = if is_run { args.target.join(CONFIG_FILE) } else { args.target.clone() };
-    let (model, samples) = validation(Config::load(&config, &args.sets)?)?;
+    let config = match is_run {
+        true => Config::load_run_to_evaluate(&args.target, &args.sets)?,
+        false => Config::load(&args.target, &args.sets)?,
+    };
+    let (model, samples) = validation(config)?;
+    for warning in model.warnings.iter().chain(samples.warnings()) {
+        say(&format!("warning: {}\n", warning.in_one_line()));
+    }
     // Signals end the program: nothing would be lost.
     let stop = AtomicUsize::new(0);
     say(&format!("evaluating on {} samples\n", samples.len()));
     let result = if is_run {
-        let trained = Trained::open(&args.target, Some(&model.config.model.base))?;
+        let trained =
+            Trained::open(&args.target, Some(&model.config.model.base), &model.config.model.allow_config_keys)?;
         let params = trained.params(model.kind(), model.device())?;
         let llama = trained.load(&params, model.kind(), model.config.data.max_length as i64)?;
         evaluate(&llama, &samples, model.micro_batch_tokens(), &mut Solo, &stop)?
@@ -54,7 +61,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
 /// The validation samples of a config: its files, or the share held out of the training samples.
 fn validation(config: Config) -> Result<(ModelSetup, Dataset)> {
     if config.data.validation.is_empty() && config.data.validation_fraction > 0.0 {
-        let job = Job::inspect(config, None, 1)?;
+        let job = Job::inspect(config, CacheUse::Read, 1)?;
         let held_out = job.validation.ok_or_else(|| Error::failed("validation", "no samples were held out"))?;
         return Ok((job.model, held_out));
     }

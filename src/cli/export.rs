@@ -4,10 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use crate::cli::{say, signals};
+use crate::cli::{ModelArgs, say, signals};
 use crate::error::Result;
 use crate::export::{export_merged, export_peft};
-use crate::trained::Trained;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
@@ -27,14 +26,13 @@ pub(super) struct ExportArgs {
     /// The folder to write, new or empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// The base model [default: the one the adapter names]
-    #[arg(long, value_name = "DIR")]
-    base: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
 }
 
 pub(super) fn run(args: &ExportArgs) -> Result<()> {
     let stop = signals::listen()?;
-    let trained = Trained::open(&args.source, args.base.as_deref())?;
+    let trained = args.model.open(&args.source)?;
     match args.format {
         Format::Peft => export_peft(&trained, &args.out, &stop)?,
         Format::Merged => export_merged(&trained, &args.out, &stop)?,

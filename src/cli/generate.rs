@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::cli::{print, say, signals};
+use crate::cli::{ModelArgs, print, say, signals};
 use crate::data::{Record, Template, prompt_ids};
 use crate::error::{Error, Fault, Result};
 use crate::generate::{Sampling, generate};
@@ -41,9 +41,8 @@ pub(super) struct GenerateArgs {
     /// The template where none travels with the model: alpaca, chinese-alpaca or a .toml file
     #[arg(long, default_value = "alpaca")]
     template: String,
-    /// The base model [default: the one the adapter names]
-    #[arg(long, value_name = "DIR")]
-    base: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
 }
 
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
@@ -66,7 +65,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         }
         other => other.hint_where_none("name alpaca, chinese-alpaca or the path of a template file"),
     })?;
-    let trained = Trained::open(&args.source, args.base.as_deref())?;
+    let trained = args.model.open(&args.source)?;
     let tokenizer = trained.tokenizer()?;
     let file = trained.template(&tokenizer, &fallback)?;
     let prompt = if args.raw {

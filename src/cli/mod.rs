@@ -18,13 +18,14 @@ mod verify;
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::trained::Trained;
 
 /// LoRA fine-tuning of Llama-family language models
 #[derive(Debug, Parser)]
@@ -156,6 +157,28 @@ struct ConfigArgs {
 impl ConfigArgs {
     fn load(&self) -> Result<Config> {
         Config::load(&self.config, &self.sets)
+    }
+}
+
+/// Which base a trained model is on.
+#[derive(Debug, Args)]
+struct ModelArgs {
+    /// The base model [default: the one the adapter names]
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
+    /// Pass over this key of the base's config.json, which is not known here [repeatable]
+    #[arg(long = "allow-config-key", value_name = "KEY")]
+    allow_config_keys: Vec<String>,
+}
+
+impl ModelArgs {
+    /// Opens what a command is given, and says what may not be what the user means.
+    fn open(&self, source: &Path) -> Result<Trained> {
+        let trained = Trained::open(source, self.base.as_deref(), &self.allow_config_keys)?;
+        for warning in &trained.warnings {
+            say(&format!("warning: {}\n", warning.in_one_line()));
+        }
+        Ok(trained)
     }
 }
 

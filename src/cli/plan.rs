@@ -19,7 +19,7 @@ use crate::plan::gpus::GpuModel;
 use crate::torch::memory;
 use crate::train::banner::grouped;
 use crate::train::settle;
-use crate::train::setup::{self, Job, ModelSetup};
+use crate::train::setup::{self, CacheUse, Job, ModelSetup};
 
 #[derive(Debug, Args)]
 pub(super) struct PlanArgs {
@@ -86,7 +86,7 @@ fn for_here(config: &Config, gpu: Option<GpuModel>) -> Config {
 impl Subject {
     fn without_files(args: &PlanArgs, shape: &str, gpu: Option<GpuModel>) -> Result<Self> {
         let config = Config::load_without_files(Some(&args.config.config), &args.config.sets)?;
-        let shape = shapes::open(shape, args.vocab_size)?;
+        let shape = shapes::open(shape, args.vocab_size, &config.model.allow_config_keys)?;
         let lengths = match &args.lengths {
             Some(text) => Lengths::of_argument(text)?,
             None => Lengths::belle()?,
@@ -107,7 +107,7 @@ impl Subject {
 
     fn of_files(args: &PlanArgs, gpu: Option<GpuModel>) -> Result<Self> {
         let config = args.config.load()?;
-        let Job { model, train, .. } = Job::inspect(for_here(&config, gpu), None, 1)?;
+        let Job { model, train, .. } = Job::inspect(for_here(&config, gpu), CacheUse::Read, 1)?;
         let lengths = (0..train.len()).map(|sample| (train.ids(sample).len(), train.label_tokens(sample))).collect();
         let mut shape = model.base.clone();
         shape.vocab_size = model.vocab_size;

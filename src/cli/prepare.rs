@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::cli::{ConfigArgs, say, signals};
-use crate::config::Config;
+use crate::config::{CacheDir, Config};
+use crate::data::TokenCache;
 use crate::error::{Error, Result};
 use crate::train::setup::ModelSetup;
 
@@ -28,7 +29,21 @@ pub(super) fn run(args: &PrepareArgs) -> Result<()> {
     }
     let model = ModelSetup::inspect(config, 1)?;
     let data = &model.config.data;
-    let dataset = model.dataset(&data.train, Some(&data.cache_dir))?;
+    // Without a dump, tokens that cannot be kept would be made for nothing.
+    let CacheDir { folder, is_required, unwritable } = model.config.cache_dir()?;
+    let is_required = is_required || args.dump.is_none();
+    let cache = match unwritable {
+        Some(fault) if is_required => return Err(Error::Invalid(vec![fault])),
+        Some(fault) => {
+            say(&format!("warning: {}\n", fault.in_one_line()));
+            TokenCache::Read(folder)
+        }
+        None => TokenCache::Keep { folder, is_required },
+    };
+    let dataset = model.dataset(&data.train, cache)?;
+    for warning in model.warnings.iter().chain(dataset.warnings()) {
+        say(&format!("warning: {}\n", warning.in_one_line()));
+    }
     if let Some(path) = &args.dump {
         let file = File::create(path).map_err(Error::io("create", path))?;
         if let Err(error) = dataset.write_dump(&mut BufWriter::new(&file)) {

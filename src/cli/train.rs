@@ -14,7 +14,7 @@ use crate::disk::LocalDisk;
 use crate::error::{Error, Result};
 use crate::train::begin::{self, Host};
 use crate::train::run::Outcome;
-use crate::train::run_dir::{CONFIG_FILE, expect_run};
+use crate::train::run_dir::expect_run;
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -49,7 +49,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
 pub(super) fn resume(args: &ResumeArgs) -> Result<()> {
     let run_dir = std::path::absolute(&args.run_dir).map_err(Error::io("resolve", &args.run_dir))?;
     expect_run(&run_dir)?;
-    let config = Config::load(&run_dir.join(CONFIG_FILE), &args.sets)?;
+    let config = Config::load_run(&run_dir, &args.sets)?;
     match args.ranks.role(on_gpus(&config))? {
         Role::Supervisor(nproc) => supervise(&args.ranks, nproc, false),
         Role::Rank(ranks) => end(begin::resume(&run_dir, &args.sets, &host(&*ranks)?, ranks)),

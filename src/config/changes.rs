@@ -66,15 +66,17 @@ impl Config {
     }
 
     /// Gives the keys whose values differ from those of another config. `auto` agrees with every value, and where the run
-    /// and the token cache lie does not count.
+    /// and the token cache lie does not count. A key that the other one lacks has its default there: it may be of a version
+    /// that did not have the key yet.
     pub fn differences(&self, theirs: &Map<String, Value>) -> Vec<Difference> {
         let ours = self.values();
         let only_theirs = theirs.keys().filter(|key| !ours.contains_key(*key));
+        let defaults = Self::load_without_files(None, &[]).map(|config| config.values()).unwrap_or_default();
         let is_auto = |value: Option<&Value>| value.is_some_and(|value| value == "auto");
         let shown = |value: Option<&Value>| value.map_or("not set".to_owned(), Value::to_string);
         ours.keys()
             .chain(only_theirs)
-            .map(|key| (key, ours.get(key), theirs.get(key)))
+            .map(|key| (key, ours.get(key), theirs.get(key).or_else(|| defaults.get(key))))
             .filter(|(key, ..)| !PLACES.contains(&key.as_str()))
             .filter(|(_, ours, theirs)| !agree(*ours, *theirs) && !is_auto(*ours) && !is_auto(*theirs))
             .map(|(key, ours, theirs)| Difference {

@@ -38,6 +38,8 @@ pub struct Config {
     pub train: TrainConfig,
     /// What may not be what the user means, though it is no fault.
     pub warnings: Vec<Fault>,
+    /// Why a place cannot be written, for the commands that write there.
+    unwritable: Unwritable,
     /// The keys the user gave, as `section.key`; the others are defaults.
     given: BTreeSet<&'static str>,
 }
@@ -46,6 +48,15 @@ impl PartialEq for Config {
     fn eq(&self, other: &Self) -> bool {
         self.model == other.model && self.lora == other.lora && self.data == other.data && self.train == other.train
     }
+}
+
+/// Why the places of a config that are written cannot be, each under the key that names it.
+#[derive(Debug, Clone, Default)]
+struct Unwritable {
+    output: Option<Fault>,
+    cache_dir: Option<Fault>,
+    /// Whether the folder of tokens is the user's own wish now: neither the default nor what a run once took.
+    cache_is_wished: bool,
 }
 
 /// `[model]`.
@@ -65,6 +76,8 @@ pub struct ModelConfig {
     pub resize_vocab: bool,
     /// What new rows of a grown vocabulary begin as.
     pub new_rows: NewRows,
+    /// Keys of the base's `config.json` that are passed over though they might change what it computes.
+    pub allow_config_keys: Vec<String>,
 }
 
 /// `[lora]`, in the names of PEFT.
@@ -265,7 +278,8 @@ const ROUNDING_KEYS: [&str; 5] =
     ["model.device", "train.micro_batch_tokens", "train.recompute", "train.shard", "train.deterministic"];
 
 /// The keys that only say where, when, and what is kept.
-const EXECUTION_KEYS: [&str; 13] = [
+const EXECUTION_KEYS: [&str; 14] = [
+    "model.allow_config_keys",
     "data.validation",
     "data.max_bad_rows",
     "data.cache_dir",
@@ -322,6 +336,73 @@ impl Config {
         faults.into_result(config)
     }
 
+    /// Reads the config of a run's folder, with `--set` overrides. The run is where its folder is, wherever it was started.
+    ///
+    /// # Errors
+    /// As [`Config::load`]; a `--set` of `train.output`.
+    pub fn load_run(run_dir: &Path, sets: &[String]) -> Result<Self> {
+        let (raw, mut faults) = Self::raw_of_run(run_dir, sets)?;
+        let mut config = resolve::resolve(raw, FileKeys::Required, &mut faults);
+        config.unwritable.cache_is_wished = sets.iter().any(|set| key_of_set(set) == "data.cache_dir");
+        faults.into_result(config)
+    }
+
+    /// Reads the config of a run's folder for an evaluation of what was trained. Where it names validation files, the training
+    /// samples are not asked for; the adapter that the run started from never is.
+    ///
+    /// # Errors
+    /// As [`Config::load_run`].
+    pub fn load_run_to_evaluate(run_dir: &Path, sets: &[String]) -> Result<Self> {
+        let (mut raw, mut faults) = Self::raw_of_run(run_dir, sets)?;
+        raw.remove("model.init_adapter");
+        let has_files = raw.get("data.validation").is_some_and(|given| given.value != raw::Value::List(Vec::new()));
+        let file_keys = if has_files { FileKeys::WithoutTraining } else { FileKeys::Required };
+        if has_files {
+            raw.remove("data.train");
+        }
+        let config = resolve::resolve(raw, file_keys, &mut faults);
+        faults.into_result(config)
+    }
+
+    fn raw_of_run(run_dir: &Path, sets: &[String]) -> Result<(raw::Raw, Faults)> {
+        let path = run_dir.join("config.toml");
+        let mut faults = Faults::default();
+        let mut raw = raw::read(&read(&path)?, &path.display().to_string(), &mut faults)?;
+        raw.apply_sets(sets, &mut faults);
+        if let Some(set) = sets.iter().find(|set| key_of_set(set) == "train.output") {
+            let what = format!("a run stays in its folder, which is {}", run_dir.display());
+            let hint = "move the folder and name its new place; or start another run, with model.init_adapter = this run's adapter";
+            faults.add(usize::MAX, Fault::new(format!("--set {set}"), what).hint(hint));
+        }
+        raw.put("train.output", run_dir.display().to_string());
+        Ok((raw, faults))
+    }
+
+    /// Refuses an output folder in which nothing can be written.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`].
+    pub fn refuse_unwritable_output(&self) -> Result<()> {
+        self.unwritable.output.clone().map_or(Ok(()), |fault| Err(Error::Invalid(vec![fault])))
+    }
+
+    /// The folder of tokens.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where nothing can be written there and the user asked for that folder.
+    pub fn cache_dir(&self) -> Result<CacheDir<'_>> {
+        let Unwritable { cache_dir, cache_is_wished, .. } = &self.unwritable;
+        let hint = "tokens are made anew each time; name a folder that can be written: --set data.cache_dir=DIR";
+        match cache_dir {
+            Some(fault) if *cache_is_wished => Err(Error::Invalid(vec![fault.clone()])),
+            fault => Ok(CacheDir {
+                folder: &self.data.cache_dir,
+                is_required: *cache_is_wished,
+                unwritable: fault.clone().map(|fault| fault.hint(hint)),
+            }),
+        }
+    }
+
     /// Reads a config for a model and samples that are not on disk: the keys that name files are passed over, the
     /// others say what they always do. Without a file they are `sets` over the defaults.
     ///
@@ -359,11 +440,29 @@ fn read(path: &Path) -> Result<String> {
     String::from_utf8(text).map_err(|_| Error::invalid(&place, "not a text in UTF-8").hint("save the config as UTF-8"))
 }
 
+/// A folder in which tokens are kept.
+#[derive(Debug)]
+pub struct CacheDir<'a> {
+    /// The folder.
+    pub folder: &'a Path,
+    /// Whether the user asked for it, so that a fault there is a fault of the command.
+    pub is_required: bool,
+    /// Why nothing can be written there, where that costs time alone.
+    pub unwritable: Option<Fault>,
+}
+
+/// The key of a `--set` argument.
+fn key_of_set(argument: &str) -> &str {
+    argument.split_once('=').map_or(argument, |(key, _)| key).trim()
+}
+
 /// What becomes of the keys that name files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FileKeys {
     /// Those that have no default must be given.
     Required,
+    /// All but the training samples must be.
+    WithoutTraining,
     /// None is there, and none is missed.
     PassedOver,
 }
@@ -375,6 +474,8 @@ pub struct ModelOfRun {
     pub base: Option<PathBuf>,
     /// The dtype it computed in.
     pub dtype: Option<Dtype>,
+    /// Keys of the base's `config.json` that it passed over.
+    pub allow_config_keys: Vec<String>,
 }
 
 impl ModelOfRun {
@@ -391,7 +492,10 @@ impl ModelOfRun {
             .map_err(|error| Error::invalid(&place, format!("not valid TOML: {}", error.message())).hint(hint))?;
         let value = |key: &str| table.get("model")?.get(key)?.as_str();
         let dtype = value("dtype").and_then(|word| choices::Choice::WORDS.iter().find(|(known, _)| *known == word));
-        Ok(Self { base: value("base").map(PathBuf::from), dtype: dtype.map(|(_, dtype)| *dtype) })
+        let allowed = table.get("model").and_then(|model| model.get("allow_config_keys")?.as_array());
+        let allow_config_keys =
+            allowed.into_iter().flatten().filter_map(|name| name.as_str().map(str::to_owned)).collect();
+        Ok(Self { base: value("base").map(PathBuf::from), dtype: dtype.map(|(_, dtype)| *dtype), allow_config_keys })
     }
 }
 

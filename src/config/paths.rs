@@ -70,20 +70,24 @@ pub(super) fn template(text: &str) -> Checked<PathBuf> {
     }
 }
 
-/// Checks a folder that the program will create.
-pub(super) fn writable(text: &str) -> Checked<PathBuf> {
-    let path = absolute(text)?;
-    // A file on the way down, or a folder of somebody else's, would make every write below it fail.
-    match path.ancestors().find(|above| above.exists()) {
-        Some(above) if !above.is_dir() => {
-            problem(format!("expected a folder, and {} is a file", above.display()), "name another place")
-        }
-        Some(above) if access(above, Access::WRITE_OK | Access::EXEC_OK).is_err() => problem(
-            format!("you may not write in {}", above.display()),
-            "name another place, or have its owner let you write there",
-        ),
-        _ => Ok(path),
-    }
+/// Takes a place that a command may write to; whether it can is for that command to ask.
+pub(super) fn place(text: &str) -> Checked<PathBuf> {
+    absolute(text)
+}
+
+/// Says what keeps a folder from being made or written. A file on the way down, or a folder of somebody else's, would make
+/// every write below it fail.
+pub(super) fn unwritable(path: &Path) -> Option<Problem> {
+    let above = path.ancestors().find(|above| above.exists())?;
+    let (what, hint) = if !above.is_dir() {
+        (format!("expected a folder, and {} is a file", above.display()), "name another place")
+    } else if access(above, Access::WRITE_OK | Access::EXEC_OK).is_err() {
+        let what = format!("you may not write in {}", above.display());
+        (what, "name another place, or have its owner let you write there")
+    } else {
+        return None;
+    };
+    Some(Problem { what, hint: hint.to_owned() })
 }
 
 /// Gives the data files that a path or a glob stands for, those of a glob sorted.

@@ -35,7 +35,7 @@ impl Config {
 
     /// Gives every key that holds with its value in TOML, section by section.
     pub(super) fn entries(&self) -> Vec<(&'static str, String)> {
-        let Self { model, lora, data, train, warnings: _, given: _ } = self;
+        let Self { model, lora, data, train, warnings: _, unwritable: _, given: _ } = self;
         let init_adapter = model.init_adapter.iter().map(|dir| ("model.init_adapter", path(dir)));
         let mut entries = vec![
             ("model.base", path(&model.base)),
@@ -47,6 +47,7 @@ impl Config {
         entries.extend([
             ("model.resize_vocab", model.resize_vocab.to_string()),
             ("model.new_rows", quoted(model.new_rows.as_str())),
+            ("model.allow_config_keys", list(model.allow_config_keys.iter().map(|name| quoted(name)))),
             ("lora.r", lora.r.to_string()),
             ("lora.alpha", float(lora.alpha)),
             ("lora.dropout", float(lora.dropout)),

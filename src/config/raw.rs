@@ -107,6 +107,12 @@ impl Raw {
         self.given.get(key)
     }
 
+    /// Says a text of a key, in place of what the file says.
+    pub(super) fn put(&mut self, key: &'static str, text: String) {
+        let line = self.given.get(key).map_or(1, Given::line);
+        self.given.insert(key, Given { value: Value::Text(text), origin: Origin::File(line) });
+    }
+
     /// Forgets a key that another one overrides.
     pub(super) fn remove(&mut self, key: &str) {
         self.given.remove(key);

@@ -200,6 +200,20 @@ impl Reader<'_> {
         None
     }
 
+    /// Reads a list of texts of any kind; one by itself is a list of one.
+    pub(super) fn texts(&mut self, key: &str) -> Option<Vec<String>> {
+        let found = self.value(key)?;
+        let text = |item: &Value| match item {
+            Value::Text(text) => Some(text.clone()),
+            _ => None,
+        };
+        let texts = match &found {
+            Value::List(items) => items.iter().map(text).collect(),
+            one => text(one).map(|text| vec![text]),
+        };
+        texts.or_else(|| self.unexpected(key, "a list of names in quotes", &found))
+    }
+
     /// Reads a list of words out of `known`, each at most once, and puts it into their order.
     pub(super) fn names(&mut self, key: &str, known: &[&str]) -> Option<Vec<String>> {
         let found = self.value(key)?;
@@ -240,6 +254,12 @@ impl Reader<'_> {
             return self.unexpected(key, "a path in quotes", &found);
         };
         self.checked(key, check(&text))
+    }
+
+    /// What keeps a command from writing at a place that a key names, or that it has by default.
+    pub(super) fn unwritable(&self, key: &str, place: &Path) -> Option<Fault> {
+        let problem = paths::unwritable(place)?;
+        Some(Fault::new(self.raw.place(key), problem.what).hint(problem.hint))
     }
 
     pub(super) fn required<T>(

@@ -6,8 +6,8 @@ use super::raw::{Given, Raw};
 use super::reader::Reader;
 use super::{
     Auto, Config, DataConfig, Duration, Faults, FileKeys, LoraConfig, LossAverage, ModelConfig, NewRows, NonFinite,
-    SAVED_MODULES, SaveDtype, Schedule, SpecialTokens, TARGET_MODULES, TemplateChoice, TrainConfig, Truncation, Warmup,
-    paths,
+    SAVED_MODULES, SaveDtype, Schedule, SpecialTokens, TARGET_MODULES, TemplateChoice, TrainConfig, Truncation,
+    Unwritable, Warmup, paths,
 };
 use crate::error::Fault;
 
@@ -25,7 +25,12 @@ pub(super) fn resolve(raw: Raw, file_keys: FileKeys, faults: &mut Faults) -> Con
     let data = data(&mut reader);
     let train = train(&mut reader);
     let given: BTreeSet<_> = reader.raw.keys().collect();
-    let config = Config { model, lora, data, train, warnings: Vec::new(), given };
+    let unwritable = Unwritable {
+        output: reader.unwritable("train.output", &train.output),
+        cache_dir: reader.unwritable("data.cache_dir", &data.cache_dir),
+        cache_is_wished: reader.raw.get("data.cache_dir").is_some(),
+    };
+    let config = Config { model, lora, data, train, warnings: Vec::new(), unwritable, given };
     rules(&config, &mut reader);
     reader.name_defaults(&config);
     config
@@ -41,6 +46,7 @@ fn model(reader: &mut Reader<'_>) -> ModelConfig {
         init_adapter: reader.path("model.init_adapter", paths::adapter),
         resize_vocab: reader.bool("model.resize_vocab").unwrap_or(false),
         new_rows: reader.choice("model.new_rows").unwrap_or(NewRows::Normal),
+        allow_config_keys: reader.texts("model.allow_config_keys").unwrap_or_default(),
     }
 }
 
@@ -64,7 +70,7 @@ fn lora(reader: &mut Reader<'_>) -> LoraConfig {
 
 fn data(reader: &mut Reader<'_>) -> DataConfig {
     let train = reader.files("data.train");
-    if train.as_ref().is_none_or(Vec::is_empty) {
+    if train.as_ref().is_none_or(Vec::is_empty) && reader.file_keys != FileKeys::WithoutTraining {
         reader.missing("data.train", "train = [\"data/train.jsonl\"]");
     }
     let mut validation = reader.files("data.validation").unwrap_or_default();
@@ -92,7 +98,7 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
         special_tokens: reader.choice("data.special_tokens").unwrap_or(SpecialTokens::Special),
         shuffle: reader.bool("data.shuffle").unwrap_or(true),
         max_bad_rows: reader.integer("data.max_bad_rows", 0).unwrap_or(0),
-        cache_dir: reader.path("data.cache_dir", paths::writable).unwrap_or_else(paths::user_cache_dir),
+        cache_dir: reader.path("data.cache_dir", paths::place).unwrap_or_else(paths::user_cache_dir),
     }
 }
 
@@ -105,7 +111,7 @@ fn train(reader: &mut Reader<'_>) -> TrainConfig {
     let warmup_steps = reader.integer("train.warmup_steps", 0);
     let checkpoint_every = reader.integer("train.checkpoint_every", 0).unwrap_or(200);
     TrainConfig {
-        output: reader.required("train.output", "output = \"runs/first\"", paths::writable).unwrap_or_default(),
+        output: reader.required("train.output", "output = \"runs/first\"", paths::place).unwrap_or_default(),
         duration: match max_steps {
             Some(steps) => Duration::Steps(steps),
             None => Duration::Epochs(epochs.map_or(1, |epochs| epochs as u32)),

@@ -18,6 +18,37 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{Error, Result};
 
+/// How a command may use the token cache.
+#[derive(Debug, Clone, Copy)]
+pub enum TokenCache<'a> {
+    /// Nothing is looked for, and nothing is kept.
+    Off,
+    /// What lies in the folder is read, and nothing is written.
+    Read(&'a Path),
+    /// Samples are kept in the folder.
+    Keep {
+        /// The folder.
+        folder: &'a Path,
+        /// Whether it is an error that they cannot be; else it is a warning.
+        is_required: bool,
+    },
+}
+
+impl<'a> TokenCache<'a> {
+    /// The folder to look in.
+    pub(super) fn folder(self) -> Option<&'a Path> {
+        match self {
+            Self::Off => None,
+            Self::Read(folder) | Self::Keep { folder, .. } => Some(folder),
+        }
+    }
+
+    /// The same cache, in which nothing is written.
+    pub fn read_only(self) -> Self {
+        self.folder().map_or(Self::Off, Self::Read)
+    }
+}
+
 /// Encoded samples, column by column, in file order.
 #[derive(Debug, Default)]
 pub(super) struct Table {

@@ -2,15 +2,15 @@
 
 use std::io::Write;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::cache::{Ids, Table};
+use super::cache::{Ids, Table, TokenCache};
 use super::encode::{Encoder, Truncation};
 use super::lengths::Length;
 use super::order::{self, SplitMix64};
 use super::record::place;
-use super::samples::{self, Summary};
+use super::samples::{self, Loaded, Summary};
 use super::template::Template;
 use super::tokenizer::{SpecialTokens, Tokenizer};
 use crate::error::{Fault, Result};
@@ -45,6 +45,7 @@ struct Shared {
     offsets: Vec<u64>,
     summary: Summary,
     from_cache: bool,
+    unkept: Option<Fault>,
 }
 
 /// What loading found, in numbers.
@@ -79,8 +80,7 @@ pub struct Stats {
 }
 
 impl Dataset {
-    /// Loads and encodes the files. With a cache folder the result is kept there and read from there the next time;
-    /// without one no file is made.
+    /// Loads and encodes the files, or finds them in the token cache.
     ///
     /// # Errors
     /// [`Error::Invalid`] with all faults: files that are no data files, more bad rows than allowed (the first of them
@@ -90,7 +90,7 @@ impl Dataset {
         spec: &DataSpec,
         tokenizer: &Tokenizer,
         template: &Template,
-        cache_folder: Option<&Path>,
+        token_cache: TokenCache<'_>,
     ) -> Result<Self> {
         let encoder = Encoder {
             tokenizer,
@@ -99,8 +99,7 @@ impl Dataset {
             max_length: spec.max_length,
             truncation: spec.truncation,
         };
-        let (table, summary, from_cache) = samples::load(spec, &encoder, cache_folder)?;
-        Ok(Self::new(spec.files.clone(), table, summary, from_cache))
+        Ok(Self::new(spec.files.clone(), samples::load(spec, &encoder, token_cache)?))
     }
 
     /// Makes samples of given lengths out of ids that the seed defines, each of the vocabulary equally likely.
@@ -116,10 +115,11 @@ impl Dataset {
         }
         table.ids = Ids::Memory(ids);
         let summary = Summary { rows: lengths.len(), ..Summary::default() };
-        Self::new(vec![PathBuf::from("random samples")], table, summary, false)
+        let loaded = Loaded { table, summary, from_cache: false, unkept: None };
+        Self::new(vec![PathBuf::from("random samples")], loaded)
     }
 
-    fn new(paths: Vec<PathBuf>, table: Table, summary: Summary, from_cache: bool) -> Self {
+    fn new(paths: Vec<PathBuf>, Loaded { table, summary, from_cache, unkept }: Loaded) -> Self {
         let mut end = 0;
         let offsets = std::iter::once(0)
             .chain(table.lengths.iter().map(|&length| {
@@ -127,7 +127,7 @@ impl Dataset {
                 end
             }))
             .collect();
-        let shared = Shared { paths, table, offsets, summary, from_cache };
+        let shared = Shared { paths, table, offsets, summary, from_cache, unkept };
         Self { shared: Arc::new(shared), selected: None }
     }
 
@@ -179,6 +179,11 @@ impl Dataset {
     /// Learned tokens of all samples.
     pub fn n_label_tokens(&self) -> u64 {
         (0..self.len()).map(|sample| self.label_tokens(sample) as u64).sum()
+    }
+
+    /// What loading found that may not be what the user means, though it is no fault.
+    pub fn warnings(&self) -> impl Iterator<Item = &Fault> {
+        self.shared.unkept.iter()
     }
 
     /// What loading found. Of a selection, samples and tokens are its own; the rest is of the whole files.

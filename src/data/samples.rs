@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::cache::{self, Ids, Table};
+use super::cache::{self, Ids, Table, TokenCache};
 use super::dataset::DataSpec;
 use super::encode::{Encoder, Failure, Truncation};
 use super::record::{Reason, place, row_fault};
@@ -44,34 +44,40 @@ const N_NAMED: usize = 20;
 const CHUNK_ROWS: usize = 256;
 const WINDOW_CHUNKS: usize = 256;
 
-/// Finds the samples in the cache or encodes them; also says which of the two.
+/// Samples that are ready for use.
+pub(super) struct Loaded {
+    pub(super) table: Table,
+    pub(super) summary: Summary,
+    /// Whether they were in the token cache.
+    pub(super) from_cache: bool,
+    /// Why they could not be kept there, where that is no error.
+    pub(super) unkept: Option<Fault>,
+}
+
+/// Finds the samples in the cache or encodes them.
 ///
 /// # Errors
 /// See [`super::Dataset::load`].
-pub(super) fn load(
-    spec: &DataSpec,
-    encoder: &Encoder<'_>,
-    cache_folder: Option<&Path>,
-) -> Result<(Table, Summary, bool)> {
-    let cached = cache_folder.and_then(|folder| {
+pub(super) fn load(spec: &DataSpec, encoder: &Encoder<'_>, token_cache: TokenCache<'_>) -> Result<Loaded> {
+    let cached = token_cache.folder().and_then(|folder| {
         let sums: Option<Vec<u128>> = spec.files.iter().map(|path| sum_file(path).ok()).collect();
         let table = cache::open(folder, key(encoder, &sums?))?;
         let summary: Summary = serde_json::from_str(&table.summary).ok()?;
         Some((table, summary))
     });
     let from_cache = cached.is_some();
-    let (table, summary) = match cached {
+    let (table, summary, unkept) = match cached {
         Some((table, summary)) => {
             // The samples are kept whatever the number of bad rows allowed, which may have changed since.
             refuse(spec, &summary, Vec::new())?;
-            (table, summary)
+            (table, summary, None)
         }
-        None => build(spec, encoder, cache_folder)?,
+        None => build(spec, encoder, token_cache)?,
     };
     if table.lengths.is_empty() {
         return Err(nothing_left(spec, &summary));
     }
-    Ok((table, summary, from_cache))
+    Ok(Loaded { table, summary, from_cache, unkept })
 }
 
 /// The key of everything that the encoded samples depend on.
@@ -99,7 +105,11 @@ fn sum_file(path: &Path) -> std::io::Result<u128> {
 }
 
 /// Encodes the files; nothing is cached unless they may be used.
-fn build(spec: &DataSpec, encoder: &Encoder<'_>, cache_folder: Option<&Path>) -> Result<(Table, Summary)> {
+fn build(
+    spec: &DataSpec,
+    encoder: &Encoder<'_>,
+    token_cache: TokenCache<'_>,
+) -> Result<(Table, Summary, Option<Fault>)> {
     let mut builder = Builder::default();
     let (mut sums, mut faults) = (Vec::new(), Vec::new());
     for (file, path) in (0u32..).zip(&spec.files) {
@@ -116,15 +126,19 @@ fn build(spec: &DataSpec, encoder: &Encoder<'_>, cache_folder: Option<&Path>) ->
     table.ids = Ids::Memory(ids);
     refuse(spec, &summary, faults)?;
     table.summary = serde_json::to_string(&summary).expect("strings and numbers make JSON");
-    if let Some(folder) = cache_folder
+    let mut unkept = None;
+    if let TokenCache::Keep { folder, is_required } = token_cache
         && !table.lengths.is_empty()
     {
         let key = key(encoder, &sums);
-        cache::write(folder, key, &table)?;
-        // From here on the samples are read from the file, and their memory is free.
-        table = cache::open(folder, key).unwrap_or(table);
+        match cache::write(folder, key, &table) {
+            // From here on the samples are read from the file, and their memory is free.
+            Ok(()) => table = cache::open(folder, key).unwrap_or(table),
+            Err(error) if is_required => return Err(error),
+            Err(error) => unkept = error.faults().first().cloned(),
+        }
     }
-    Ok((table, summary))
+    Ok((table, summary, unkept))
 }
 
 #[derive(Default)]

@@ -8,9 +8,10 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::folder::{NewFolder, write_whole};
-use crate::data::TemplateFile;
+use crate::data::{Template, TemplateFile};
 use crate::disk::LocalDisk;
 use crate::error::{Error, Result, not_stopped};
+use crate::formats::model_keys::{CONFIG, GENERATION_CONFIG};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{lora_key, table_key};
 use crate::model::tensor_file_out::{Planned, TensorFileWriter};
@@ -50,14 +51,14 @@ pub fn export_merged(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Resul
         if shards.len() > 1 {
             write_json(folder, "model.safetensors.index.json", &index(&shards, &names))?;
         }
-        write_config(trained, is_tied, folder)?;
+        let template = trained.template(&tokenizer, &Template::alpaca())?;
+        write_config(trained, is_tied, &template, folder)?;
+        write_generation_config(trained, &template, folder)?;
         for file in tokenizer.files() {
             folder.put(&file.name, &file.bytes)?;
         }
-        for name in ["generation_config.json", TemplateFile::NAME] {
-            if let Some(from) = trained.folders().map(|dir| dir.join(name)).find(|path| path.is_file()) {
-                folder.copy(&from)?;
-            }
+        if let Some(from) = trained.folders().map(|dir| dir.join(TemplateFile::NAME)).find(|path| path.is_file()) {
+            folder.copy(&from)?;
         }
         Ok(())
     })?;
@@ -165,15 +166,51 @@ fn index(shards: &[Vec<Planned>], names: &[String]) -> Value {
     json!({ "metadata": { "total_size": total }, "weight_map": map })
 }
 
-/// The base's `config.json` with the vocabulary and tying of the merged model.
-fn write_config(trained: &Trained, is_tied: bool, folder: &mut NewFolder<'_>) -> Result<()> {
-    let path = trained.base_dir.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    let mut config: Map<String, Value> = serde_json::from_str(&text)
-        .map_err(|e| Error::invalid(path.display().to_string(), format!("is not a JSON object: {e}")))?;
+/// The base's `config.json` with the vocabulary and tying of the merged model, and the ends of its texts.
+fn write_config(trained: &Trained, is_tied: bool, template: &TemplateFile, folder: &mut NewFolder<'_>) -> Result<()> {
+    let mut config = read_object(&trained.base_dir.join(CONFIG.file))?;
     config.insert("vocab_size".into(), json!(trained.vocab_size()));
     config.insert("tie_word_embeddings".into(), json!(is_tied));
-    write_json(folder, "config.json", &Value::Object(config))
+    say_ends(&mut config, template);
+    write_json(folder, CONFIG.file, &Value::Object(config))
+}
+
+/// The `generation_config.json` of the adapter or the base, where there is one, with the ends of the merged model's texts.
+fn write_generation_config(trained: &Trained, template: &TemplateFile, folder: &mut NewFolder<'_>) -> Result<()> {
+    let name = GENERATION_CONFIG.file;
+    let Some(path) = trained.folders().map(|dir| dir.join(name)).find(|path| path.is_file()) else { return Ok(()) };
+    let mut config = read_object(&path)?;
+    say_ends(&mut config, template);
+    write_json(folder, name, &Value::Object(config))
+}
+
+/// Puts the tokens that were trained to begin and to end a text into a config. The end comes first in the list, before the
+/// template's stop tokens and those of the base, at which programs went on stopping so far.
+fn say_ends(config: &mut Map<String, Value>, template: &TemplateFile) {
+    let theirs = match config.get("eos_token_id") {
+        Some(Value::Array(ids)) => ids.clone(),
+        Some(id) if !id.is_null() => vec![id.clone()],
+        _ => Vec::new(),
+    };
+    let mut ids: Vec<Value> = Vec::new();
+    let trained = std::iter::once(&template.eos_token_id).chain(&template.stop_token_ids).map(|id| json!(id));
+    // Older files write -1 where there is none.
+    for id in trained.chain(theirs.into_iter().filter(Value::is_u64)) {
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    let ids = if let [only] = ids.as_slice() { only.clone() } else { Value::Array(ids) };
+    config.insert("eos_token_id".into(), ids);
+    if let Some(bos) = template.bos_token_id {
+        config.insert("bos_token_id".into(), json!(bos));
+    }
+}
+
+fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    serde_json::from_str(&text)
+        .map_err(|e| Error::invalid(path.display().to_string(), format!("is not a JSON object: {e}")))
 }
 
 fn write_json(folder: &mut NewFolder<'_>, name: &str, value: &Value) -> Result<()> {

@@ -8,6 +8,8 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use crate::error::{Error, Fault, Result};
+use crate::formats::keys::{Effect, is_neutral, short};
+use crate::formats::model_keys::ADAPTER_CONFIG;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::tensor_file_out::{Planned, TensorFileWriter};
@@ -18,41 +20,8 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// The configuration of an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 
-/// The keys that are read; each is judged by itself.
-const READ_KEYS: [&str; 11] = [
-    "peft_type",
-    "base_model_name_or_path",
-    "bias",
-    "ensure_weight_tying",
-    "init_lora_weights",
-    "lora_alpha",
-    "lora_dropout",
-    "modules_to_save",
-    "r",
-    "target_modules",
-    "use_rslora",
-];
-
-/// The keys that say nothing about what a trained adapter computes: how it was made, and settings of what is off.
-///
-/// Any other key that is set belongs to a variant of LoRA, known or yet to come, that is not computed here.
-const NEUTRAL_KEYS: [&str; 15] = [
-    "auto_mapping",
-    "corda_config",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-];
+/// Keys that are refused for some values only.
+const JUDGED_BELOW: [&str; 3] = ["bias", "init_lora_weights", "ensure_weight_tying"];
 
 /// Beginnings of `init_lora_weights` by which PEFT takes a part out of the base's own weights.
 const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
@@ -99,9 +68,14 @@ impl AdapterConfig {
             let what = format!("expected \"LORA\", found {}", map.get("peft_type").unwrap_or(&Value::Null));
             fault("peft_type", what, "only LoRA adapters are read");
         }
-        for (key, value) in &map {
-            if !READ_KEYS.contains(&key.as_str()) && !NEUTRAL_KEYS.contains(&key.as_str()) && is_set(value) {
-                fault(key, format!("is {value}, a kind of adapter that is not supported"), PLAIN_LORA);
+        // Any other key that is set belongs to a variant of LoRA, known or yet to come, that is not computed here.
+        for (key, value) in map.iter().filter(|(_, value)| !is_neutral(value)) {
+            match ADAPTER_CONFIG.find(key) {
+                Some(known) if known.effect == Effect::Refused && !JUDGED_BELOW.contains(&known.name) => {
+                    fault(key, format!("is {}: {} is not supported", short(value), known.note), PLAIN_LORA);
+                }
+                Some(_) => {}
+                None => fault(key, format!("is {}, a kind of adapter that is not supported", short(value)), PLAIN_LORA),
             }
         }
         if let Some(bias) = get("bias").filter(|b| b.as_str() != Some("none")) {
@@ -159,7 +133,7 @@ impl AdapterConfig {
             }
             other => fault("modules_to_save", format!("expected a list, found {}", shown(other)), ONLY_TABLES),
         }
-        if !modules_to_save.is_empty() && get("ensure_weight_tying").is_some_and(is_set) {
+        if !modules_to_save.is_empty() && get("ensure_weight_tying").is_some_and(|value| !is_neutral(value)) {
             let what = "is set, but each trained table is a copy of its own here".to_string();
             fault("ensure_weight_tying", what, PLAIN_LORA);
         }
@@ -207,17 +181,6 @@ impl AdapterConfig {
             "use_rslora": self.lora.use_rslora,
         });
         serde_json::to_string_pretty(&config).expect("a JSON value always serialises") + "\n"
-    }
-}
-
-/// Whether a value switches something on.
-fn is_set(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(map) => !map.is_empty(),
-        Value::String(text) => !text.is_empty(),
-        Value::Bool(true) | Value::Number(_) => true,
     }
 }
 

@@ -5,9 +5,13 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Fault, Result};
+use crate::formats::keys::{is_neutral, passed_over, short};
+use crate::formats::model_keys::{CONFIG, GENERATION_CONFIG, OTHER_ARCHITECTURES};
 use crate::model::weights::other_kind;
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeScaling;
+
+mod rope;
 
 /// The shape of a Llama model, in the names of `config.json`.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,6 +40,8 @@ pub struct LlamaConfig {
     pub rope_scaling: RopeScaling,
     /// Whether the head is the embedding table.
     pub tie_word_embeddings: bool,
+    /// Dropout of attention weights while the model is trained, which is not computed here.
+    pub attention_dropout: f64,
     /// Standard deviation of freshly made rows.
     pub initializer_range: f64,
     /// Token ids that end a text, from `config.json` and `generation_config.json` (one or several each).
@@ -44,37 +50,54 @@ pub struct LlamaConfig {
     pub bos_token_id: Option<u32>,
 }
 
+/// A shape that was read, and what its files hold that may not be what the user means.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ReadConfig {
+    /// The shape.
+    pub config: LlamaConfig,
+    /// What is passed over.
+    pub warnings: Vec<Fault>,
+}
+
 impl LlamaConfig {
-    /// Reads `config.json` of a model directory.
+    /// Reads `config.json` and `generation_config.json` of a model directory; `allowed` names keys that are passed over
+    /// though they might change what is computed.
     ///
     /// # Errors
-    /// Every fault at once: a missing or malformed key, or a feature that this program does not compute.
-    pub fn load(base: &Path) -> Result<Self> {
+    /// Every fault at once: a missing or malformed key, a feature that this program does not compute, a number that is not
+    /// known.
+    pub fn load(base: &Path, allowed: &[String]) -> Result<ReadConfig> {
         let path = base.join("config.json");
         if let Some(other) = other_kind(base).filter(|_| !path.exists()) {
             return Err(other);
         }
-        let mut config = Self::read(&path)?;
-        config.eos_token_ids.extend(generation_eos(base));
-        Ok(config)
+        let mut read = Self::read(&path, allowed)?;
+        let generation = base.join(GENERATION_CONFIG.file);
+        if generation.exists() {
+            let (map, place) = object(&generation)?;
+            let mut reader = Reader { map: &map, place, allowed, faults: Vec::new(), warnings: Vec::new() };
+            read.config.eos_token_ids.extend(reader.token_ids("eos_token_id"));
+            if !reader.faults.is_empty() {
+                return Err(Error::Invalid(reader.faults));
+            }
+            read.warnings.extend(GENERATION_CONFIG.warnings(&map, &reader.place));
+        }
+        Ok(read)
     }
 
     /// Reads a `config.json`, whatever its name and whatever lies beside it.
     ///
     /// # Errors
     /// As [`LlamaConfig::load`].
-    pub fn read(path: &Path) -> Result<Self> {
-        let place = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|e| {
-            Error::invalid(&place, format!("cannot be read: {e}"))
-                .hint("a base is a folder of Hugging Face's kind, with config.json and model.safetensors")
-        })?;
-        let map: Map<String, Value> = serde_json::from_str(&text).map_err(|e| {
-            Error::invalid(&place, format!("is not a JSON object: {e}")).hint("download this file of the model again")
-        })?;
-        let mut reader = Reader { map: &map, place, faults: Vec::new() };
+    pub fn read(path: &Path, allowed: &[String]) -> Result<ReadConfig> {
+        let (map, place) = object(path)?;
+        let mut reader = Reader { map: &map, place, allowed, faults: Vec::new(), warnings: Vec::new() };
         let config = reader.config();
-        if reader.faults.is_empty() { Ok(config) } else { Err(Error::Invalid(reader.faults)) }
+        reader.unknown_keys();
+        match reader.faults.is_empty() {
+            true => Ok(ReadConfig { config, warnings: reader.warnings }),
+            false => Err(Error::Invalid(reader.faults)),
+        }
     }
 
     /// The head layout of the attention.
@@ -83,18 +106,68 @@ impl LlamaConfig {
     }
 }
 
+/// Reads a file that holds a JSON object; also gives its path, for messages.
+fn object(path: &Path) -> Result<(Map<String, Value>, String)> {
+    let place = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Error::invalid(&place, format!("cannot be read: {e}"))
+            .hint("a base is a folder of Hugging Face's kind, with config.json and model.safetensors")
+    })?;
+    let map = serde_json::from_str(&text).map_err(|e| {
+        Error::invalid(&place, format!("is not a JSON object: {e}")).hint("download this file of the model again")
+    })?;
+    Ok((map, place))
+}
+
 /// More than any model has; a number beyond it is a slip, and costs memory before anything else can be checked.
 const MOST_LAYERS: i64 = 10_000;
+/// What to do about a feature that changes every result.
+const ANOTHER_BASE: &str =
+    "choose another base: this is part of how the model was trained, and without it, it is another";
 /// What to do about a value that no model of this kind has.
 const NOT_THE_MODELS_OWN: &str = "is this the model's own config.json? Download it again";
 
 struct Reader<'a> {
     map: &'a Map<String, Value>,
     place: String,
+    /// Keys that the user allows to be passed over.
+    allowed: &'a [String],
     faults: Vec<Fault>,
+    warnings: Vec<Fault>,
 }
 
 impl Reader<'_> {
+    fn warn(&mut self, key: &str, what: impl Into<String>, hint: &str) {
+        self.warnings.push(Fault::new(format!("{}: {key}", self.place), what).hint(hint));
+    }
+
+    /// Names the keys that are in no table: a number may be a factor of some product, so it is a fault unless allowed.
+    fn unknown_keys(&mut self) {
+        if !self.faults.is_empty() {
+            // Those of another architecture would only hide what matters.
+            return;
+        }
+        let map = self.map;
+        for (name, value) in CONFIG.unknown(map) {
+            self.unknown_key(name, value);
+        }
+    }
+
+    fn unknown_key(&mut self, name: &str, value: &Value) {
+        if !value.is_number() || self.allowed.iter().any(|allowed| allowed == name) {
+            self.warnings.push(passed_over(&self.place, name, value));
+            return;
+        }
+        let hint = format!(
+            "if it has no effect on the model, set model.allow_config_keys = [\"{name}\"] to pass it over; else choose another base"
+        );
+        self.fault(
+            name,
+            format!("is {value}, and this key is not known here: it may change what the model computes"),
+            &hint,
+        );
+    }
+
     fn fault(&mut self, key: &str, what: impl Into<String>, hint: &str) {
         self.faults.push(Fault::new(format!("{}: {key}", self.place), what).hint(hint));
     }
@@ -135,6 +208,27 @@ impl Reader<'_> {
             (None, None) => {
                 self.fault(key, "missing", NOT_THE_MODELS_OWN);
                 1.0
+            }
+        }
+    }
+
+    /// A share from 0 up to 1. Where the user allows the key it is passed over.
+    fn attention_dropout(&mut self) -> f64 {
+        let key = "attention_dropout";
+        let found = self.get(key).cloned().unwrap_or(Value::from(0));
+        match found.as_f64().filter(|share| (0.0..1.0).contains(share)) {
+            Some(share) if share > 0.0 && self.allowed.iter().any(|allowed| allowed == key) => {
+                self.warn(key, format!("is {share}, and is passed over: no attention weight is dropped"), "");
+                0.0
+            }
+            Some(share) => share,
+            None => {
+                self.fault(
+                    key,
+                    format!("expected a share from 0 up to 1, found {}", short(&found)),
+                    NOT_THE_MODELS_OWN,
+                );
+                0.0
             }
         }
     }
@@ -183,102 +277,84 @@ impl Reader<'_> {
             rope_theta,
             rope_scaling,
             tie_word_embeddings: self.bool_or_false("tie_word_embeddings"),
+            attention_dropout: self.attention_dropout(),
             initializer_range: self.float_in(self.map, "initializer_range", Some(0.02)),
-            eos_token_ids: token_ids(self.get("eos_token_id")),
-            bos_token_id: token_ids(self.get("bos_token_id")).first().copied(),
+            eos_token_ids: self.token_ids("eos_token_id"),
+            bos_token_id: self.token_ids("bos_token_id").first().copied(),
         }
     }
 
     fn refuse_other_models(&mut self) {
-        let model_type = self.get("model_type").and_then(Value::as_str).unwrap_or("(none)").to_string();
-        if model_type != "llama" {
-            let what = format!("the architecture \"{model_type}\" is not supported, only \"llama\" is");
-            self.fault("model_type", what, "choose a Llama-family base: Llama 1 to 3, TinyLlama, SmolLM2, Vicuna, ...");
+        let model_type = self.get("model_type").cloned().unwrap_or(Value::Null);
+        let name = model_type.as_str().unwrap_or_default();
+        if name != "llama" {
+            let has = OTHER_ARCHITECTURES.iter().find(|(other, _)| *other == name);
+            let has = has.map(|(_, has)| format!(" (it has {has})")).unwrap_or_default();
+            let what = format!("the architecture {} is not supported{has}, only \"llama\" is", short(&model_type));
+            self.fault(
+                "model_type",
+                what,
+                "choose a Llama-family base: Llama 1 to 3, TinyLlama, SmolLM2, Vicuna, Yi, ...",
+            );
             return;
+        }
+        if let Some(found) =
+            self.get("architectures").filter(|a| !a.to_string().to_ascii_lowercase().contains("\"llamaforcausallm\""))
+        {
+            let what = format!("names {}, and the model is computed as LlamaForCausalLM", short(found));
+            self.warn("architectures", what, "");
         }
         for key in ["attention_bias", "mlp_bias"] {
             if self.bool_or_false(key) {
                 self.fault(key, "projections with a bias are not supported", "choose a base without biases");
             }
         }
+        if self.bool_or_false("rope_interleaved") {
+            self.fault("rope_interleaved", "rotation of neighbouring channels is not supported", ANOTHER_BASE);
+        }
         if let Some(window) = self.get("sliding_window").cloned() {
             let what = format!("sliding-window attention ({window}) is not supported");
             self.fault("sliding_window", what, "choose a base with full attention");
         }
-        if let Some(quantised) = self.get("quantization_config") {
+        if let Some(types) = self.get("layer_types").filter(|types| !is_full_attention(types)) {
+            let what = format!("layers of other kinds than \"full_attention\" are not supported: {}", short(types));
+            self.fault("layer_types", what, "choose a base with full attention");
+        }
+        if let Some(quantised) = self.get("quantization_config").filter(|config| !is_neutral(config)) {
             let method = quantised.get("quant_method").unwrap_or(quantised).to_string();
             let what = format!("quantised weights ({method}) are not supported");
             self.fault("quantization_config", what, "use the original fp32, fp16 or bf16 files of this model");
         }
-        if let Some(act) = self.get("hidden_act").and_then(Value::as_str).filter(|a| *a != "silu") {
-            let what = format!("the activation \"{act}\" is not supported, only \"silu\" is");
+        // Two names of one function.
+        if let Some(act) = self.get("hidden_act").filter(|act| !["silu", "swish"].iter().any(|silu| act == silu)) {
+            let what = format!("the activation {} is not supported, only \"silu\" is", short(act));
             self.fault("hidden_act", what, "choose a base with the activation \"silu\"");
         }
     }
 
-    /// Rotary settings: `rope_parameters` (newer) or `rope_theta` with `rope_scaling` (older).
-    fn rope(&mut self, max_positions: i64) -> (f64, RopeScaling) {
-        // Where both are given the older one counts, as in Transformers.
-        let key = ["rope_scaling", "rope_parameters"].into_iter().find(|key| self.get(key).is_some());
-        let key = key.unwrap_or("rope_scaling");
-        let settings = match self.get(key).cloned() {
-            None => Map::new(),
-            Some(Value::Object(settings)) => settings,
-            Some(other) => {
-                self.fault(key, format!("expected an object, found {other}"), NOT_THE_MODELS_OWN);
-                Map::new()
-            }
+    /// One token id or several; -1 stands for none, as older files have it.
+    fn token_ids(&mut self, key: &str) -> Vec<u32> {
+        let found = match self.get(key) {
+            None => return Vec::new(),
+            Some(Value::Array(ids)) => ids.clone(),
+            Some(one) => vec![one.clone()],
         };
-        let newer = self.get("rope_parameters").and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
-        let top = self.float_in(self.map, "rope_theta", Some(newer.unwrap_or(10_000.0)));
-        let theta = self.float_in(&settings, "rope_theta", Some(top));
-        for map in [&settings, self.map] {
-            let partial = self.float_in(map, "partial_rotary_factor", Some(1.0));
-            if partial != 1.0 {
-                let what = format!("heads that rotate in part ({partial}) are not supported");
-                self.fault("partial_rotary_factor", what, "choose a base whose heads rotate wholly");
+        let mut ids = Vec::new();
+        for id in found {
+            match id.as_i64() {
+                Some(-1) => {}
+                Some(id) if u32::try_from(id).is_ok() => ids.push(id as u32),
+                _ => self.fault(
+                    key,
+                    format!("expected a token's number or a list of them, found {}", short(&id)),
+                    NOT_THE_MODELS_OWN,
+                ),
             }
         }
-        let rope_type = settings.get("rope_type").or_else(|| settings.get("type")).filter(|t| !t.is_null());
-        match rope_type.map_or(Some("default"), Value::as_str) {
-            Some("default") => (theta, RopeScaling::None),
-            Some("llama3") => (theta, self.llama3(key, &settings, max_positions)),
-            _ => {
-                let found = rope_type.unwrap_or(&Value::Null);
-                let what = format!("the rotary scaling {found} is not supported, only \"default\" and \"llama3\" are");
-                self.fault(key, what, "remove the entry if training stays within the original context length");
-                (theta, RopeScaling::None)
-            }
-        }
-    }
-
-    fn llama3(&mut self, key: &str, settings: &Map<String, Value>, max_positions: i64) -> RopeScaling {
-        let factor = self.float_in(settings, "factor", None);
-        let low_freq_factor = self.float_in(settings, "low_freq_factor", None);
-        let high_freq_factor = self.float_in(settings, "high_freq_factor", None);
-        let original = self.float_in(settings, "original_max_position_embeddings", Some(max_positions as f64));
-        let both_given = settings.contains_key("low_freq_factor") && settings.contains_key("high_freq_factor");
-        if both_given && low_freq_factor >= high_freq_factor {
-            let what =
-                format!("low_freq_factor = {low_freq_factor} is not below high_freq_factor = {high_freq_factor}");
-            self.fault(key, what, NOT_THE_MODELS_OWN);
-        }
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings: original }
+        ids
     }
 }
 
-/// The ids that end a text by `generation_config.json`, which a base need not have.
-fn generation_eos(base: &Path) -> Vec<u32> {
-    let text = std::fs::read_to_string(base.join("generation_config.json")).unwrap_or_default();
-    let value: Value = serde_json::from_str(&text).unwrap_or_default();
-    token_ids(value.get("eos_token_id"))
-}
-
-fn token_ids(value: Option<&Value>) -> Vec<u32> {
-    let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value {
-        Some(Value::Array(ids)) => ids.iter().filter_map(one).collect(),
-        Some(v) => one(v).into_iter().collect(),
-        None => Vec::new(),
-    }
+fn is_full_attention(types: &Value) -> bool {
+    types.as_array().is_some_and(|types| types.iter().all(|kind| kind == "full_attention"))
 }

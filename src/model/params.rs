@@ -401,7 +401,7 @@ mod tests {
 
     #[test]
     fn shards_of_any_number_of_ranks_are_equal_and_are_the_whole() {
-        let shape = shapes::open("smollm2-135m", None).unwrap();
+        let shape = shapes::open("smollm2-135m", None, &[]).unwrap();
         let lora = LoraSpec { r: 3, target_modules: vec![Projection::Q, Projection::Down], ..LoraSpec::none() };
         for modules_to_save in [vec![], vec![Table::Embed], vec![Table::Embed, Table::Head]] {
             let lora = LoraSpec { modules_to_save, ..lora.clone() };

@@ -10,17 +10,18 @@ use crate::ops::rope::RopeScaling;
 pub const NAMES: [&str; 7] =
     ["tiny", "smollm2-135m", "tinyllama-1.1b", "llama-2-7b", "llama-3-8b", "llama-2-13b", "llama-2-70b"];
 
-/// Gives the shape of a name, or of a `config.json` or the folder that holds one; `vocab_size` overrides its own.
+/// Gives the shape of a name, or of a `config.json` or the folder that holds one; `vocab_size` overrides its own, and `allowed`
+/// names keys of the file that are passed over.
 ///
 /// # Errors
 /// An unknown name that is no file either; a `config.json` at fault, as [`LlamaConfig::load`] says; a vocabulary out of
 /// range.
-pub fn open(name_or_path: &str, vocab_size: Option<i64>) -> Result<LlamaConfig> {
+pub fn open(name_or_path: &str, vocab_size: Option<i64>, allowed: &[String]) -> Result<LlamaConfig> {
     let path = Path::new(name_or_path);
     let mut shape = match named(name_or_path) {
         Some(shape) => shape,
-        None if path.is_dir() => LlamaConfig::load(path)?,
-        None if path.is_file() => LlamaConfig::read(path)?,
+        None if path.is_dir() => LlamaConfig::load(path, allowed)?.config,
+        None if path.is_file() => LlamaConfig::read(path, allowed)?.config,
         None => {
             let what = format!("{name_or_path:?} is neither a known shape nor a file");
             return Err(Error::invalid("--shape", what)
@@ -121,6 +122,7 @@ fn llama_2() -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         tie_word_embeddings: false,
+        attention_dropout: 0.0,
         initializer_range: 0.02,
         eos_token_ids: vec![2],
         bos_token_id: Some(1),

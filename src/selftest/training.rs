@@ -137,7 +137,7 @@ fn trainer(kind: Kind, device: Device) -> Result<Trainer> {
         schedule: LrSchedule { learning_rate: 3e-3, shape: Shape::Cosine, warmup: 1, total: N_STEPS },
     };
     let loss_scale = if kind == Kind::Half { LossScale::dynamic() } else { LossScale::none() };
-    let made_here = Identity { base: String::new(), data: String::new() };
+    let made_here = Identity::of_no_run();
     Trainer::new(settings, samples(), model, params, optimizer, RunState::start(loss_scale, made_here))
 }
 
@@ -166,6 +166,7 @@ fn shape() -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         tie_word_embeddings: false,
+        attention_dropout: 0.0,
         initializer_range: 0.1,
         eos_token_ids: Vec::new(),
         bos_token_id: None,

@@ -16,7 +16,7 @@ use crate::train::run_dir::{
     ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, expect_run, finished_adapter, holds_run, refuse_taken_output,
     verify_adapter,
 };
-use crate::train::setup::Job;
+use crate::train::setup::{CacheUse, Job};
 use crate::train::stand::computed_on;
 
 /// What a run is given beside its config.
@@ -61,6 +61,7 @@ fn start_or_go_on(config: Config, resume: bool, host: &Host, n_ranks: usize) -> 
         return go_on(config, dir, lock, host, n_ranks);
     }
     refuse_taken_output(&config)?;
+    config.refuse_unwritable_output()?;
     let job = inspect(config, n_ranks)?;
     job.run_bytes().fit(&*host.disk, &dir, 0)?;
     Ok(Some(Start { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() }))
@@ -75,9 +76,7 @@ pub fn resume(run_dir: &Path, sets: &[String], host: &Host, ranks: Box<dyn Commu
     together(ranks, host, || {
         expect_run(run_dir)?;
         let lock = RunLock::take(run_dir)?;
-        let mut config = Config::load(&run_dir.join(CONFIG_FILE), sets)?;
-        // The folder may have been moved since.
-        config.train.output = run_dir.to_path_buf();
+        let config = Config::load_run(run_dir, sets)?;
         go_on(config, run_dir.to_path_buf(), lock, host, n_ranks)
     })
 }
@@ -162,8 +161,7 @@ fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host, n_ranks: 
 }
 
 fn inspect(config: Config, n_ranks: usize) -> Result<Job> {
-    let cache = config.data.cache_dir.clone();
-    Job::inspect(config, Some(&cache), n_ranks)
+    Job::inspect(config, CacheUse::Keep, n_ranks)
 }
 
 /// Refuses a config by which the run would be another one.
@@ -187,19 +185,18 @@ fn refuse_another_run(changes: &[Difference], has_checkpoint: bool, dir: &Path) 
 
 /// Refuses files that are not what the run was started with.
 pub(super) fn same_identity(job: &Job, record: &Record, changes: &[Difference], dir: &Path) -> Result<()> {
-    let here = job.identity();
     let theirs = &record.state.identity;
+    let data = (job.identity().data != theirs.data).then(String::new);
     let mut faults = Vec::new();
-    for (what, keys, ours, theirs) in [
-        ("the base model", &["model.base"][..], &here.base, &theirs.base),
-        ("the training data", &["data.train", "model.tokenizer", "data.template"], &here.data, &theirs.data),
+    for (what, keys, other) in [
+        ("the base model", &["model.base"][..], job.model.other_base(&theirs.base)),
+        ("the training data", &["data.train", "model.tokenizer", "data.template"], data),
     ] {
-        if ours == theirs {
-            continue;
-        }
+        let Some(how) = other else { continue };
         let moved: Vec<_> = changes.iter().filter(|change| keys.contains(&change.key.as_str())).collect();
         let hint = "put the files back as they were, or start a new run";
-        let not_it = format!("{what} is not what the run in {} was started with", dir.display());
+        let how = if how.is_empty() { how } else { format!(": {how}") };
+        let not_it = format!("{what} is not what the run in {} was started with{how}", dir.display());
         if moved.is_empty() {
             faults.push(Fault::new(keys[0], &not_it).hint(hint));
         }
@@ -224,6 +221,16 @@ fn what_is_otherwise(changes: &[Difference], job: &Job, record: &Record) -> Vec<
     for Difference { key, ours, theirs, meaning } in changes {
         notes.push(format!("{key} is {ours} here and was {theirs}"));
         is_rounded_otherwise |= *meaning == Meaning::Rounding;
+    }
+    let (ours, theirs) = (job.identity().validation, &record.state.identity.validation);
+    if let (Some(ours), Some(theirs)) = (&ours, theirs)
+        && ours != theirs
+    {
+        notes.push(
+            "the validation samples are not those of the run so far: its evaluation losses before and after this step are of \
+             different samples, keep_best's too"
+                .to_owned(),
+        );
     }
     if job.total_steps != record.schedule.total_steps {
         notes.push(format!(

@@ -5,7 +5,9 @@
 
 pub mod banner;
 pub mod begin;
+mod disagreements;
 mod gather;
+mod identity;
 mod keep;
 mod lock;
 pub mod non_finite;

@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 use crate::log::StepMetrics;
 use crate::train::begin::same_identity;
 use crate::train::non_finite::{SampleLoss, json_line};
-use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, expect_run};
-use crate::train::setup::Job;
+use crate::train::run_dir::{CHECKPOINTS_DIR, METRICS_FILE, expect_run};
+use crate::train::setup::{CacheUse, Job};
 use crate::train::stand::{Standing, computed_on};
 use crate::train::step::Trainer;
 
@@ -69,8 +69,7 @@ impl Replay {
         let after = record_after(run_dir, step)?;
         let config = config_of_step(run_dir, after.as_ref(), sets)?;
         // Tokens that the run has cached are read, and none are written where it did not.
-        let cache = config.data.cache_dir.clone();
-        let job = Job::inspect(config, Some(&*cache).filter(|cache| cache.is_dir()), 1)?;
+        let job = Job::inspect(config, CacheUse::Read, 1)?;
         if step == 0 || step > job.total_steps {
             let what = format!("the run has no step {step}");
             return Err(Error::invalid("--step", what).hint(format!("name one from 1 to {}", job.total_steps)));
@@ -128,10 +127,9 @@ fn record_after(run_dir: &Path, step: u64) -> Result<Option<Record>> {
 /// The config by which the run had a step: the first checkpoint after it knows. A run may have been resumed since with
 /// another length, and so another learning rate, or with other micro-batches.
 fn config_of_step(run_dir: &Path, after: Option<&Record>, sets: &[String]) -> Result<Config> {
-    let path = run_dir.join(CONFIG_FILE);
     let mut all = Vec::new();
     if let Some(record) = after {
-        let changes = Config::load(&path, sets)?.differences(&record.config).into_iter().filter(|change| {
+        let changes = Config::load_run(run_dir, sets)?.differences(&record.config).into_iter().filter(|change| {
             // The device is what there is.
             let is_restored = matches!(change.meaning, Meaning::Length | Meaning::Rounding);
             is_restored && change.theirs != "not set" && change.key != "model.device"
@@ -139,7 +137,7 @@ fn config_of_step(run_dir: &Path, after: Option<&Record>, sets: &[String]) -> Re
         all.extend(changes.map(|change| format!("{}={}", change.key, change.theirs)));
     }
     all.extend_from_slice(sets);
-    Config::load(&path, &all)
+    Config::load_run(run_dir, &all)
 }
 
 /// A run at some step.

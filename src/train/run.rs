@@ -20,7 +20,7 @@ use crate::train::banner;
 use crate::train::begin::{Host, Start, adapter_of_step};
 use crate::train::lock::RunLock;
 use crate::train::requests::{Agreed, Requests};
-use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, refuse_taken_output};
+use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, keep_old_metrics, refuse_taken_output};
 use crate::train::setup::Job;
 use crate::train::stand::Standing;
 use crate::train::step::Trainer;
@@ -73,6 +73,7 @@ impl<'a> Run<'a> {
         // What comes before has changed nothing that could be lost.
         host.requests.wait_for_the_step();
 
+        let begins_again = lock.is_some() && checkpoint.is_none();
         let mut lock = match lock {
             None if is_leader => {
                 make_folder(&*disk, &dir)?;
@@ -108,6 +109,8 @@ impl<'a> Run<'a> {
             sync_parent(&*disk, &aside)?;
         }
         write_config(&*disk, &job.model.config, &dir)?;
+        let is_begun_again = begins_again && is_leader;
+        let old_metrics = if is_begun_again { keep_old_metrics(&*disk, &dir)? } else { None };
         let mut log = RunLog::open(&disk, &dir, log_settings)?;
         log.banner(&banner::lines(&job)?)?;
         for warning in warnings(&job) {
@@ -123,6 +126,13 @@ impl<'a> Run<'a> {
         }
         for (path, error) in &damaged {
             log.warn(&format!("{} is damaged and was passed over: {error}", path.display()))?;
+        }
+        if is_begun_again {
+            let kept = old_metrics.map(|(name, n_lines)| format!("; {n_lines} lines of metrics so far are in {name}"));
+            log.warn(&format!(
+                "there is no checkpoint to go on from, so the run begins again{}",
+                kept.unwrap_or_default()
+            ))?;
         }
         for note in &notes {
             log.note(note)?;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::manifest::{MANIFEST_FILE, verify};
 use crate::config::Config;
+use crate::disk::{Disk, sync_parent};
 use crate::error::{Error, Result};
 
 /// The run's own resolved config.
@@ -60,6 +61,29 @@ pub fn refuse_taken_output(config: &Config) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Puts the metrics of a run that begins again beside those to come, under the first name that is free. Gives that name and how
+/// many lines were kept; nothing where there were none.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn keep_old_metrics(disk: &dyn Disk, dir: &Path) -> Result<Option<(String, usize)>> {
+    let path = dir.join(METRICS_FILE);
+    let n_lines = match std::fs::read(&path) {
+        Ok(bytes) => bytes.split_inclusive(|&byte| byte == b'\n').count(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+        Err(error) => return Err(Error::io("read", &path)(error)),
+    };
+    if n_lines == 0 {
+        return Ok(None);
+    }
+    let names = (1..).map(|number: u32| format!("metrics-{number}.jsonl"));
+    let free = |name: &String| std::fs::symlink_metadata(dir.join(name)).is_err();
+    let Some(name) = names.into_iter().find(free) else { return Ok(None) };
+    disk.rename(&path, &dir.join(&name)).map_err(Error::io("rename", &path))?;
+    sync_parent(disk, &path)?;
+    Ok(Some((name, n_lines)))
 }
 
 /// Holds an adapter that a run wrote against its manifest.

@@ -5,12 +5,12 @@
 use std::path::Path;
 
 use tch::{Device, Kind};
-use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint::save::RunBytes;
-use crate::checkpoint::state::Identity;
-use crate::config::{self, Auto, Config, Duration, TemplateChoice, Warmup};
-use crate::data::{self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, Tokenizer, Truncation};
+use crate::config::{self, Auto, CacheDir, Config, Duration, TemplateChoice, Warmup};
+use crate::data::{
+    self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer, Truncation,
+};
 use crate::error::{Error, Fault, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
 use crate::model::config::LlamaConfig;
@@ -22,6 +22,7 @@ use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::plan::MemoryModel;
 use crate::torch::cuda::set_numerics;
+use crate::train::disagreements::{attention_dropout, other_ends};
 use crate::train::settle;
 use crate::train::step::StepSettings;
 
@@ -71,6 +72,19 @@ pub struct Job {
     pub schedule: LrSchedule,
 }
 
+/// What a command does with the token cache of its config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheUse {
+    /// It makes all tokens anew.
+    Off,
+    /// It reads what is there.
+    Read,
+    /// The same, and it says what would keep training from writing there.
+    Judge,
+    /// It keeps tokens there.
+    Keep,
+}
+
 /// Collects faults from steps that do not depend on each other.
 #[derive(Default)]
 struct Gather(Vec<Fault>);
@@ -97,10 +111,15 @@ impl ModelSetup {
     /// weights.
     pub fn inspect(mut config: Config, n_ranks: usize) -> Result<Self> {
         let mut faults = Gather::default();
-        let warnings = config.warnings.clone();
+        let mut warnings = config.warnings.clone();
         let device_note = faults.take(settle::settle_device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
-        let base = faults.take(LlamaConfig::load(&config.model.base))?;
+        let read = faults.take(LlamaConfig::load(&config.model.base, &config.model.allow_config_keys))?;
+        let base = read.map(|read| {
+            warnings.extend(read.warnings);
+            faults.0.extend(attention_dropout(&read.config, &config.model.base));
+            read.config
+        });
         let files = match &base {
             Some(_) => faults.take(TensorFiles::open_model(&config.model.base))?,
             None => None,
@@ -115,6 +134,9 @@ impl ModelSetup {
             _ => None,
         };
         let layout = base.as_ref().zip(vocab_size).map(|(base, vocab)| Layout::for_ranks(base, &lora, vocab, n_ranks));
+        if let (Some(base), Some(tokenizer)) = (&base, &tokenizer) {
+            warnings.extend(other_ends(&config.model.base, base, tokenizer));
+        }
         let mut micro_batch_is_solved = false;
         // Without a device there is no memory to ask for.
         if let (Some(base), Some(layout), true) = (&base, &layout, faults.0.is_empty()) {
@@ -184,8 +206,8 @@ impl ModelSetup {
         Llama::load(&self.base, BaseWeights::Files(&self.files), &self.lora, params, compute)
     }
 
-    /// Loads and encodes data files; with a cache folder the tokens are kept there.
-    pub fn dataset(&self, files: &[std::path::PathBuf], cache: Option<&Path>) -> Result<Dataset> {
+    /// Loads and encodes data files, or finds their samples in the token cache.
+    pub fn dataset(&self, files: &[std::path::PathBuf], cache: TokenCache<'_>) -> Result<Dataset> {
         let data = &self.config.data;
         let spec = DataSpec {
             files: files.to_vec(),
@@ -210,7 +232,7 @@ impl ModelSetup {
 
     /// Loads and encodes the validation files, which are never cached.
     pub fn validation_files(&self) -> Result<Dataset> {
-        let samples = self.dataset(&self.config.data.validation, None)?;
+        let samples = self.dataset(&self.config.data.validation, TokenCache::Off)?;
         self.has_label_tokens(&samples)?;
         Ok(samples)
     }
@@ -259,17 +281,32 @@ impl ModelSetup {
 }
 
 impl Job {
-    /// Checks a whole job for so many ranks. With a cache folder the tokens are kept there; without one no file is created.
-    pub fn inspect(config: Config, cache: Option<&Path>, n_ranks: usize) -> Result<Self> {
-        let model = ModelSetup::inspect(config, n_ranks)?;
-        let data = &model.config.data;
+    /// Checks a whole job for so many ranks. Unless tokens may be kept no file is created.
+    pub fn inspect(config: Config, cache_use: CacheUse, n_ranks: usize) -> Result<Self> {
+        let mut model = ModelSetup::inspect(config, n_ranks)?;
         let mut faults = Gather::default();
+        let cache = match cache_use {
+            CacheUse::Off => TokenCache::Off,
+            CacheUse::Read => TokenCache::Read(&model.config.data.cache_dir),
+            CacheUse::Judge | CacheUse::Keep => faults.take(model.config.cache_dir())?.map_or(
+                TokenCache::Off,
+                |CacheDir { folder, is_required, unwritable }| {
+                    let is_usable = unwritable.is_none();
+                    model.warnings.extend(unwritable);
+                    match cache_use == CacheUse::Keep && is_usable {
+                        true => TokenCache::Keep { folder, is_required },
+                        false => TokenCache::Read(folder),
+                    }
+                },
+            ),
+        };
+        let data = &model.config.data;
         // Validation first and never cached: when it is at fault, no file has been made yet.
         let mut validation = match data.validation.is_empty() {
             true => None,
             false => faults.take(model.validation_files())?,
         };
-        let cache = cache.filter(|_| faults.0.is_empty());
+        let cache = if faults.0.is_empty() { cache } else { cache.read_only() };
         let all = faults.take(model.dataset(&data.train, cache))?;
         faults.finish()?;
         let Some(mut train) = all else {
@@ -308,7 +345,11 @@ impl Job {
 
     /// What the config, the model's files and the samples hold that may not be what the user means, though it is no fault.
     pub fn warnings(&self) -> impl Iterator<Item = &Fault> {
-        self.model.warnings.iter()
+        self.model
+            .warnings
+            .iter()
+            .chain(self.train.warnings())
+            .chain(self.validation.iter().flat_map(Dataset::warnings))
     }
 
     /// What every update depends on.
@@ -319,22 +360,6 @@ impl Job {
     /// The most that the run will write below its folder.
     pub fn run_bytes(&self) -> RunBytes {
         run_bytes(&self.model.config, &self.model.layout, Some(self.total_steps))
-    }
-
-    /// Checksums of what the run reads.
-    pub fn identity(&self) -> Identity {
-        let mut hasher = Xxh3::new();
-        for sample in 0..self.train.len() {
-            hasher.update(&(self.train.n_prompt(sample) as u64).to_le_bytes());
-            hasher.update(&(self.train.ids(sample).len() as u64).to_le_bytes());
-            for id in self.train.ids(sample) {
-                hasher.update(&id.to_le_bytes());
-            }
-        }
-        let mut base = Xxh3::new();
-        base.update(format!("{:?}", self.model.base).as_bytes());
-        base.update(self.model.files.fingerprint().as_bytes());
-        Identity { base: format!("{:032x}", base.digest128()), data: format!("{:032x}", hasher.digest128()) }
     }
 }
 

@@ -36,7 +36,8 @@ impl Standing {
         let state = match checkpoint {
             Some(dir) => {
                 let moments = optimizer.named_moments(params.layout())?;
-                load::load(dir, &mut params, &moments)?.state
+                // What the run reads was held against this before; a checkpoint of an older format says less of it.
+                RunState { identity: job.identity(), ..load::load(dir, &mut params, &moments)?.state }
             }
             None => {
                 let scale = match job.model.kind() {

@@ -30,16 +30,16 @@ fn shapes_have_the_published_numbers_of_parameters() {
         ("llama-2-13b", 13_015_864_320),
         ("llama-2-70b", 68_976_648_192),
     ] {
-        let shape = shapes::open(name, None).unwrap();
+        let shape = shapes::open(name, None, &[]).unwrap();
         assert_eq!(n_params(&shape), published, "{name}");
         assert_eq!(shape.heads().q_width(), shape.hidden_size, "{name}");
     }
     assert!(shapes::NAMES.into_iter().all(|name| shapes::named(name).is_some()));
-    assert_eq!(shapes::open("llama-2-7b", Some(49_954)).unwrap().vocab_size, 49_954);
+    assert_eq!(shapes::open("llama-2-7b", Some(49_954), &[]).unwrap().vocab_size, 49_954);
     // A folder, or the file itself under any name.
     let base = golden().join("base");
-    let of_folder = shapes::open(base.to_str().unwrap(), None).unwrap();
-    let of_file = shapes::open(base.join("config.json").to_str().unwrap(), None).unwrap();
+    let of_folder = shapes::open(base.to_str().unwrap(), None, &[]).unwrap();
+    let of_file = shapes::open(base.join("config.json").to_str().unwrap(), None, &[]).unwrap();
     assert_eq!((of_folder.hidden_size, of_file.hidden_size), (32, 32));
 }
 
@@ -66,7 +66,7 @@ fn drawn_weights_are_normal_and_norms_are_one() {
 
 #[test]
 fn operations_of_the_reference_job_are_those_of_the_design() {
-    let shape = shapes::open("llama-2-7b", Some(49_954)).unwrap();
+    let shape = shapes::open("llama-2-7b", Some(49_954), &[]).unwrap();
     let lora = LoraSpec {
         r: 64,
         alpha: 128.0,

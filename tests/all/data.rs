@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use bellora::data::record::{Reason, Record};
 use bellora::data::rows::RowFile;
 use bellora::data::{
-    DataSpec, Dataset, EpochOrder, LossAverage, SpecialTokens, Template, TemplateFile, Tokenizer, Truncation,
-    build_batches, order, pack, prompt_ids,
+    DataSpec, Dataset, EpochOrder, LossAverage, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer,
+    Truncation, build_batches, order, pack, prompt_ids,
 };
 use serde_json::{Value, json};
 
@@ -271,7 +271,7 @@ fn load(content: &str, change: impl Fn(&mut DataSpec)) -> bellora::error::Result
     let folder = folder(&[("rows.jsonl", content.as_bytes())]);
     let mut spec = spec(vec![folder.path().join("rows.jsonl")]);
     change(&mut spec);
-    Dataset::load(&spec, &tiny(), &bare(), None)
+    Dataset::load(&spec, &tiny(), &bare(), TokenCache::Off)
 }
 
 #[test]
@@ -329,7 +329,7 @@ fn bad_rows_are_counted_and_named_and_nothing_is_kept_beyond_the_allowed() {
     let cache = files.path().join("cache");
     let load = |names: &[&str], max_bad_rows| {
         let spec = DataSpec { max_bad_rows, ..spec(paths(names)) };
-        Dataset::load(&spec, &tiny(), &bare(), Some(&cache))
+        Dataset::load(&spec, &tiny(), &bare(), TokenCache::Keep { folder: &cache, is_required: true })
     };
     let error = load(&["good.jsonl", "bad.jsonl", "x.csv"], 29).err().unwrap();
     let faults = error.faults();
@@ -359,7 +359,7 @@ fn the_token_cache_is_used_when_it_is_right_and_rebuilt_when_it_is_not() {
     let load = |change: &dyn Fn(&mut DataSpec), template: &Template, tokenizer: &Tokenizer| {
         let mut spec = spec(vec![rows.clone()]);
         change(&mut spec);
-        Dataset::load(&spec, tokenizer, template, Some(&cache)).unwrap()
+        Dataset::load(&spec, tokenizer, template, TokenCache::Keep { folder: &cache, is_required: true }).unwrap()
     };
     let same = || load(&|_| {}, &bare(), &tokenizer);
     let n_files = || std::fs::read_dir(&cache).unwrap().count();
@@ -397,7 +397,15 @@ fn the_token_cache_is_used_when_it_is_right_and_rebuilt_when_it_is_not() {
     let path = path.max_by_key(|path| std::fs::metadata(path).unwrap().modified().unwrap()).unwrap();
     std::fs::remove_file(&path).unwrap();
     let folder_of_one = files.path().join("one");
-    let load_one = || Dataset::load(&spec(vec![rows.clone()]), &tokenizer, &bare(), Some(&folder_of_one)).unwrap();
+    let load_one = || {
+        Dataset::load(
+            &spec(vec![rows.clone()]),
+            &tokenizer,
+            &bare(),
+            TokenCache::Keep { folder: &folder_of_one, is_required: true },
+        )
+        .unwrap()
+    };
     load_one();
     let path = std::fs::read_dir(&folder_of_one).unwrap().next().unwrap().unwrap().path();
     let whole = std::fs::read(&path).unwrap();

@@ -382,7 +382,11 @@ impl Disk for Small {
 #[test]
 fn a_run_that_cannot_fit_on_its_disk_is_refused() {
     let lab = Lab::new(Shape::default()).with(&["train.keep_checkpoints=2", "train.checkpoint_every=1"]);
-    let params = bellora::train::setup::Job::inspect(lab.config(&[]), None, 1).unwrap().model.layout.n_params() as u64;
+    let params = bellora::train::setup::Job::inspect(lab.config(&[]), bellora::train::setup::CacheUse::Off, 1)
+        .unwrap()
+        .model
+        .layout
+        .n_params() as u64;
     // Two that stay, one that is being written, the adapter, and 16 MiB for what is small.
     let needed = (3 * 12 + 4) * params + (16 << 20);
     let host = |bytes| Host { disk: Arc::new(Small(bytes)), requests: Requests::default(), tell: None };

@@ -17,7 +17,7 @@ use bellora::eval::evaluate;
 use bellora::log::StepMetrics;
 use bellora::model::adapter_file::WEIGHTS_FILE;
 use bellora::model::weights::TensorFiles;
-use bellora::train::setup::Job;
+use bellora::train::setup::{CacheUse, Job};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -217,7 +217,7 @@ fn losses_norms_rates_and_adapters_however_the_work_is_cut() {
 #[test]
 fn tokens_and_labels_of_every_row() {
     for case in cases() {
-        let job = Job::inspect(case.config(), None, 1).unwrap();
+        let job = Job::inspect(case.config(), CacheUse::Off, 1).unwrap();
         let mut dump = Vec::new();
         job.train.write_dump(&mut dump).unwrap();
         let expected = std::fs::read_to_string(case.dir.join("expected/tokens.jsonl")).unwrap();

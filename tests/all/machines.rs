@@ -123,7 +123,7 @@ impl Supervisor {
             let status = self.child.try_wait().unwrap();
             let stderr = String::from_utf8_lossy(&std::fs::read(&self.log).unwrap()).into_owned();
             if let Some(status) = status {
-                return Ran { code: status.code(), stderr };
+                return Ran { code: status.code(), stdout: String::new(), stderr };
             }
             assert!(started.elapsed() < Duration::from_secs(60), "it does not end: {stderr}");
             std::thread::sleep(Duration::from_millis(20));

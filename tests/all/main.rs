@@ -4,6 +4,7 @@
 
 mod attention;
 mod bad_input;
+mod base_files;
 mod bench;
 mod cli;
 mod comm;
@@ -23,6 +24,7 @@ mod machines;
 mod manifest;
 mod meeting;
 mod model_gradcheck;
+mod moved_runs;
 mod nccl;
 mod non_finite;
 mod out_of_memory;

@@ -215,7 +215,7 @@ fn retention_keeps_the_best_and_the_pinned() {
     let root = tempfile::tempdir().unwrap();
     let losses = [Some(3.0), Some(1.0), None, Some(2.0), Some(1.0), Some(4.0), Some(5.0), Some(6.0)];
     for (step, eval_loss) in (1..).zip(losses) {
-        let identity = Identity { base: String::new(), data: String::new() };
+        let identity = Identity::of_no_run();
         let state = RunState { step, ..RunState::start(LossScale::none(), identity) };
         let cpu = ComputedOn { device: "cpu".into(), threads: 1, ranks: 1 };
         let extent = Extent { steps_per_epoch: 8, total_steps: 8 };

@@ -34,7 +34,7 @@ fn reference_lora() -> LoraSpec {
 
 /// The shape of the reference job: Llama-2-7B (or 13B) with its grown vocabulary.
 fn reference_shape(name: &str) -> LlamaConfig {
-    shapes::open(name, Some(49_954)).unwrap()
+    shapes::open(name, Some(49_954), &[]).unwrap()
 }
 
 fn model_of(shape: &LlamaConfig, lora: &LoraSpec, kind: Kind, device: Device, recompute: bool) -> MemoryModel {
@@ -249,7 +249,7 @@ fn predicted_above_start(case: &Case) -> i64 {
 fn predicted(case: &Case) -> i64 {
     let dir = tempfile::tempdir().unwrap();
     let config = bellora::config::Config::load(&write_job(case, dir.path()), &[]).unwrap();
-    let job = bellora::train::setup::Job::inspect(config, None, 1).unwrap();
+    let job = bellora::train::setup::Job::inspect(config, bellora::train::setup::CacheUse::Off, 1).unwrap();
     assert_eq!(job.train.n_tokens() as i64, case.max_length * case.samples, "{}: tokens", case.name);
     job.model.memory_model().total(case.max_length * case.samples)
 }
@@ -336,7 +336,7 @@ fn write_base(dir: &Path, shape: &Value) {
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(tokenizer.join(name), dir.join(name)).unwrap();
     }
-    let llama = LlamaConfig::load(dir).unwrap();
+    let llama = LlamaConfig::load(dir, &[]).unwrap().config;
     let (d, vocab) = (llama.hidden_size, llama.vocab_size);
     let mut tensors = vec![
         ("model.embed_tokens.weight".to_string(), vec![vocab, d]),

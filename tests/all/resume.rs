@@ -195,8 +195,7 @@ pub(crate) fn signal(child: &Child, name: &str) {
 }
 
 pub(crate) fn ended(child: Child) -> Ran {
-    let output = child.wait_with_output().unwrap();
-    Ran { code: output.status.code(), stderr: String::from_utf8_lossy(&output.stderr).into_owned() }
+    child.wait_with_output().unwrap().into()
 }
 
 pub(crate) fn n_lines(run_dir: &Path) -> usize {

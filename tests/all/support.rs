@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use bellora::checkpoint::state::RunState;
 use bellora::config::{Auto, Config, Dtype as ComputeDtype};
@@ -20,7 +20,7 @@ use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::DropoutKey;
 use bellora::optim::adamw::{AdamW, AdamWConfig};
 use bellora::optim::scaler::LossScale;
-use bellora::train::setup::{Job, ModelSetup};
+use bellora::train::setup::{CacheUse, Job, ModelSetup};
 use bellora::train::step::Trainer;
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -224,7 +224,15 @@ pub(crate) fn bellora() -> Command {
 #[derive(Debug)]
 pub(crate) struct Ran {
     pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
     pub(crate) stderr: String,
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+    }
 }
 
 impl Ran {
@@ -237,8 +245,7 @@ impl Ran {
 }
 
 pub(crate) fn run(process: &mut Command) -> Ran {
-    let output = process.output().unwrap();
-    Ran { code: output.status.code(), stderr: String::from_utf8_lossy(&output.stderr).into_owned() }
+    process.output().unwrap().into()
 }
 
 /// The lines of a run's `metrics.jsonl`.
@@ -299,7 +306,7 @@ fn write_base(dir: &Path, shape: Shape) {
         std::fs::copy(tokenizer.join(name), dir.join(name)).unwrap();
     }
 
-    let llama = LlamaConfig::load(dir).unwrap();
+    let llama = LlamaConfig::load(dir, &[]).unwrap().config;
     let mut draws = Draws::new(5);
     let mut tensors =
         vec![("model.embed_tokens.weight".to_string(), draws.normal(&[shape.vocab_size, shape.hidden], 0.3))];
@@ -370,7 +377,7 @@ pub(crate) fn trainer(config: Config) -> Rig {
 /// each other.
 pub(crate) fn trainer_at(config: Config, change: impl FnOnce(&mut RunState)) -> Rig {
     tch::set_num_threads(1);
-    let job = Job::inspect(config, None, 1).unwrap();
+    let job = Job::inspect(config, CacheUse::Off, 1).unwrap();
     let params = job.model.initial_params().unwrap();
     let settings = &job.model.config.train;
     let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };

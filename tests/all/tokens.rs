@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use bellora::data::tokenizer::Part;
 use bellora::data::tokenizer::proto::{ModelProto, NormalizerProto, PieceKind, PieceProto, TrainerProto};
-use bellora::data::{DataSpec, Dataset, SpecialTokens, Template, Tokenizer, Truncation};
+use bellora::data::{DataSpec, Dataset, SpecialTokens, Template, TokenCache, Tokenizer, Truncation};
 use prost::Message;
 use serde_json::{Value, json};
 
@@ -412,7 +412,7 @@ fn n_differing(rows: &Path, tokenizer: &Tokenizer, template: &Template, max_leng
         special_tokens: SpecialTokens::Special,
         max_bad_rows: 0,
     };
-    let dataset = Dataset::load(&spec, tokenizer, template, None).unwrap();
+    let dataset = Dataset::load(&spec, tokenizer, template, TokenCache::Off).unwrap();
     let mut dump = Vec::new();
     dataset.write_dump(&mut dump).unwrap();
     let got: Vec<Value> = dump.split(|&b| b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
