@@ -185,6 +185,7 @@ impl Error {
             Self::Invalid(_) | Self::Failed(_) | Self::Lost(_) | Self::Job { .. } | Self::Interrupted { .. } => "",
             Self::Io { source, .. } => match source.kind() {
                 ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room there, or name another place",
+                ErrorKind::FileTooLarge => "raise the limit on the size of a file: ulimit -f unlimited",
                 ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
                     "name a place that you may read and write, or change its permissions"
                 }

@@ -51,6 +51,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
         return bad("--temperature", "expected a number from 0 upwards", "leave it out to take the likeliest tokens");
     }
+    if i64::try_from(args.top_k).is_err() {
+        return bad("--top-k", "is more than any vocabulary has", "leave it out to draw among all tokens");
+    }
     if !(args.top_p > 0.0 && args.top_p <= 1.0) {
         return bad("--top-p", "expected a share above 0 and at most 1", "leave it out to draw among all tokens");
     }

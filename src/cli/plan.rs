@@ -30,7 +30,7 @@ pub(super) struct PlanArgs {
     #[arg(long, value_name = "NAME")]
     gpu: Option<String>,
     /// Share the work among so many
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "gpu")]
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "gpu", value_parser = clap::value_parser!(i64).range(1..=1 << 20))]
     n_gpus: i64,
     /// Plan for a model without its files: a known shape's name, or a config.json; samples are then those of --lengths
     #[arg(long, value_name = "NAME|FILE")]

@@ -1,12 +1,16 @@
 //! Which part of a job this process is: all of it, one of its ranks, or the one that starts and watches them.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
-use std::time::Duration;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 use clap::{Args, value_parser};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tch::Device;
 
+use crate::cli::say;
 use crate::comm::{Communicator, Nccl, Place, Solo, Tcp};
 use crate::device;
 use crate::error::{Error, Result};
@@ -25,6 +29,19 @@ pub(super) mod told {
     pub(crate) const TOKEN: &str = "BELLORA_TOKEN";
 }
 
+/// Seconds that nobody waits longer than.
+const A_YEAR: u64 = 366 * 24 * 3600;
+/// Machines that one job may have.
+const MOST_MACHINES: usize = 4096;
+
+/// Reads a number of a range from the command line.
+pub(super) fn number_in(range: RangeInclusive<usize>) -> impl Fn(&str) -> std::result::Result<usize, String> + Clone {
+    move |text| match text.parse::<usize>() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => Err(format!("expected a whole number from {} to {}", range.start(), range.end())),
+    }
+}
+
 /// How a job is spread over processes.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Several processes")]
@@ -33,10 +50,10 @@ pub(super) struct RankArgs {
     #[arg(long, value_name = "N|auto")]
     pub(super) nproc: Option<String>,
     /// Machines that share the job
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = number_in(1..=MOST_MACHINES))]
     pub(super) nnodes: usize,
     /// Which of them this one is, from 0
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = number_in(0..=MOST_MACHINES - 1))]
     pub(super) node_rank: usize,
     /// Where the processes meet: an address of machine 0 with a free port
     #[arg(long, value_name = "HOST:PORT")]
@@ -48,13 +65,13 @@ pub(super) struct RankArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) max_restarts: u32,
     /// Seconds without any progress after which a job is stopped; 0: never
-    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = value_parser!(u64).range(..=A_YEAR))]
     pub(super) hang_timeout: u64,
     /// Seconds without any answer of another machine's system after which it, or the link to it, is taken for lost; 0: never
     #[arg(long, value_name = "SECONDS", default_value_t = Place::LINK_TIMEOUT.as_secs(), value_parser = value_parser!(u64).range(..=86_400))]
     pub(super) link_timeout: u64,
     /// Seconds that all processes may take to meet
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = value_parser!(u64).range(1..=A_YEAR))]
     pub(super) meet_timeout: u64,
 }
 
@@ -74,12 +91,17 @@ impl RankArgs {
     /// A place in a job that cannot be; ranks that do not meet.
     pub(super) fn role(&self, on_gpus: bool) -> Result<Role> {
         if let Some(place) = self.told_by_supervisor()? {
-            return Ok(Role::Rank(joined(Tcp::join(&place)?, &place, on_gpus)?));
+            return Ok(Role::Rank(joined(
+                meet(&place, "the supervisor", UNDER_A_SUPERVISOR, Tcp::join)?,
+                &place,
+                on_gpus,
+            )?));
         }
         if self.nproc.is_none() && self.nnodes == 1 {
-            let Some(place) = self.told_by_environment()? else { return Ok(Role::Rank(Box::new(Solo))) };
+            let Some((place, claim)) = self.told_by_environment()? else { return Ok(Role::Rank(Box::new(Solo))) };
+            let by = format!("{} and {}", claim.rank_name, claim.world_name);
             // Nobody else listens.
-            let tcp = if place.rank == 0 { Tcp::lead(&place)? } else { Tcp::join(&place)? };
+            let tcp = meet(&place, &by, AT_ONCE, if place.rank == 0 { Tcp::lead } else { Tcp::join })?;
             return Ok(Role::Rank(joined(tcp, &place, on_gpus)?));
         }
         let nproc = self.count()?;
@@ -136,43 +158,16 @@ impl RankArgs {
             deadline: Duration::from_secs(number(told::MEET_TIMEOUT)?),
             timeout: Duration::from_secs(number(told::TIMEOUT)?),
             link_timeout: Duration::from_secs(number(told::LINK_TIMEOUT)?),
+            came: Arc::default(),
         }))
     }
 
     /// The place that torchrun, srun or mpirun-like programs give a process.
-    fn told_by_environment(&self) -> Result<Option<Place>> {
-        let pairs = [
-            ("RANK", "WORLD_SIZE"),
-            ("SLURM_PROCID", "SLURM_NTASKS"),
-            ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ];
-        let Some((rank_name, rank, world_name, world_size)) =
-            pairs.into_iter().find_map(|(rank, size)| Some((rank, variable(rank)?, size, variable(size)?)))
-        else {
-            return Ok(None);
-        };
-        let number = |name: &str, text: &str| -> Result<usize> {
-            text.parse().map_err(|_| {
-                let hint = "unset it where no other program starts the ranks";
-                Error::invalid(name, format!("expected a number, found {text:?}")).hint(hint)
-            })
-        };
-        let (rank, world_size) = (number(rank_name, &rank)?, number(world_name, &world_size)?);
-        if rank >= world_size {
-            let what = format!("expected less than {world_name} {world_size}, found {rank}");
-            return Err(Error::invalid(rank_name, what).hint("ranks count from 0: see what starts them"));
-        }
+    fn told_by_environment(&self) -> Result<Option<(Place, Claim)>> {
+        let Some(claim) = Claim::of_environment()? else { return Ok(None) };
+        let Claim { rank_name, rank, world_size, .. } = claim;
         if world_size == 1 {
             return Ok(None);
-        }
-        if rank_name == "SLURM_PROCID" && variable("SLURM_STEP_ID").or(variable("SLURM_STEPID")).is_none() {
-            let what = format!(
-                "says that this is rank {rank} of {world_size}, but no SLURM_STEP_ID is set: it is the batch script that runs \
-                 here, not a task of srun, and the other ranks would never come"
-            );
-            return Err(Error::invalid(rank_name, what).hint(
-                "write `srun bellora train ...`, or give --nproc for ranks on this machine (--nproc 1: no others)",
-            ));
         }
         let hint = "set MASTER_ADDR and MASTER_PORT to an address of rank 0's machine and a free port";
         let Some((host, port)) = variable("MASTER_ADDR").zip(variable("MASTER_PORT")) else {
@@ -186,16 +181,18 @@ impl RankArgs {
         // torchrun's own agent listens at MASTER_PORT.
         let port = if variable("TORCHELASTIC_RUN_ID").is_some() { port.wrapping_add(1) } else { port };
         let address = format!("{host}:{port}");
-        let known = ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"].into_iter().find_map(variable);
+        // torchrun calls a run `none` unless it is given an id: no secret, and the same for all jobs of the machine.
+        let run_id = variable("TORCHELASTIC_RUN_ID").filter(|id| id != "none");
+        let known = run_id.or_else(|| variable("SLURM_JOB_ID"));
         let Some(token) = variable(told::TOKEN).or(known) else {
             return Err(Error::invalid(told::TOKEN, "ranks know each other by a secret, and there is none")
-                .hint("set BELLORA_TOKEN to the same random text for all ranks"));
+                .hint("set BELLORA_TOKEN to the same random text for all ranks; torchrun may give --rdzv-id instead"));
         };
         let interface = match self.interface {
             Some(interface) => interface,
             None => interface_towards(&address)?,
         };
-        Ok(Some(Place {
+        let place = Place {
             rank,
             world_size,
             address,
@@ -204,7 +201,9 @@ impl RankArgs {
             deadline: Duration::from_secs(self.meet_timeout),
             timeout: self.collective_timeout(),
             link_timeout: Duration::from_secs(self.link_timeout),
-        }))
+            came: Arc::default(),
+        };
+        Ok(Some((place, claim)))
     }
 
     /// How long a collective may stand still. The supervisor, who sees all ranks, is to notice first.
@@ -214,6 +213,87 @@ impl RankArgs {
             seconds => Duration::from_secs(seconds + 60),
         }
     }
+}
+
+/// What variables of another program say of this process's place.
+struct Claim {
+    rank_name: &'static str,
+    rank: usize,
+    world_name: &'static str,
+    world_size: usize,
+}
+
+impl Claim {
+    /// The variables of a rank and of the world's size: torchrun's (or set by hand), Open MPI's, those of PMI (MPICH, Intel
+    /// MPI), SLURM's. The innermost program comes first: mpirun and torchrun run within an allocation of SLURM.
+    const NAMES: [(&'static str, &'static str); 4] = [
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+    ];
+
+    /// The innermost claim there is.
+    ///
+    /// # Errors
+    /// Variables that hold no numbers or ranks out of range; two programs of which each says that the job is its own.
+    fn of_environment() -> Result<Option<Self>> {
+        let claims = Self::NAMES.into_iter().filter_map(|(rank, world)| Self::read(rank, world).transpose());
+        let claims = claims.collect::<Result<Vec<Self>>>()?;
+        let Some((first, others)) = claims.split_first() else { return Ok(None) };
+        // torchrun and mpirun are often started by srun, whose tasks are then machines.
+        let is_within = |other: &Self| {
+            other.rank_name == "SLURM_PROCID"
+                && (first.rank_name != "RANK" || variable("TORCHELASTIC_RUN_ID").is_some())
+        };
+        let differs = |other: &&Self| other.world_size != first.world_size && !is_within(other);
+        if let Some(other) = others.iter().find(differs) {
+            let what = format!(
+                "says that the job has {} ranks, and {} says {}",
+                first.world_size, other.world_name, other.world_size
+            );
+            return Err(Error::invalid(first.world_name, what).hint(format!(
+                "unset {} and {}, or {} and {}, whichever did not start this job",
+                first.rank_name, first.world_name, other.rank_name, other.world_name
+            )));
+        }
+        let rank_is_of_srun = first.rank_name == "SLURM_PROCID";
+        if rank_is_of_srun && first.world_size > 1 && !is_task_of_srun() {
+            let what = format!(
+                "says that this is rank {} of {}, but SLURM_STEP_ID names no step of srun: it is the batch script, or a shell, \
+                 that runs here, and the other ranks would never come",
+                first.rank, first.world_size
+            );
+            return Err(Error::invalid(first.rank_name, what).hint(
+                "write `srun bellora train ...`, or give --nproc for ranks on this machine (--nproc 1: no others)",
+            ));
+        }
+        Ok(claims.into_iter().next())
+    }
+
+    fn read(rank_name: &'static str, world_name: &'static str) -> Result<Option<Self>> {
+        let Some((rank, world_size)) = variable(rank_name).zip(variable(world_name)) else { return Ok(None) };
+        let number = |name: &str, text: &str| -> Result<usize> {
+            text.parse().map_err(|_| {
+                let hint = "unset it where no other program starts the ranks";
+                Error::invalid(name, format!("expected a number, found {text:?}")).hint(hint)
+            })
+        };
+        let (rank, world_size) = (number(rank_name, &rank)?, number(world_name, &world_size)?);
+        if rank >= world_size {
+            let what = format!("expected less than {world_name} {world_size}, found {rank}");
+            return Err(Error::invalid(rank_name, what).hint("ranks count from 0: see what starts them"));
+        }
+        Ok(Some(Self { rank_name, rank, world_name, world_size }))
+    }
+}
+
+/// Whether this process is a task that srun has started to run with others. Numbers of steps from 0xfffffff0 on are no such
+/// steps: the batch script, an interactive shell, what waits beside the tasks.
+fn is_task_of_srun() -> bool {
+    const FIRST_OF_ANOTHER_KIND: u32 = 0xffff_fff0;
+    let step = variable("SLURM_STEP_ID").or_else(|| variable("SLURM_STEPID"));
+    step.and_then(|step| step.parse::<u32>().ok()).is_some_and(|step| step < FIRST_OF_ANOTHER_KIND)
 }
 
 /// The variable by which a process is kept to some of the machine's GPUs.
@@ -239,6 +319,54 @@ pub(super) fn own_gpu() -> Option<String> {
 /// Whether a supervisor has started this process and watches it.
 pub(super) fn is_supervised() -> bool {
     variable(told::SUPERVISOR).is_some()
+}
+
+/// How often a process that waits for others says so.
+const REMIND: Duration = Duration::from_secs(30);
+/// How long a meeting may take before anything is said of it: ranks that come at once are no news.
+const AT_ONCE: Duration = Duration::from_millis(500);
+/// The same under a supervisor, who has started the ranks of this machine itself.
+const UNDER_A_SUPERVISOR: Duration = Duration::from_secs(10);
+
+/// Meets the other ranks. While that takes time, standard error says who waits where, for whom, and what made it a rank.
+fn meet(place: &Place, made_by: &str, patience: Duration, meet: fn(&Place) -> Result<Tcp>) -> Result<Tcp> {
+    let (met, is_over) = channel::<()>();
+    let waiting = place.clone();
+    let made_by = made_by.to_owned();
+    let tell = move || {
+        let started = Instant::now();
+        let mut pause = patience;
+        while is_over.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+            say(&format!("{}\n", who_waits(&waiting, &made_by, started.elapsed())));
+            pause = REMIND;
+        }
+    };
+    let no_thread =
+        |error: std::io::Error| Error::failed("the meeting", format!("no thread that speaks of it: {error}"));
+    let teller = std::thread::Builder::new().name("meeting".to_owned()).spawn(tell).map_err(no_thread)?;
+    let tcp = meet(place);
+    drop(met);
+    let _ = teller.join();
+    tcp
+}
+
+fn who_waits(place: &Place, made_by: &str, waited: Duration) -> String {
+    let Place { rank, world_size, address, deadline, came, .. } = place;
+    let came = came.lock().map_or_else(|_| Vec::new(), |came| came.clone());
+    let missing: Vec<String> =
+        (0..*world_size).filter(|other| other != rank && !came.contains(other)).map(|r| r.to_string()).collect();
+    let whom = match (*rank, missing.len()) {
+        // Only who listens knows who has come.
+        (0, 1) => format!("rank {}", missing[0]),
+        (0, 2..=16) => format!("ranks {}", missing.join(", ")),
+        (0, n) => format!("{n} other ranks"),
+        _ => format!("the other {}", world_size - 1),
+    };
+    format!(
+        "rank {rank} of {world_size} waits at {address} for {whom}: {} s so far, {} s at most ({made_by} made this process a rank)",
+        waited.as_secs(),
+        deadline.as_secs()
+    )
 }
 
 /// The ranks that have met, joined by what is fastest between them.

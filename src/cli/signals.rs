@@ -1,11 +1,13 @@
 //! Signals. Ctrl-C, SIGTERM and the end of the terminal ask a command to stop in good order, and end it at once when they
-//! come again; SIGUSR1 asks a run for a checkpoint.
+//! come again later; SIGUSR1 asks a run for a checkpoint. A file that may not grow is an error, not a signal.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::flag;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::iterator::Signals;
+use signal_hook::{flag, low_level};
 
 use crate::error::{Error, Result};
 use crate::torch::signal_mask;
@@ -14,11 +16,17 @@ use crate::train::requests::Requests;
 /// The signals that any command has a handler for.
 const HANDLED: [i32; 4] = [SIGHUP, SIGINT, SIGTERM, SIGUSR1];
 
+/// Signals to stop within this time of the first are the same request: at a time limit SLURM sends SIGTERM twice within 10 ms,
+/// and srun sends a Ctrl-C twice by itself.
+const ONE_REQUEST: Duration = Duration::from_secs(3);
+
 /// Handlers need little more than the frame that the system makes, which can take some ten kilobytes.
 const STACK_BYTES: usize = 128 << 10;
 
 /// Has a thread of its own take the signals, so that none that computes does. Called before any other thread is there.
 pub(super) fn in_a_thread_of_their_own() {
+    // A write beyond the limit on the size of files (`ulimit -f`) fails then, as on a full disk.
+    signal_mask::ignore(SIGXFSZ);
     signal_mask::block(&HANDLED);
     let take = || {
         signal_mask::unblock(&HANDLED);
@@ -42,8 +50,8 @@ pub(super) fn end_at_once() -> Result<()> {
     Ok(())
 }
 
-/// Listens to the signals to stop; the number of the first one that comes stands in the returned cell, 0 before. The
-/// second one ends the program.
+/// Listens to the signals to stop; the number of the one that came stands in the returned cell, 0 before. One that comes
+/// again more than [`ONE_REQUEST`] later ends the program.
 pub(super) fn listen() -> Result<Arc<AtomicUsize>> {
     let stop = Arc::new(AtomicUsize::new(0));
     note(&[SIGINT, SIGTERM], &stop, &Arc::new(AtomicBool::new(false)))?;
@@ -64,12 +72,22 @@ pub(super) fn listen_for_run() -> Result<Requests> {
 }
 
 fn note(signals: &[i32], stop: &Arc<AtomicUsize>, ends_at_once: &Arc<AtomicBool>) -> Result<()> {
-    for &signal in signals {
-        // Order matters: on the second signal `ends_at_once` is set already and the program ends here.
-        flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(ends_at_once)).map_err(refused)?;
-        flag::register(signal, Arc::clone(ends_at_once)).map_err(refused)?;
-        flag::register_usize(signal, Arc::clone(stop), signal as usize).map_err(refused)?;
-    }
+    let mut signals = Signals::new(signals).map_err(refused)?;
+    let (stop, ends_at_once) = (Arc::clone(stop), Arc::clone(ends_at_once));
+    let take = move || {
+        let mut first: Option<Instant> = None;
+        for signal in signals.forever() {
+            if first.is_some_and(|first| first.elapsed() < ONE_REQUEST) {
+                continue;
+            }
+            if ends_at_once.swap(true, Ordering::SeqCst) {
+                low_level::exit(128 + signal);
+            }
+            stop.store(signal as usize, Ordering::SeqCst);
+            first = Some(Instant::now());
+        }
+    };
+    std::thread::Builder::new().name("requests".to_owned()).spawn(take).map_err(refused)?;
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -104,7 +105,7 @@ impl Job {
                 .hint("set BELLORA_TOKEN to the same random text on all machines"));
             }
         };
-        let listen_at = |at| Rendezvous::listen_at(at, world_size, token.as_bytes(), meet);
+        let listen_at = |at| Rendezvous::listen_at(at, world_size, token.as_bytes(), meet, Arc::default());
         let (rendezvous, address) = match &args.rendezvous {
             None => {
                 let rendezvous = listen_at(SocketAddr::new(interface, 0))?;

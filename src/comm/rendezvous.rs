@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -43,6 +43,8 @@ pub struct Place {
     pub timeout: Duration,
     /// How long nothing may come from another rank's machine, be it a word of its system alone; zero: for ever.
     pub link_timeout: Duration,
+    /// The ranks that have come so far, where this process listens for them.
+    pub came: Arc<Mutex<Vec<usize>>>,
 }
 
 impl Place {
@@ -64,7 +66,7 @@ impl Place {
 impl fmt::Debug for Place {
     /// Without the token, which must not come into any log.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rank, world_size, address, interface, token: _, deadline, timeout, link_timeout } = self;
+        let Self { rank, world_size, address, interface, token: _, deadline, timeout, link_timeout, came: _ } = self;
         write!(f, "rank {rank} of {world_size} by {address} on {interface}, deadline {deadline:?}, ")?;
         write!(f, "timeout {timeout:?}, of links {link_timeout:?}")
     }
@@ -84,14 +86,20 @@ impl Rendezvous {
     /// # Errors
     /// An address that cannot be listened at; an empty token.
     pub fn listen(interface: IpAddr, world_size: usize, token: &[u8], deadline: Duration) -> Result<Self> {
-        Self::listen_at(SocketAddr::new(interface, 0), world_size, token, deadline)
+        Self::listen_at(SocketAddr::new(interface, 0), world_size, token, deadline, Arc::default())
     }
 
-    /// Listens at a port that all ranks know beforehand.
+    /// Listens at a port that all ranks know beforehand; `came` holds those who have come.
     ///
     /// # Errors
     /// As [`Rendezvous::listen`].
-    pub fn listen_at(at: SocketAddr, world_size: usize, token: &[u8], deadline: Duration) -> Result<Self> {
+    pub fn listen_at(
+        at: SocketAddr,
+        world_size: usize,
+        token: &[u8],
+        deadline: Duration,
+        came: Arc<Mutex<Vec<usize>>>,
+    ) -> Result<Self> {
         let key = Key::new(token)?;
         let listener = bind(at)?;
         let address = local_address(&listener)?;
@@ -104,6 +112,7 @@ impl Rendezvous {
             door: Door::new(listener, key, &[Purpose::Rendezvous]),
             guests: BTreeMap::new(),
             gone: BTreeSet::new(),
+            came,
             is_called_off: Arc::clone(&is_called_off),
         };
         let thread = std::thread::Builder::new().name("rendezvous".into()).spawn(move || meeting.hold());
@@ -148,6 +157,8 @@ struct Meeting {
     guests: BTreeMap<usize, Guest>,
     /// Ranks that came and went again.
     gone: BTreeSet<usize>,
+    /// Those who are there, for others to see.
+    came: Arc<Mutex<Vec<usize>>>,
     is_called_off: Arc<AtomicBool>,
 }
 
@@ -183,6 +194,7 @@ impl Meeting {
     fn gather(&mut self) -> Result<Option<Refusal>> {
         loop {
             self.miss_those_who_left();
+            *self.came.lock().unwrap_or_else(PoisonError::into_inner) = self.guests.keys().copied().collect();
             if self.guests.len() == self.world_size {
                 return Ok(None);
             }

@@ -86,7 +86,8 @@ impl Tcp {
                 .hint("write host:port, with a free port of rank 0's machine"));
         };
         let at = SocketAddr::new(place.interface, port);
-        let rendezvous = Rendezvous::listen_at(at, place.world_size, &place.token, place.deadline)?;
+        let rendezvous =
+            Rendezvous::listen_at(at, place.world_size, &place.token, place.deadline, Arc::clone(&place.came))?;
         let joined = Self::join(place)?;
         rendezvous.finish()?;
         Ok(joined)

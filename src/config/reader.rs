@@ -8,6 +8,9 @@ use super::raw::{Given, Raw, Value};
 use super::{Auto, Config, Faults, FileKeys, TemplateChoice, foreign, paths};
 use crate::error::Fault;
 
+/// Tokens that a micro-batch may hold: they are counted in 32 bits.
+const MOST_TOKENS: u64 = 1 << 31;
+
 /// Reads single keys. Each method gives `None` for a key that was not given, and for one at fault after noting it.
 pub(super) struct Reader<'a> {
     pub(super) raw: Raw,
@@ -86,11 +89,7 @@ impl Reader<'_> {
         }
     }
 
-    pub(super) fn integer(&mut self, key: &str, least: u64) -> Option<u64> {
-        // The run's own config is TOML again, whose integers have 64 bits with a sign.
-        self.integer_up_to(key, least, i64::MAX as u64)
-    }
-
+    /// A whole number of a range. The run's own config is TOML again, whose integers have 64 bits with a sign.
     pub(super) fn integer_up_to(&mut self, key: &str, least: u64, most: u64) -> Option<u64> {
         let found = self.value(key)?;
         let number = match found {
@@ -109,10 +108,10 @@ impl Reader<'_> {
     }
 
     /// A list of whole numbers, sorted, each once.
-    pub(super) fn integers(&mut self, key: &str, least: u64) -> Option<Vec<u64>> {
+    pub(super) fn integers(&mut self, key: &str, least: u64, most: u64) -> Option<Vec<u64>> {
         let found = self.value(key)?;
         let number = |item: &Value| match item {
-            Value::Integer(number) => u64::try_from(*number).ok().filter(|number| *number >= least),
+            Value::Integer(number) => u64::try_from(*number).ok().filter(|number| (least..=most).contains(number)),
             _ => None,
         };
         let numbers = match &found {
@@ -121,7 +120,9 @@ impl Reader<'_> {
         };
         match numbers {
             Some(numbers) => Some(numbers.into_iter().collect()),
-            None => self.unexpected(key, &format!("a list of whole numbers of at least {least}"), &found),
+            None => {
+                self.unexpected(key, &format!("a list of whole numbers of at least {least} and at most {most}"), &found)
+            }
         }
     }
 
@@ -131,7 +132,7 @@ impl Reader<'_> {
             Some(found @ Value::Text(_)) => {
                 self.unexpected(key, "\"auto\" or a whole number of at least 1", &found).unwrap_or(Auto::Auto)
             }
-            _ => self.integer(key, 1).map_or(Auto::Auto, |number| Auto::Is(number as usize)),
+            _ => self.integer_up_to(key, 1, MOST_TOKENS).map_or(Auto::Auto, |number| Auto::Is(number as usize)),
         }
     }
 

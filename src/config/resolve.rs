@@ -17,6 +17,12 @@ const LARGEST_RANK: u64 = 1 << 16;
 /// Eight times the longest context of any Llama; tables of rotations for it still fit in memory.
 const LONGEST_SAMPLE: u64 = 1 << 20;
 
+/// More updates, epochs, samples or checkpoints than any job has; so that products of two of them can be counted.
+const MOST_STEPS: u64 = 1 << 40;
+const MOST_EPOCHS: u64 = 1 << 20;
+const MOST_SAMPLES: u64 = 1 << 30;
+const MOST_CHECKPOINTS: u64 = 1 << 20;
+
 /// Makes the config; what is at fault is replaced by its default, so that the rest can be judged too.
 pub(super) fn resolve(raw: Raw, file_keys: FileKeys, faults: &mut Faults) -> Config {
     let mut reader = Reader { raw, file_keys, faults, faulty: BTreeSet::new(), without_hint: Vec::new() };
@@ -97,7 +103,7 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
         truncation: reader.choice("data.truncation").unwrap_or(Truncation::Drop),
         special_tokens: reader.choice("data.special_tokens").unwrap_or(SpecialTokens::Special),
         shuffle: reader.bool("data.shuffle").unwrap_or(true),
-        max_bad_rows: reader.integer("data.max_bad_rows", 0).unwrap_or(0),
+        max_bad_rows: reader.integer_up_to("data.max_bad_rows", 0, MOST_STEPS).unwrap_or(0),
         cache_dir: reader.path("data.cache_dir", paths::place).unwrap_or_else(paths::user_cache_dir),
     }
 }
@@ -105,18 +111,20 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
 fn train(reader: &mut Reader<'_>) -> TrainConfig {
     let above_zero = |number: f64| number > 0.0;
     let from_zero = |number: f64| number >= 0.0;
-    let epochs = reader.integer_up_to("train.epochs", 1, u32::MAX.into());
-    let max_steps = reader.integer("train.max_steps", 1);
+    let epochs = reader.integer_up_to("train.epochs", 1, MOST_EPOCHS);
+    let max_steps = reader.integer_up_to("train.max_steps", 1, MOST_STEPS);
     let warmup_ratio = reader.float("train.warmup_ratio", "a share from 0 to 1", |share| (0.0..=1.0).contains(&share));
-    let warmup_steps = reader.integer("train.warmup_steps", 0);
-    let checkpoint_every = reader.integer("train.checkpoint_every", 0).unwrap_or(200);
+    let warmup_steps = reader.integer_up_to("train.warmup_steps", 0, MOST_STEPS);
+    let checkpoint_every = reader.integer_up_to("train.checkpoint_every", 0, MOST_STEPS).unwrap_or(200);
     TrainConfig {
         output: reader.required("train.output", "output = \"runs/first\"", paths::place).unwrap_or_default(),
         duration: match max_steps {
             Some(steps) => Duration::Steps(steps),
             None => Duration::Epochs(epochs.map_or(1, |epochs| epochs as u32)),
         },
-        global_batch: reader.integer("train.global_batch", 1).map_or(64, |samples| samples as usize),
+        global_batch: reader
+            .integer_up_to("train.global_batch", 1, MOST_SAMPLES)
+            .map_or(64, |samples| samples as usize),
         micro_batch_tokens: reader.auto_integer("train.micro_batch_tokens"),
         learning_rate: reader.float("train.learning_rate", "a number greater than 0", above_zero).unwrap_or(4e-4),
         schedule: reader.choice("train.schedule").unwrap_or(Schedule::Cosine),
@@ -129,19 +137,23 @@ fn train(reader: &mut Reader<'_>) -> TrainConfig {
         eps: reader.float("train.eps", "a number greater than 0", above_zero).unwrap_or(1e-8),
         max_grad_norm: reader.float("train.max_grad_norm", "a number of at least 0", from_zero).unwrap_or(1.0),
         loss_average: reader.choice("train.loss_average").unwrap_or(LossAverage::Tokens),
-        loss_group_samples: reader.integer("train.loss_group_samples", 1).map_or(1, |samples| samples as usize),
-        seed: reader.integer("train.seed", 0).unwrap_or(42),
+        loss_group_samples: reader
+            .integer_up_to("train.loss_group_samples", 1, MOST_SAMPLES)
+            .map_or(1, |samples| samples as usize),
+        seed: reader.integer_up_to("train.seed", 0, i64::MAX as u64).unwrap_or(42),
         recompute: reader.auto_choice("train.recompute"),
         shard: reader.auto_bool("train.shard"),
         deterministic: reader.bool("train.deterministic").unwrap_or(false),
         non_finite: reader.choice("train.non_finite").unwrap_or(NonFinite::Stop),
-        max_non_finite: reader.integer("train.max_non_finite", 1).unwrap_or(10),
+        max_non_finite: reader.integer_up_to("train.max_non_finite", 1, MOST_STEPS).unwrap_or(10),
         checkpoint_every,
-        keep_checkpoints: reader.integer("train.keep_checkpoints", 1).map_or(3, |count| count as usize),
-        keep_best: reader.integer("train.keep_best", 0).map_or(0, |count| count as usize),
-        keep_steps: reader.integers("train.keep_steps", 1).unwrap_or_default(),
-        eval_every: reader.integer("train.eval_every", 0).unwrap_or(checkpoint_every),
-        log_every: reader.integer("train.log_every", 0).unwrap_or(1),
+        keep_checkpoints: reader
+            .integer_up_to("train.keep_checkpoints", 1, MOST_CHECKPOINTS)
+            .map_or(3, |count| count as usize),
+        keep_best: reader.integer_up_to("train.keep_best", 0, MOST_CHECKPOINTS).map_or(0, |count| count as usize),
+        keep_steps: reader.integers("train.keep_steps", 1, MOST_STEPS).unwrap_or_default(),
+        eval_every: reader.integer_up_to("train.eval_every", 0, MOST_STEPS).unwrap_or(checkpoint_every),
+        log_every: reader.integer_up_to("train.log_every", 0, MOST_STEPS).unwrap_or(1),
         save_dtype: reader.choice("train.save_dtype").unwrap_or(SaveDtype::Fp32),
     }
 }

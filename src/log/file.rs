@@ -164,5 +164,5 @@ impl LogFile {
 /// Whether an error says that there is no room on the disk.
 fn is_full(error: &Error) -> bool {
     matches!(error, Error::Io { source, .. }
-        if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+        if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge))
 }

@@ -1,5 +1,6 @@
 //! The collectives: on a GPU by NCCL, with one rank that is alone; on a CPU between two ranks over TCP.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
@@ -35,6 +36,7 @@ fn on_all_ranks(device: Device) -> Result<Vec<Row>> {
             deadline: WAIT,
             timeout: WAIT,
             link_timeout: WAIT,
+            came: Arc::default(),
         })?;
         match device {
             Device::Cuda(_) => trial(&mut Nccl::new(tcp, device, WAIT)?),

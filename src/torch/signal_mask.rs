@@ -13,8 +13,19 @@ struct SignalSet([u64; 16]);
 const SIG_BLOCK: c_int = 0;
 const SIG_UNBLOCK: c_int = 1;
 
+/// The disposition of a signal that is thrown away.
+const SIG_IGN: usize = 1;
+
 unsafe extern "C" {
+    fn signal(signal: c_int, handler: usize) -> usize;
     fn pthread_sigmask(how: c_int, set: *const SignalSet, old: *mut SignalSet) -> c_int;
+}
+
+/// Has the whole process throw a signal away.
+pub fn ignore(number: c_int) {
+    // SAFETY: no handler of ours is installed, and one that was there before is not asked for. The call can only fail for a
+    // number that is no signal, which changes nothing.
+    let _ = unsafe { signal(number, SIG_IGN) };
 }
 
 /// Keeps signals from this thread, and from those that it starts from now on.

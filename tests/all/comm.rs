@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::Barrier;
 use std::time::Duration;
 
@@ -29,6 +30,7 @@ fn place(rank: usize, world_size: usize, address: impl ToString) -> Place {
         deadline: LONG,
         timeout: LONG,
         link_timeout: Place::LINK_TIMEOUT,
+        came: Arc::default(),
     }
 }
 

@@ -30,6 +30,7 @@ mod non_finite;
 mod out_of_memory;
 mod place;
 mod plan;
+mod ranges;
 mod ranks;
 mod replay;
 mod resume;

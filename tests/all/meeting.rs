@@ -145,7 +145,34 @@ fn places_in_the_environment_that_cannot_be() {
         (&[("RANK", "one"), ("WORLD_SIZE", "2")], ["error: RANK: expected a number, found \"one\"", "unset it"]),
         (
             &[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_JOB_ID", "7")],
-            ["error: SLURM_PROCID: says that this is rank 0 of 2, but no SLURM_STEP_ID is set", "`srun bellora train"],
+            [
+                "error: SLURM_PROCID: says that this is rank 0 of 2, but SLURM_STEP_ID names no step of srun",
+                "`srun bellora train",
+            ],
+        ),
+        // An interactive shell of salloc.
+        (
+            &[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_JOB_ID", "7"), ("SLURM_STEP_ID", "4294967290")],
+            [
+                "error: SLURM_PROCID: says that this is rank 0 of 2, but SLURM_STEP_ID names no step of srun",
+                "`srun bellora train",
+            ],
+        ),
+        // Left over in the shell that mpirun was called from.
+        (
+            &[("RANK", "0"), ("WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")],
+            [
+                "error: WORLD_SIZE: says that the job has 4 ranks, and OMPI_COMM_WORLD_SIZE says 2",
+                "unset RANK and WORLD_SIZE",
+            ],
+        ),
+        (
+            &[("RANK", "0"), ("WORLD_SIZE", "1"), ("SLURM_PROCID", "1"), ("SLURM_NTASKS", "3"), ("SLURM_STEP_ID", "0")],
+            ["error: WORLD_SIZE: says that the job has 1 ranks, and SLURM_NTASKS says 3", "unset RANK and WORLD_SIZE"],
+        ),
+        (
+            &[("TORCHELASTIC_RUN_ID", "none"), ("RANK", "0"), ("WORLD_SIZE", "2"), ("BELLORA_TOKEN", "")],
+            ["error: BELLORA_TOKEN: ", "--rdzv-id"],
         ),
     ] {
         run.fails(free_port(), &[by_environment(environment, 2, &words)]);
@@ -157,6 +184,36 @@ fn places_in_the_environment_that_cannot_be() {
         free_port(),
         &[by_environment(&zero, 1, &twice), by_environment(&one, 1, &twice), by_environment(&one, 1, &twice)],
     );
+}
+
+/// Inside an allocation of SLURM mpirun's word counts, and so does torchrun's: there SLURM's tasks are machines.
+#[test]
+fn a_process_that_waits_says_who_it_is_and_for_whom() {
+    let run = Run::new();
+    let slurm = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "1"), ("SLURM_STEP_ID", "0"), ("SLURM_JOB_ID", "7")];
+    for (job, words) in [
+        (
+            &[("RANK", "0"), ("WORLD_SIZE", "2")][..],
+            "rank 0 of 2 waits at 127.0.0.1:PORT for rank 1: 0 s so far, 600 s at most (RANK and WORLD_SIZE made this process a rank)",
+        ),
+        (
+            &[("OMPI_COMM_WORLD_RANK", "2"), ("OMPI_COMM_WORLD_SIZE", "3")],
+            "rank 2 of 3 waits at 127.0.0.1:PORT for the other 2: 0 s so far, 600 s at most (OMPI_COMM_WORLD_RANK and",
+        ),
+        (&[("PMI_RANK", "0"), ("PMI_SIZE", "3")], "rank 0 of 3 waits at 127.0.0.1:PORT for ranks 1, 2: "),
+    ] {
+        let environment: Vec<_> = job
+            .iter()
+            .chain(&slurm)
+            .copied()
+            .filter(|(name, _)| job[0].0 != "RANK" || !name.starts_with("SLURM"))
+            .collect();
+        let port = free_port();
+        let mut rank = run.start(port, 0, &by_environment(&environment, 1, &[]));
+        let words = words.replace("PORT", &port.to_string());
+        let log = run.lab.path("log 0");
+        wait_until(&mut rank.child, || std::fs::read_to_string(&log).is_ok_and(|said| said.contains(&words)));
+    }
 }
 
 /// torchrun shows every process all GPUs; one that waits for the others shows here which it was left with.

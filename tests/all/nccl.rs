@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bellora::comm::{Communicator, Nccl, Place, Rendezvous, Tcp};
@@ -79,7 +80,17 @@ fn ranks_of_another_process() {
         let address = rendezvous.address().to_string();
         let (interface, token) = (Place::LOOPBACK, b"token".to_vec());
         let (deadline, timeout, link_timeout) = (LONG, LONG, Place::LINK_TIMEOUT);
-        let place = Place { rank, world_size: n_ranks, address, interface, token, deadline, timeout, link_timeout };
+        let place = Place {
+            rank,
+            world_size: n_ranks,
+            address,
+            interface,
+            token,
+            deadline,
+            timeout,
+            link_timeout,
+            came: Arc::default(),
+        };
         let tcp = Tcp::join(&place).unwrap();
         let made = Nccl::new(tcp, Device::Cpu, if mode == "hang" { SHORT } else { LONG });
         if mode == "absent" {

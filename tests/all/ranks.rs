@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
@@ -148,7 +149,17 @@ fn on_ranks<R: Send>(lab: &Lab, n_ranks: usize, each: impl Fn(usize, &mut Rig) -
         };
         let (address, interface, token) = (rendezvous.address().to_string(), Place::LOOPBACK, b"token".to_vec());
         let (world_size, deadline, timeout, link_timeout) = (n_ranks, MEET, MEET, MEET);
-        let place = Place { rank, world_size, address, interface, token, deadline, timeout, link_timeout };
+        let place = Place {
+            rank,
+            world_size,
+            address,
+            interface,
+            token,
+            deadline,
+            timeout,
+            link_timeout,
+            came: Arc::default(),
+        };
         trainer.ranks = Box::new(Tcp::join(&place).unwrap());
         each(rank, &mut trainer)
     };

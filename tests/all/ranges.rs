@@ -1,0 +1,136 @@
+//! Numbers at the ends of their ranges: each option and key takes them or refuses them by name, and nothing else happens.
+
+use crate::support::{Lab, Ran, Shape, bellora, run};
+
+/// Values that no key may stumble over: the ends of integers and floats, and what lies beyond.
+const VALUES: [&str; 14] = [
+    "0",
+    "1",
+    "-1",
+    "2147483648",
+    "4294967296",
+    "1099511627776",
+    "9e18",
+    "9223372036854775807",
+    "18446744073709551615",
+    "99999999999999999999999999",
+    "1e-300",
+    "1e300",
+    "nan",
+    "inf",
+];
+
+/// Every key that takes a number.
+const KEYS: [&str; 29] = [
+    "lora.r",
+    "lora.alpha",
+    "lora.dropout",
+    "data.validation_fraction",
+    "data.max_length",
+    "data.max_bad_rows",
+    "train.epochs",
+    "train.max_steps",
+    "train.global_batch",
+    "train.micro_batch_tokens",
+    "train.learning_rate",
+    "train.warmup_ratio",
+    "train.warmup_steps",
+    "train.weight_decay",
+    "train.betas",
+    "train.eps",
+    "train.max_grad_norm",
+    "train.loss_group_samples",
+    "train.seed",
+    "train.max_non_finite",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_best",
+    "train.keep_steps",
+    "train.eval_every",
+    "train.log_every",
+    "train.shard",
+    "train.recompute",
+    "train.save_dtype",
+];
+
+/// A result, or a refusal that names `culprit`.
+#[track_caller]
+fn assert_settled(what: &str, culprit: &str, ran: &Ran) {
+    assert!(matches!(ran.code, Some(0 | 2)), "{what}: {:?} {}", ran.code, ran.stderr);
+    assert!(!ran.stderr.contains("defect"), "{what}: {}", ran.stderr);
+    if ran.code == Some(2) {
+        assert!(ran.stderr.contains(culprit), "{what}: {}", ran.stderr);
+    }
+    let is_negative =
+        |word: &str| word.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    let negative = ran.stdout.split_whitespace().find(|word| is_negative(word));
+    assert!(negative.is_none(), "{what}: {negative:?} in {}", ran.stdout);
+}
+
+#[test]
+fn every_key_with_a_number() {
+    let lab = Lab::new(Shape::default());
+    for key in KEYS {
+        for value in VALUES {
+            for value in [value.to_owned(), format!("[{value}]"), format!("[{value}, {value}]")] {
+                if value.starts_with('[') && !matches!(key, "train.betas" | "train.keep_steps") {
+                    continue;
+                }
+                let set = format!("{key}={value}");
+                let ran = lab.run("check", &[], &[&set]);
+                let (_, name) = key.split_once('.').unwrap();
+                assert_settled(&set, name, &ran);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_option_with_a_number() {
+    let lab = Lab::new(Shape::default());
+    let config = lab.config_file();
+    let base = lab.path("base");
+    let (config, base) = (config.to_str().unwrap(), base.to_str().unwrap());
+    let generate = ["generate", base, "--prompt", "q"];
+    let short = [&generate[..], &["--max-new-tokens", "1"]].concat();
+    let calls: [(&[&str], &str); 17] = [
+        (&["train", config, "--nproc", "1"], "--meet-timeout"),
+        (&["train", config, "--nproc", "1"], "--hang-timeout"),
+        (&["train", config, "--nproc", "1"], "--link-timeout"),
+        (&["train", config, "--nproc", "1"], "--max-restarts"),
+        (&["train", config], "--nnodes"),
+        (&["train", config, "--nnodes", "1"], "--node-rank"),
+        (&["plan", config, "--gpu", "A100-80"], "--n-gpus"),
+        (&["plan", config, "--shape", "tiny"], "--vocab-size"),
+        (&["plan", config, "--shape", "tiny"], "--lengths"),
+        (&["bench", "--shape", "tiny", "--warmup", "0", "--lengths", "8"], "--updates"),
+        (&["bench", "--shape", "tiny", "--updates", "1", "--lengths", "8"], "--warmup"),
+        (&["bench", "--shape", "tiny", "--updates", "1", "--warmup", "0", "--lengths", "8"], "--micro-batch-tokens"),
+        (&generate, "--max-new-tokens"),
+        (&short, "--temperature"),
+        (&short, "--top-p"),
+        (&short, "--top-k"),
+        (&short, "--seed"),
+    ];
+    for (call, option) in calls {
+        for value in VALUES {
+            // What is in order would only take long.
+            let takes_long = matches!(option, "--max-new-tokens" | "--updates" | "--warmup") && value.len() > 1;
+            let takes_long = takes_long && value.parse::<u64>().is_ok();
+            let is_refused = value.parse::<u64>().is_ok_and(|number| number > 1 << 20);
+            if takes_long && !is_refused {
+                continue;
+            }
+            let mut process = bellora();
+            process.args(call).arg(format!("{option}={value}"));
+            if call[0] == "train" {
+                // The run's place is taken, so that no more than the options is judged.
+                std::fs::create_dir_all(lab.path("run")).unwrap();
+                std::fs::write(lab.path("run/config.toml"), "").unwrap();
+            }
+            let ran = run(&mut process);
+            let culprit = if call[0] == "train" { "" } else { option };
+            assert_settled(&format!("{option}={value}"), culprit, &ran);
+        }
+    }
+}
