@@ -19,13 +19,14 @@ const LONGEST_SAMPLE: u64 = 1 << 20;
 
 /// Makes the config; what is at fault is replaced by its default, so that the rest can be judged too.
 pub(super) fn resolve(raw: Raw, file_keys: FileKeys, faults: &mut Faults) -> Config {
-    let mut reader = Reader { raw, file_keys, faults, faulty: BTreeSet::new(), without_hint: Vec::new() };
+    let mut reader =
+        Reader { raw, file_keys, faults, faulty: BTreeSet::new(), without_hint: Vec::new(), warnings: Vec::new() };
     let model = model(&mut reader);
     let lora = lora(&mut reader);
     let data = data(&mut reader);
     let train = train(&mut reader);
     let given: BTreeSet<_> = reader.raw.keys().collect();
-    let config = Config { model, lora, data, train, warnings: Vec::new(), given };
+    let config = Config { model, lora, data, train, warnings: std::mem::take(&mut reader.warnings), given };
     rules(&config, &mut reader);
     reader.name_defaults(&config);
     config
@@ -81,6 +82,7 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
             }
         }
     }
+    reader.compare_files(train.as_deref().unwrap_or_default(), &validation);
     DataConfig {
         train: train.unwrap_or_default(),
         validation,

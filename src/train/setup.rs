@@ -10,7 +10,9 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::checkpoint::save::RunBytes;
 use crate::checkpoint::state::Identity;
 use crate::config::{self, Auto, Config, Duration, TemplateChoice, Warmup};
-use crate::data::{self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, Tokenizer, Truncation};
+use crate::data::{
+    self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, Tokenizer, Truncation, template_check,
+};
 use crate::error::{Error, Fault, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
 use crate::model::config::LlamaConfig;
@@ -97,7 +99,7 @@ impl ModelSetup {
     /// weights.
     pub fn inspect(mut config: Config, n_ranks: usize) -> Result<Self> {
         let mut faults = Gather::default();
-        let warnings = config.warnings.clone();
+        let mut warnings = config.warnings.clone();
         let device_note = faults.take(settle::settle_device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
         let base = faults.take(LlamaConfig::load(&config.model.base))?;
@@ -110,6 +112,11 @@ impl ModelSetup {
         }
         let tokenizer = faults.take(open_tokenizer(&config.model.tokenizer))?;
         let template = faults.take(template(&config))?;
+        if let (TemplateChoice::File(path), Some(template), Some(tokenizer)) =
+            (&config.data.template, &template, &tokenizer)
+        {
+            warnings.extend(template_check::warnings(template, path, tokenizer));
+        }
         let vocab_size = match (&base, &tokenizer) {
             (Some(base), Some(tokenizer)) => faults.take(vocab_size(&config, base, tokenizer, &lora))?,
             _ => None,
@@ -308,7 +315,10 @@ impl Job {
 
     /// What the config, the model's files and the samples hold that may not be what the user means, though it is no fault.
     pub fn warnings(&self) -> impl Iterator<Item = &Fault> {
-        self.model.warnings.iter()
+        // Held-out samples are of the training files.
+        let validation = self.validation.as_ref().filter(|_| !self.model.config.data.validation.is_empty());
+        let of_samples = std::iter::once(&self.train).chain(validation).flat_map(Dataset::warnings);
+        self.model.warnings.iter().chain(of_samples)
     }
 
     /// What every update depends on.
