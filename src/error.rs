@@ -106,6 +106,16 @@ pub fn not_stopped(stop: &AtomicUsize, note: &str) -> Result<()> {
     }
 }
 
+/// A path or another word of a command in a hint, quoted where a shell would take it apart or change it.
+pub fn shell_quoted(word: &(impl AsRef<std::ffi::OsStr> + ?Sized)) -> String {
+    let word = word.as_ref().to_string_lossy();
+    let is_plain = |c: char| c.is_alphanumeric() || "_-./:=@%+,".contains(c);
+    match !word.is_empty() && word.chars().all(is_plain) {
+        true => word.into_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
 fn join(faults: &[Fault]) -> String {
     faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
@@ -204,6 +214,25 @@ impl Error {
             Self::Invalid(faults) => faults,
             Self::Failed(fault) | Self::Lost(fault) | Self::Job { fault, .. } => std::slice::from_ref(fault),
             _ => &[],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::shell_quoted;
+
+    #[test]
+    fn a_shell_reads_quoted_words_as_they_are() {
+        for plain in ["runs/first", "data/第一.jsonl", "a-b_c.d:e=f@g%h+i,j"] {
+            assert_eq!(shell_quoted(plain), plain);
+        }
+        assert_eq!(shell_quoted(std::path::Path::new("my data/a.jsonl")), "'my data/a.jsonl'");
+        for word in ["a b", "it's", "[1]/*.jsonl", "\"$HOME\"", "~/x", "a;b&c|d>e", "`x`", "a\\b", "!!", "", "a\nb"] {
+            let said = Command::new("sh").args(["-c", &format!("printf %s {}", shell_quoted(word))]).output();
+            assert_eq!(said.map(|said| said.stdout).ok().as_deref(), Some(word.as_bytes()), "{word:?}");
         }
     }
 }

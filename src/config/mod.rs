@@ -7,6 +7,7 @@
 mod changes;
 mod choices;
 mod foreign;
+mod globs;
 mod paths;
 mod print;
 mod raw;

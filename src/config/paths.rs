@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, access};
 
+use super::globs;
+
 /// A path that is as it should be, or what is wrong with it.
 pub(super) type Checked<T> = Result<T, Problem>;
 
@@ -13,7 +15,7 @@ pub(super) struct Problem {
     pub(super) hint: String,
 }
 
-fn problem<T>(what: String, hint: impl Into<String>) -> Checked<T> {
+pub(super) fn problem<T>(what: String, hint: impl Into<String>) -> Checked<T> {
     Err(Problem { what, hint: hint.into() })
 }
 
@@ -90,46 +92,52 @@ pub(super) fn unwritable(path: &Path) -> Option<Problem> {
     Some(Problem { what, hint: hint.to_owned() })
 }
 
-/// Gives the data files that a path or a glob stands for, those of a glob sorted.
-pub(super) fn data_files(text: &str) -> Checked<Vec<PathBuf>> {
+/// Gives the data files that a path or a pattern stands for, those of a pattern sorted, and the folders that it matches.
+pub(super) fn data_files(text: &str) -> Checked<globs::Found> {
     let path = absolute(text)?;
     if path.is_dir() {
-        let folder = text.trim_end_matches('/');
-        let hint = format!("name its files: \"{folder}/*.jsonl\" takes all that end so");
+        let pattern = format!("{}/*.jsonl", text.trim_end_matches('/'));
+        let hint = format!("name its files: {pattern:?} takes all that end so");
         return problem(format!("expected files, and {text:?} is a folder"), hint);
     }
     if path.is_file() {
-        return Ok(vec![path]);
+        return Ok(globs::Found { files: vec![path], folders: Vec::new() });
     }
-    // A name that exists is taken as it is, even with brackets in it; the rest may be globs.
-    if !text.contains(['*', '?', '[']) {
+    // A name that exists is taken as it is, even with brackets in it; the rest may be patterns.
+    if !globs::is_pattern(text) {
         let hint = match is_hub_name(text) {
             true => "data sets are not downloaded: fetch the file and name its path".to_owned(),
             false => meant_from(text, &path),
         };
         return problem(format!("there is no file {text:?}"), hint);
     }
-    // Not the absolute path: brackets in the name of the working folder are no glob.
-    let matches = match glob::glob(&expand_home(text).to_string_lossy()) {
-        Ok(matches) => matches,
-        Err(error) => {
-            return problem(format!("{text:?} is not a glob: {error}"), "* stands for any part of a name");
-        }
-    };
-    // They come in alphabetical order.
-    let mut files = Vec::new();
-    for found in matches {
-        match found {
-            Ok(found) if found.is_file() => files.push(absolute(&utf8(&found)?)?),
-            Ok(_) => {}
-            Err(error) => {
-                return problem(format!("{} cannot be read", error.path().display()), error.error().to_string());
-            }
-        }
+    // Not the absolute path: brackets in the name of the working folder are no pattern.
+    let mut found = globs::find(&expand_home(text))?;
+    for file in &mut found.files {
+        *file = absolute(&utf8(file)?)?;
     }
-    match files.is_empty() {
-        true => problem(format!("no file matches {text:?}"), meant_from(text, &path)),
-        false => Ok(files),
+    match found.files.is_empty() {
+        true => problem(format!("no file matches {text:?}"), no_match(text, &path, &found)),
+        false => Ok(found),
+    }
+}
+
+/// What to do about a pattern that nothing matches.
+fn no_match(text: &str, path: &Path, found: &globs::Found) -> String {
+    let is_hidden = |part: &&str| part.starts_with(['*', '?', '[']) && *part != "**";
+    if let Some(folder) = found.folders.first() {
+        return format!("{} is matched and is a folder: add /*.jsonl for the files in it", folder.display());
+    }
+    match text.split('/').find(|part| part.contains('[')) {
+        Some(part) => format!(
+            "in a pattern, [ ] stand for one of the characters between them: write [[] for the bracket itself, as in \
+             {:?}",
+            text.replace(part, &part.replace('[', "[[]"))
+        ),
+        None if text.split('/').any(|part| is_hidden(&part)) => {
+            format!("{}; names that begin with a dot are left out", meant_from(text, path))
+        }
+        None => meant_from(text, path),
     }
 }
 

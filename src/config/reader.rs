@@ -20,6 +20,8 @@ pub(super) struct Reader<'a> {
     pub(super) faulty: BTreeSet<String>,
     /// Faults that say nothing of what to do yet: their keys, and their places among the faults.
     pub(super) without_hint: Vec<(String, usize)>,
+    /// What may not be what the user means, though it is no fault.
+    pub(super) warnings: Vec<Fault>,
 }
 
 impl Reader<'_> {
@@ -284,15 +286,53 @@ impl Reader<'_> {
         if key == "data.train" && patterns.is_empty() {
             self.unexpected::<()>(key, "at least one file", &Value::List(patterns.clone()));
         }
-        let mut files = Vec::new();
+        let (mut files, mut twice, mut known) = (Vec::new(), Vec::new(), BTreeSet::new());
         for pattern in &patterns {
             let found = match pattern {
                 Value::Text(text) => self.checked(key, paths::data_files(text)),
                 other => self.unexpected(key, "paths or globs in quotes", other),
             };
-            files.extend(found.unwrap_or_default());
+            let found = found.unwrap_or_default();
+            for folder in found.folders {
+                let what = format!("{} is a folder: the files in it are not taken", folder.display());
+                self.warn(key, what, "name them too: /**/ in a pattern stands for folders in folders");
+            }
+            for file in found.files {
+                // Links and ways round through other folders lead to the same file.
+                if known.insert(real(&file)) {
+                    files.push(file);
+                } else {
+                    twice.push(file);
+                }
+            }
+        }
+        if let Some(first) = twice.first() {
+            let more = match twice.len() {
+                1 => " is".to_owned(),
+                n => format!(" and {} more are", n - 1),
+            };
+            let what = format!("{}{more} named or matched twice: each file is taken once", first.display());
+            self.warn(key, what, "to have rows count more, copy their file");
         }
         Some(files)
+    }
+
+    /// Says which files are to be learned and evaluated on as well.
+    pub(super) fn compare_files(&mut self, train: &[PathBuf], validation: &[PathBuf]) {
+        let learned: BTreeSet<PathBuf> = train.iter().map(|file| real(file)).collect();
+        if let Some(file) = validation.iter().find(|file| learned.contains(&real(file))) {
+            let what =
+                format!("{} is in data.train as well: what is learned says little when evaluated on", file.display());
+            self.warn(
+                "data.validation",
+                what,
+                "evaluate on rows that are not trained on, or set data.validation_fraction",
+            );
+        }
+    }
+
+    fn warn(&mut self, key: &str, what: String, hint: &str) {
+        self.warnings.push(Fault::new(self.raw.place(key), what).hint(hint));
     }
 
     pub(super) fn template(&mut self) -> Option<TemplateChoice> {
@@ -330,6 +370,11 @@ impl Reader<'_> {
             }
         }
     }
+}
+
+/// A file's own path, no link and no way round in it.
+fn real(file: &Path) -> PathBuf {
+    file.canonicalize().unwrap_or_else(|_| file.to_path_buf())
 }
 
 fn as_float(value: &Value) -> Option<f64> {

@@ -25,7 +25,8 @@ const MOST_CHECKPOINTS: u64 = 1 << 20;
 
 /// Makes the config; what is at fault is replaced by its default, so that the rest can be judged too.
 pub(super) fn resolve(raw: Raw, file_keys: FileKeys, faults: &mut Faults) -> Config {
-    let mut reader = Reader { raw, file_keys, faults, faulty: BTreeSet::new(), without_hint: Vec::new() };
+    let mut reader =
+        Reader { raw, file_keys, faults, faulty: BTreeSet::new(), without_hint: Vec::new(), warnings: Vec::new() };
     let model = model(&mut reader);
     let lora = lora(&mut reader);
     let data = data(&mut reader);
@@ -36,7 +37,7 @@ pub(super) fn resolve(raw: Raw, file_keys: FileKeys, faults: &mut Faults) -> Con
         cache_dir: reader.unwritable("data.cache_dir", &data.cache_dir),
         cache_is_wished: reader.raw.get("data.cache_dir").is_some(),
     };
-    let config = Config { model, lora, data, train, warnings: Vec::new(), unwritable, given };
+    let config = Config { model, lora, data, train, warnings: std::mem::take(&mut reader.warnings), unwritable, given };
     rules(&config, &mut reader);
     reader.name_defaults(&config);
     config
@@ -93,6 +94,7 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
             }
         }
     }
+    reader.compare_files(train.as_deref().unwrap_or_default(), &validation);
     DataConfig {
         train: train.unwrap_or_default(),
         validation,

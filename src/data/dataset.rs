@@ -44,8 +44,8 @@ struct Shared {
     /// Where each sample's ids begin, and the end.
     offsets: Vec<u64>,
     summary: Summary,
+    warnings: Vec<Fault>,
     from_cache: bool,
-    unkept: Option<Fault>,
 }
 
 /// What loading found, in numbers.
@@ -75,6 +75,8 @@ pub struct Stats {
     pub max_len: usize,
     /// Samples whose own text holds a special token.
     pub rows_with_special_tokens: usize,
+    /// Samples whose answer is empty or blank.
+    pub with_no_answer: usize,
     /// Whether the samples came from the token cache.
     pub from_cache: bool,
 }
@@ -127,7 +129,9 @@ impl Dataset {
                 end
             }))
             .collect();
-        let shared = Shared { paths, table, offsets, summary, from_cache, unkept };
+        let mut warnings = samples::warnings(&summary, &paths);
+        warnings.extend(unkept);
+        let shared = Shared { paths, table, offsets, summary, warnings, from_cache };
         Self { shared: Arc::new(shared), selected: None }
     }
 
@@ -181,11 +185,6 @@ impl Dataset {
         (0..self.len()).map(|sample| self.label_tokens(sample) as u64).sum()
     }
 
-    /// What loading found that may not be what the user means, though it is no fault.
-    pub fn warnings(&self) -> impl Iterator<Item = &Fault> {
-        self.shared.unkept.iter()
-    }
-
     /// What loading found. Of a selection, samples and tokens are its own; the rest is of the whole files.
     pub fn stats(&self) -> Stats {
         let Shared { summary, paths, from_cache, .. } = &*self.shared;
@@ -206,8 +205,14 @@ impl Dataset {
             label_tokens: self.n_label_tokens(),
             max_len: (0..self.len()).map(|sample| self.ids(sample).len()).max().unwrap_or_default(),
             rows_with_special_tokens: summary.with_special,
+            with_no_answer: summary.with_no_answer,
             from_cache: *from_cache,
         }
+    }
+
+    /// What of the files may not be what the user means, though it is no fault.
+    pub fn warnings(&self) -> &[Fault] {
+        &self.shared.warnings
     }
 
     /// Splits the samples into training and validation: the same for the same seed, each in file order.

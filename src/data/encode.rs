@@ -43,6 +43,10 @@ pub struct Encoded {
     pub full_length: usize,
     /// Whether a special token is written in the record's text.
     pub has_special: bool,
+    /// Whether the answer is empty or blank, so that little more than the end of the text is learned.
+    pub has_no_answer: bool,
+    /// Whether the row asks to have an earlier answer learned too.
+    pub asks_for_earlier: bool,
 }
 
 /// Why a record makes no sample.
@@ -83,7 +87,8 @@ impl Encoder<'_> {
         let has_special = texts.any(|text| self.tokenizer.has_special(text))
             || self.tokenizer.has_special(&record.question)
             || self.tokenizer.has_special(&record.answer);
-        Ok(Encoded { n_prompt, full_length, has_special })
+        let has_no_answer = record.answer.trim().is_empty();
+        Ok(Encoded { n_prompt, full_length, has_special, has_no_answer, asks_for_earlier: record.asks_for_earlier })
     }
 }
 

@@ -9,10 +9,15 @@ pub mod rows;
 pub mod template;
 pub mod tokenizer;
 
+pub mod template_check;
+
 pub mod encode;
 
 mod cache;
+mod json;
+mod learned;
 mod samples;
+mod split;
 
 pub mod lengths;
 

@@ -28,6 +28,12 @@ pub(super) struct Summary {
     pub(super) too_long: Vec<(u32, u32, usize)>,
     pub(super) cut: usize,
     pub(super) with_special: usize,
+    pub(super) with_no_answer: usize,
+    /// Samples whose rows ask to have earlier answers learned too, and where the first of them stands: file and line.
+    pub(super) asking_for_earlier: usize,
+    pub(super) first_asking: Option<(u32, u32)>,
+    /// What was read though it is not quite as it should be.
+    pub(super) noted: Vec<Bad>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,6 +42,17 @@ pub(super) struct Bad {
     line: u32,
     what: String,
     hint: String,
+}
+
+impl Bad {
+    fn new(file: u32, line: u32, reason: Reason) -> Self {
+        Self { file, line, what: reason.what, hint: reason.hint }
+    }
+
+    fn fault(&self, paths: &[PathBuf]) -> Fault {
+        let reason = Reason::new(self.what.as_str()).hint(self.hint.as_str());
+        row_fault(&paths[self.file as usize], self.line, &reason)
+    }
 }
 
 /// How many bad rows are named one by one.
@@ -116,6 +133,7 @@ fn build(
         match RowFile::read(path) {
             Ok(rows) => {
                 builder.add_file(file, &rows, encoder)?;
+                faults.extend(rows.broken().map(|(line, reason)| row_fault(path, *line, reason)));
                 sums.push(xxhash_rust::xxh3::xxh3_128(rows.bytes()));
             }
             Err(Error::Invalid(more)) => faults.extend(more),
@@ -159,6 +177,9 @@ struct Chunk {
     too_long: Vec<(u32, usize)>,
     cut: usize,
     with_special: usize,
+    with_no_answer: usize,
+    asking_for_earlier: usize,
+    first_asking: Option<u32>,
 }
 
 impl Builder {
@@ -172,10 +193,8 @@ impl Builder {
                 self.add_chunk(file, chunk?);
             }
         }
-        if let Some((line, reason)) = rows.broken() {
-            self.summary.rows += 1;
-            self.add_bad(file, *line, reason.clone());
-        }
+        let noted = |(line, reason): &(u32, Reason)| Bad::new(file, *line, reason.clone());
+        self.summary.noted.extend(rows.notes().iter().map(noted));
         Ok(())
     }
 
@@ -196,12 +215,15 @@ impl Builder {
         summary.too_long.extend(chunk.too_long.into_iter().take(room).map(|(line, tokens)| (file, line, tokens)));
         summary.cut += chunk.cut;
         summary.with_special += chunk.with_special;
+        summary.with_no_answer += chunk.with_no_answer;
+        summary.asking_for_earlier += chunk.asking_for_earlier;
+        summary.first_asking = summary.first_asking.or(chunk.first_asking.map(|line| (file, line)));
     }
 
     fn add_bad(&mut self, file: u32, line: u32, reason: Reason) {
         self.summary.bad_rows += 1;
         if self.summary.bad.len() < N_NAMED {
-            self.summary.bad.push(Bad { file, line, what: reason.what, hint: reason.hint });
+            self.summary.bad.push(Bad::new(file, line, reason));
         }
     }
 }
@@ -227,17 +249,32 @@ fn encode_rows(rows: &RowFile, range: Range<usize>, encoder: &Encoder<'_>) -> Re
         }
         chunk.cut += usize::from(too_long);
         chunk.with_special += usize::from(encoded.has_special);
+        chunk.with_no_answer += usize::from(encoded.has_no_answer);
+        if encoded.asks_for_earlier {
+            chunk.asking_for_earlier += 1;
+            chunk.first_asking.get_or_insert(line);
+        }
         chunk.samples.push(((chunk.ids.len() - start) as u32, encoded.n_prompt, line));
     }
     Ok(chunk)
 }
 
 pub(super) fn bad_faults(summary: &Summary, paths: &[PathBuf]) -> Vec<Fault> {
-    let fault = |bad: &Bad| {
-        let reason = Reason::new(bad.what.as_str()).hint(bad.hint.as_str());
-        row_fault(&paths[bad.file as usize], bad.line, &reason)
-    };
-    summary.bad.iter().map(fault).collect()
+    summary.bad.iter().map(|bad| bad.fault(paths)).collect()
+}
+
+/// What the user should know of the files, though it is no fault.
+pub(super) fn warnings(summary: &Summary, paths: &[PathBuf]) -> Vec<Fault> {
+    let mut warnings: Vec<Fault> = summary.noted.iter().map(|noted| noted.fault(paths)).collect();
+    if let Some((file, line)) = summary.first_asking {
+        let what = format!(
+            "{} rows, this is the first, ask to have an earlier answer learned as well: the last alone is learned",
+            summary.asking_for_earlier
+        );
+        let reason = Reason::new(what).hint("to learn every answer, write the dialogue as several rows");
+        warnings.push(row_fault(&paths[file as usize], line, &reason));
+    }
+    warnings
 }
 
 /// Turns what was found into an error where it may not be passed over.

@@ -54,6 +54,9 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
     if stats.with_nothing_to_learn > 0 {
         lines.push(format!("            {} samples have nothing left to learn", stats.with_nothing_to_learn));
     }
+    if stats.with_no_answer > 0 {
+        lines.push(format!("            {} rows have an empty answer: its end alone is learned", stats.with_no_answer));
+    }
     if let Some(validation) = &job.validation {
         let stats = validation.stats();
         lines.push(format!(

@@ -10,6 +10,7 @@ use crate::checkpoint::save::RunBytes;
 use crate::config::{self, Auto, CacheDir, Config, Duration, TemplateChoice, Warmup};
 use crate::data::{
     self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer, Truncation,
+    template_check,
 };
 use crate::error::{Error, Fault, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
@@ -129,6 +130,11 @@ impl ModelSetup {
         }
         let tokenizer = faults.take(open_tokenizer(&config.model.tokenizer))?;
         let template = faults.take(template(&config))?;
+        if let (TemplateChoice::File(path), Some(template), Some(tokenizer)) =
+            (&config.data.template, &template, &tokenizer)
+        {
+            warnings.extend(template_check::warnings(template, path, tokenizer));
+        }
         let vocab_size = match (&base, &tokenizer) {
             (Some(base), Some(tokenizer)) => faults.take(vocab_size(&config, base, tokenizer, &lora))?,
             _ => None,
@@ -345,11 +351,10 @@ impl Job {
 
     /// What the config, the model's files and the samples hold that may not be what the user means, though it is no fault.
     pub fn warnings(&self) -> impl Iterator<Item = &Fault> {
-        self.model
-            .warnings
-            .iter()
-            .chain(self.train.warnings())
-            .chain(self.validation.iter().flat_map(Dataset::warnings))
+        // Held-out samples are of the training files.
+        let validation = self.validation.as_ref().filter(|_| !self.model.config.data.validation.is_empty());
+        let of_samples = std::iter::once(&self.train).chain(validation).flat_map(Dataset::warnings);
+        self.model.warnings.iter().chain(of_samples)
     }
 
     /// What every update depends on.

@@ -20,7 +20,7 @@ fn record(row: &str) -> Result<Record, Reason> {
 
 fn expected(history: &[(&str, &str)], question: &str, answer: &str) -> Record {
     let history = history.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();
-    Record { system: None, history, question: question.into(), answer: answer.into() }
+    Record { history, question: question.into(), answer: answer.into(), ..Record::default() }
 }
 
 #[test]
