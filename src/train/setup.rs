@@ -129,6 +129,7 @@ impl ModelSetup {
             faults.0.extend(files.check_llama(base));
         }
         let tokenizer = faults.take(open_tokenizer(&config.model.tokenizer))?;
+        warnings.extend(tokenizer.iter().flat_map(Tokenizer::warnings).cloned());
         let template = faults.take(template(&config))?;
         if let (TemplateChoice::File(path), Some(template), Some(tokenizer)) =
             (&config.data.template, &template, &tokenizer)
