@@ -158,6 +158,14 @@ impl Error {
         self
     }
 
+    /// A thread that ended in a panic, with what the panic said.
+    pub fn of_panic(place: impl Into<String>, payload: &(dyn std::any::Any + Send)) -> Self {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("for a reason unknown");
+        Self::failed(place, format!("ended in a panic: {text}"))
+            .hint("report it with the command, the config and this message")
+    }
+
     /// Gives `map_err` a closure that remembers the operation and the path.
     pub fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();

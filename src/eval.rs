@@ -9,6 +9,7 @@ use crate::comm::Communicator;
 use crate::data::{Dataset, LossAverage, PackedBatch, build_batches};
 use crate::error::{Error, Result, STOP_SIGNALS};
 use crate::model::llama::{BatchInput, Llama};
+use crate::progress::Work;
 use crate::torch::transfer;
 
 /// Samples packed at a time.
@@ -44,6 +45,7 @@ pub fn evaluate(
     let batches = samples
         .chunks(SAMPLES_AT_ONCE)
         .flat_map(|chunk| build_batches(dataset, chunk, LossAverage::Tokens, micro_batch_tokens));
+    let work = Work::begin("evaluating", "samples", samples.len() as u64);
     for packed in batches {
         if stop.load(Ordering::SeqCst) != 0 {
             break;
@@ -51,6 +53,7 @@ pub fn evaluate(
         let nll = model.nll(&model.batch(input(&packed), None)?)?;
         sum += nll.f_sum(Kind::Double)?.f_double_value(&[])?;
         label_tokens += packed.label_tokens as u64;
+        work.advance(packed.slots.len() as u64);
     }
     let signal = stop.load(Ordering::SeqCst);
     let signals = STOP_SIGNALS.map(|known| f64::from(u8::from(known == signal)));

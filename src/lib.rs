@@ -5,6 +5,7 @@
 pub mod device;
 pub mod disk;
 pub mod error;
+pub mod progress;
 pub mod torch;
 
 pub mod comm;

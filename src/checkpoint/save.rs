@@ -76,9 +76,14 @@ impl Snapshot {
         Ok((dir, manifest))
     }
 
-    fn fits(&self, disk: &dyn Disk, dir: &Path) -> Result<()> {
+    /// Bytes of its tensors.
+    pub fn n_bytes(&self) -> u64 {
         let tensors = self.adapter.tensors.iter().chain(&self.moments);
-        let needed = tensors.map(|(_, tensor)| 4 * tensor.numel() as u64).sum::<u64>();
+        tensors.map(|(_, tensor)| 4 * tensor.numel() as u64).sum()
+    }
+
+    fn fits(&self, disk: &dyn Disk, dir: &Path) -> Result<()> {
+        let needed = self.n_bytes();
         match free_bytes(disk, dir) {
             Some(free) if free < needed => Err(Error::Io {
                 doing: "write",

@@ -82,7 +82,7 @@ impl Saver {
     pub fn wait(&mut self) -> Option<Outcome> {
         let InFlight { step, thread } = self.in_flight.take()?;
         let saved =
-            thread.join().unwrap_or_else(|_| Err(Error::failed("checkpoint", "the thread that wrote it panicked")));
+            thread.join().unwrap_or_else(|panic| Err(Error::of_panic("the thread that writes checkpoints", &*panic)));
         Some((step, saved))
     }
 }

@@ -9,6 +9,7 @@ use crate::cli::{print, say, signals};
 use crate::config::{Auto, Config};
 use crate::data::Lengths;
 use crate::error::{Error, Result};
+use crate::log::show_progress;
 use crate::model::shapes;
 
 #[derive(Debug, Args)]
@@ -43,6 +44,7 @@ pub(super) struct BenchArgs {
 
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     signals::end_at_once()?;
+    show_progress();
     let shape = match &args.shape {
         Some(name) => Some((name.clone(), shapes::open(name, args.vocab_size, &[])?)),
         None => None,

@@ -5,6 +5,7 @@ use clap::Args;
 use crate::cli::{ConfigArgs, print, signals};
 use crate::disk::LocalDisk;
 use crate::error::Result;
+use crate::log::show_progress;
 use crate::train::setup::{CacheUse, Job};
 use crate::train::{banner, run, run_dir};
 
@@ -19,6 +20,7 @@ pub(super) struct CheckArgs {
 
 pub(super) fn run(args: &CheckArgs) -> Result<()> {
     signals::end_at_once()?;
+    show_progress();
     let config = args.config.load()?;
     if args.print_config {
         return print(&config.print_with_defaults_marked());

@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::{EvalResult, evaluate};
+use crate::log::show_progress;
 use crate::train::run_dir::{CONFIG_FILE, holds_run};
 use crate::train::setup::{CacheUse, Job, ModelSetup};
 use crate::trained::Trained;
@@ -26,6 +27,7 @@ pub(super) struct EvalArgs {
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     signals::end_at_once()?;
+    show_progress();
     let is_run = holds_run(&args.target);
     if args.target.is_dir() && !is_run {
         let what = format!("is a folder that holds no run: there is no {CONFIG_FILE}");

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::cli::{ModelArgs, say, signals};
 use crate::error::Result;
 use crate::export::{export_merged, export_peft};
+use crate::log::show_progress;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Format {
@@ -32,6 +33,7 @@ pub(super) struct ExportArgs {
 
 pub(super) fn run(args: &ExportArgs) -> Result<()> {
     let stop = signals::listen()?;
+    show_progress();
     let trained = args.model.open(&args.source)?;
     match args.format {
         Format::Peft => export_peft(&trained, &args.out, &stop)?,

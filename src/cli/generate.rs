@@ -8,6 +8,7 @@ use crate::cli::{ModelArgs, print, say, signals};
 use crate::data::{Record, Template, prompt_ids};
 use crate::error::{Error, Fault, Result};
 use crate::generate::{Sampling, generate};
+use crate::log::show_progress;
 use crate::trained::Trained;
 
 /// Keys and values of more tokens would not fit in memory.
@@ -47,6 +48,7 @@ pub(super) struct GenerateArgs {
 
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     signals::end_at_once()?;
+    show_progress();
     let bad = |name: &str, what: &str, hint: &str| Err(Error::invalid(name, what).hint(hint));
     if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
         return bad("--temperature", "expected a number from 0 upwards", "leave it out to take the likeliest tokens");

@@ -9,6 +9,7 @@ use crate::cli::{ConfigArgs, print, signals};
 use crate::config::{self, Auto, Config, Dtype, Duration, Recompute};
 use crate::data::Lengths;
 use crate::error::{Error, Result};
+use crate::log::show_progress;
 use crate::model::config::LlamaConfig;
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
@@ -61,6 +62,7 @@ struct Subject {
 
 pub(super) fn run(args: &PlanArgs) -> Result<()> {
     signals::end_at_once()?;
+    show_progress();
     let gpu = args.gpu.as_deref().map(GpuModel::named).transpose()?;
     let subject = match &args.shape {
         Some(shape) => Subject::without_files(args, shape, gpu)?,

@@ -10,6 +10,7 @@ use crate::cli::{ConfigArgs, say, signals};
 use crate::config::{CacheDir, Config};
 use crate::data::TokenCache;
 use crate::error::{Error, Result};
+use crate::log::show_progress;
 use crate::train::setup::ModelSetup;
 
 #[derive(Debug, Args)]
@@ -23,6 +24,7 @@ pub(super) struct PrepareArgs {
 
 pub(super) fn run(args: &PrepareArgs) -> Result<()> {
     signals::end_at_once()?;
+    show_progress();
     let config = args.config.load()?;
     if let Some(path) = &args.dump {
         check_dump(path, &args.config.config, &config)?;

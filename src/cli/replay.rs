@@ -7,6 +7,7 @@ use clap::Args;
 use crate::checkpoint::state::ComputedOn;
 use crate::cli::{print, say, signals};
 use crate::error::Result;
+use crate::log::show_progress;
 use crate::train::non_finite::json_line;
 use crate::train::replay::{Recorded, Replay};
 
@@ -24,6 +25,7 @@ pub(super) struct ReplayArgs {
 
 pub(super) fn run(args: &ReplayArgs) -> Result<()> {
     signals::end_at_once()?;
+    show_progress();
     let mut replay = Replay::open(&args.run_dir, args.step, &args.sets)?;
     for (path, error) in &replay.damaged {
         say(&format!("warning: {} is damaged and was passed over: {error}\n", path.display()));

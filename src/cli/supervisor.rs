@@ -16,12 +16,15 @@ use super::ranks::{RankArgs, VISIBLE_GPUS, gpu_of, interface_towards, told};
 use super::{say, signals};
 use crate::comm::{Place, Rendezvous, fresh_token};
 use crate::error::{Error, Fault, Result, STOP_SIGNALS};
+use crate::train::keep::{SAVED, SAVES};
 use crate::train::requests::Requests;
 
 /// How often signals and the watchdog are looked at.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long ranks that were asked to stop because another one failed may take.
 const GRACE: Duration = Duration::from_secs(5);
+/// What even a slow disk, or a network's, takes in a second; a checkpoint that is being written has so much time.
+const SLOWEST_BYTES_A_SEC: u64 = 20_000_000;
 /// Lines of a rank that are kept for the report.
 const LAST_LINES: usize = 12;
 /// How a rank says on its standard output that it only ended because another one did.
@@ -80,6 +83,8 @@ struct RankProcess {
     status: String,
     since: Instant,
     follows_another: bool,
+    /// When a checkpoint that it is writing should be on the disk at the latest.
+    writes_until: Option<Instant>,
     ended: Option<ExitStatus>,
 }
 
@@ -168,11 +173,7 @@ impl Job {
                 Ok(Event::Line(rank, line)) => self.line(rank, line),
                 Ok(Event::Status(rank, status)) => {
                     progress = Instant::now();
-                    let rank = self.rank(rank);
-                    match status == FOLLOWS_ANOTHER {
-                        true => rank.follows_another = true,
-                        false => (rank.status, rank.since) = (status, progress),
-                    }
+                    self.rank(rank).told(status, progress);
                 }
                 Ok(Event::Ended(rank, status)) => {
                     progress = Instant::now();
@@ -201,14 +202,14 @@ impl Job {
                 stopping = Some(Instant::now());
             }
             if stopping.is_some_and(|since| since.elapsed() > GRACE) {
-                self.signal(Signal::KILL);
+                self.kill_those_who_write_nothing();
             }
         }
         // What the ranks said last may stand in the channel still.
         while let Ok(event) = self.events.recv_timeout(LOOK) {
             match event {
                 Event::Line(rank, line) => self.line(rank, line),
-                Event::Status(rank, status) => self.rank(rank).follows_another |= status == FOLLOWS_ANOTHER,
+                Event::Status(rank, status) => self.rank(rank).told(status, Instant::now()),
                 Event::Ended(..) => {}
             }
         }
@@ -234,6 +235,15 @@ impl Job {
         for rank in self.ranks.iter().filter(|rank| rank.ended.is_none()) {
             // A group that is gone already is what is wanted.
             let _ = kill_process_group(rank.group, signal);
+        }
+    }
+
+    /// Ends every rank but one that is writing a checkpoint, whose time is not up: what it writes is the newest state of the run.
+    fn kill_those_who_write_nothing(&self) {
+        let now = Instant::now();
+        let writes = |rank: &&RankProcess| rank.writes_until.is_some_and(|until| now < until);
+        for rank in self.ranks.iter().filter(|rank| rank.ended.is_none() && !writes(rank)) {
+            let _ = kill_process_group(rank.group, Signal::KILL);
         }
     }
 
@@ -296,7 +306,22 @@ impl RankProcess {
             status: String::new(),
             since: Instant::now(),
             follows_another: false,
+            writes_until: None,
             ended: None,
+        }
+    }
+
+    /// Takes down what the rank says of itself.
+    fn told(&mut self, status: String, now: Instant) {
+        if status == FOLLOWS_ANOTHER {
+            self.follows_another = true;
+        } else if status == SAVED {
+            self.writes_until = None;
+        } else if let Some(bytes) = status.strip_prefix(SAVES) {
+            let secs = bytes.trim().parse::<u64>().unwrap_or_default() / SLOWEST_BYTES_A_SEC;
+            self.writes_until = Some(now + GRACE + Duration::from_secs(secs));
+        } else {
+            (self.status, self.since) = (status, now);
         }
     }
 }

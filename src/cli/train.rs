@@ -1,6 +1,8 @@
 //! `bellora train` and `bellora resume`.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
@@ -12,6 +14,8 @@ use crate::config::{self, Auto, Config};
 use crate::device::{self, Cuda};
 use crate::disk::LocalDisk;
 use crate::error::{Error, Result};
+use crate::log::show_progress;
+use crate::progress;
 use crate::train::begin::{self, Host};
 use crate::train::run::Outcome;
 use crate::train::run_dir::expect_run;
@@ -64,6 +68,12 @@ fn on_gpus(config: &Config) -> bool {
 fn host(ranks: &dyn Communicator) -> Result<Host> {
     let is_watched = ranks.world_size() > 1 && ranks::is_supervised();
     let tell = is_watched.then_some(tell as fn(&str));
+    if is_watched {
+        progress::listen(tell_of_work);
+    }
+    if ranks.rank() == 0 {
+        show_progress();
+    }
     Ok(Host { disk: LocalDisk::shared(), requests: signals::listen_for_run()?, tell })
 }
 
@@ -71,6 +81,16 @@ fn host(ranks: &dyn Communicator) -> Result<Host> {
 fn tell(status: &str) {
     // Without a supervisor the rank ends anyway.
     let _ = print(&format!("{status}\n"));
+}
+
+/// Tells the supervisor, not more than once a second, that work gets on which is no step: tokenising, loading, evaluating.
+fn tell_of_work(work: &progress::State) {
+    static TOLD: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if told.is_none_or(|told| told.elapsed() >= Duration::from_secs(1)) {
+        *told = Some(Instant::now());
+        tell(&work.line());
+    }
 }
 
 fn end(outcome: Result<Outcome>) -> Result<()> {

@@ -132,7 +132,8 @@ impl Rendezvous {
     pub fn finish(mut self) -> Result<()> {
         match self.meeting.take().map(JoinHandle::join) {
             Some(Ok(end)) => end,
-            _ => Err(Error::failed("the rendezvous", "its thread ended in a panic")),
+            Some(Err(panic)) => Err(Error::of_panic("the rendezvous", &*panic)),
+            None => Ok(()),
         }
     }
 }

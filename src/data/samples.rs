@@ -15,6 +15,7 @@ use super::encode::{Encoder, Failure, Truncation};
 use super::record::{Reason, place, row_fault};
 use super::rows::RowFile;
 use crate::error::{Error, Fault, Result};
+use crate::progress::Work;
 
 /// What the token cache keeps beside the samples.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -132,7 +133,7 @@ fn build(
     for (file, path) in (0u32..).zip(&spec.files) {
         match RowFile::read(path) {
             Ok(rows) => {
-                builder.add_file(file, &rows, encoder)?;
+                builder.add_file(file, path, &rows, encoder)?;
                 faults.extend(rows.broken().map(|(line, reason)| row_fault(path, *line, reason)));
                 sums.push(xxhash_rust::xxh3::xxh3_128(rows.bytes()));
             }
@@ -183,11 +184,18 @@ struct Chunk {
 }
 
 impl Builder {
-    fn add_file(&mut self, file: u32, rows: &RowFile, encoder: &Encoder<'_>) -> Result<()> {
+    fn add_file(&mut self, file: u32, path: &Path, rows: &RowFile, encoder: &Encoder<'_>) -> Result<()> {
         self.summary.rows += rows.len();
         let starts: Vec<usize> = (0..rows.len()).step_by(CHUNK_ROWS).collect();
+        let work = Work::begin(format!("tokenising {}", path.display()), "rows", rows.len() as u64);
         for window in starts.chunks(WINDOW_CHUNKS) {
-            let encode = |&start: &usize| encode_rows(rows, start..rows.len().min(start + CHUNK_ROWS), encoder);
+            let encode = |&start: &usize| {
+                let range = start..rows.len().min(start + CHUNK_ROWS);
+                let n_rows = range.len() as u64;
+                let chunk = encode_rows(rows, range, encoder);
+                work.advance(n_rows);
+                chunk
+            };
             let chunks: Vec<Result<Chunk>> = window.par_iter().map(encode).collect();
             for chunk in chunks {
                 self.add_chunk(file, chunk?);

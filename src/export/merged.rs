@@ -16,6 +16,7 @@ use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{lora_key, table_key};
 use crate::model::tensor_file_out::{Planned, TensorFileWriter};
 use crate::model::weights::TensorFiles;
+use crate::progress::Work;
 use crate::trained::{OpenedAdapter, Trained};
 
 /// A file of the merged model holds at most this much.
@@ -37,6 +38,7 @@ pub fn export_merged(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Resul
     write_whole(&LocalDisk, out, |folder| {
         let shards = shards(merge.planned(is_tied)?);
         let names = file_names(shards.len());
+        let work = Work::begin("merging", "tensors", shards.iter().map(|shard| shard.len() as u64).sum());
         for (planned, name) in shards.iter().zip(&names) {
             folder.write(name, |file| {
                 let path = file.path().to_path_buf();
@@ -44,6 +46,7 @@ pub fn export_merged(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Resul
                 for tensor in planned {
                     not_stopped(stop, super::STOPPED)?;
                     merge.write(&mut tensors, &tensor.name)?;
+                    work.advance(1);
                 }
                 tensors.finish()
             })?;

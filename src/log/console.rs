@@ -5,6 +5,7 @@
 
 use std::io::Write;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -20,8 +21,24 @@ enum Message {
     Line(String),
     /// How far the run is: on a terminal a line that is written over, elsewhere one that stays.
     Progress(u64, String),
+    /// How far the work of a step, an evaluation or a save is: shown on a terminal until the next progress.
+    Work(String),
     /// Answered when everything before it has been written and the progress line taken away.
     Finish(SyncSender<()>),
+}
+
+/// The console of the run that goes on.
+static OF_A_RUN: Mutex<Option<SyncSender<Message>>> = Mutex::new(None);
+
+/// Hands the state of some work to the console of the run that goes on; false where there is none.
+pub(super) fn tell_of_work(text: String) -> bool {
+    match &*OF_A_RUN.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some(console) => {
+            let _ = console.try_send(Message::Work(text));
+            true
+        }
+        None => false,
+    }
 }
 
 /// The sending end.
@@ -35,6 +52,7 @@ impl Console {
         let (messages, inbox) = sync_channel(N_WAITING);
         // Without a thread the run goes on in silence: the inbox is gone, and sending to it does nothing.
         let _ = std::thread::Builder::new().name("console".to_owned()).spawn(move || write_all(&inbox, total_steps));
+        *OF_A_RUN.lock().unwrap_or_else(PoisonError::into_inner) = Some(messages.clone());
         Self { messages }
     }
 
@@ -58,6 +76,7 @@ impl Console {
 impl Drop for Console {
     /// Waits, but not for long, until everything has been written.
     fn drop(&mut self) {
+        *OF_A_RUN.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let (done, answer) = sync_channel(1);
         if self.messages.try_send(Message::Finish(done)).is_ok() {
             // Late or never, there is nothing else to do about it.
@@ -82,6 +101,8 @@ fn write_all(inbox: &Receiver<Message>, total_steps: u64) {
                 bar.set_position(step);
                 bar.set_message(text);
             }
+            Message::Work(_) if is_plain => {}
+            Message::Work(text) => bar.set_message(text),
             Message::Finish(done) => {
                 bar.finish_and_clear();
                 let _ = done.send(());
@@ -90,7 +111,7 @@ fn write_all(inbox: &Receiver<Message>, total_steps: u64) {
     }
 }
 
-fn write_line(text: &str) {
+pub(super) fn write_line(text: &str) {
     // A console that is gone is no reason to stop.
     let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
 }

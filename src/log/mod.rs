@@ -4,6 +4,7 @@
 //! `train.log` and TensorBoard get every `log_every`th. Files that cannot be written are errors, but for a full disk: lines
 //! then wait in memory until there is room. The console never is an error, and never keeps the training waiting.
 
+mod bar;
 mod console;
 mod file;
 mod metrics;
@@ -13,6 +14,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use bar::show_progress;
 pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
 pub use tensorboard::{EventFile, count_records};
 

@@ -15,6 +15,7 @@ use crate::ops::cross_entropy::{self, ScaledLoss};
 use crate::ops::dropout::{DropoutKey, RowOrigin};
 use crate::ops::rope::{RopeTable, Rotation, inverse_frequencies};
 use crate::ops::{embedding, gemm, rms_norm};
+use crate::progress::Work;
 use crate::torch::transfer;
 
 /// One chunk of logits on a CPU holds at most this many elements (64 MB in fp32): more would not stay in its caches.
@@ -117,9 +118,13 @@ impl Llama {
         let Compute { kind, device, max_positions } = compute;
         let inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling);
         let Tables { embed, head, vocab_size } = load_tables(config, base, lora, params, compute)?;
-        let blocks = (0..config.num_hidden_layers)
-            .map(|layer| load_block(config, base, lora, params, compute, layer))
-            .collect::<Result<_>>()?;
+        let work = Work::begin("loading the base", "layers", config.num_hidden_layers as u64);
+        let load = |layer| {
+            let block = load_block(config, base, lora, params, compute, layer);
+            work.advance(1);
+            block
+        };
+        let blocks = (0..config.num_hidden_layers).map(load).collect::<Result<_>>()?;
         Ok(Self {
             config: config.clone(),
             embed,

@@ -46,7 +46,7 @@ fn on_all_ranks(device: Device) -> Result<Vec<Row>> {
     let of_each = std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world_size).map(|rank| scope.spawn(move || on_rank(rank))).collect();
         let ended = |rank: std::thread::ScopedJoinHandle<'_, _>| {
-            rank.join().unwrap_or_else(|_| Err(Error::failed("a rank", "ended in a panic")))
+            rank.join().unwrap_or_else(|panic| Err(Error::of_panic("a rank", &*panic)))
         };
         ranks.into_iter().map(ended).collect::<Result<Vec<Vec<Row>>>>()
     })?;

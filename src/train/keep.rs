@@ -17,6 +17,11 @@ use crate::train::run::Run;
 use crate::train::run_dir::ADAPTER_DIR;
 use crate::train::stand::computed_on;
 
+/// How who watches a run is told that a checkpoint of so many bytes is being written, and that it is written no more.
+pub const SAVES: &str = "writes a checkpoint of bytes:";
+/// See [`SAVES`].
+pub const SAVED: &str = "wrote a checkpoint";
+
 impl Run<'_> {
     /// Begins to write a checkpoint of the present step. Training waits for the copy, and for an earlier checkpoint that
     /// is still being written.
@@ -42,6 +47,9 @@ impl Run<'_> {
         let snapshot = Snapshot { adapter, moments, record };
         // Metrics first: a checkpoint never knows of a step whose line could still be lost.
         let log = self.log.durable();
+        if let Some(tell) = self.tell {
+            tell(&format!("{SAVES} {}", snapshot.n_bytes()));
+        }
         self.saver.begin(snapshot, move || log.sync())?;
         let copy_secs = started.elapsed().as_secs_f64();
         self.log.record(&format!("checkpoint of step {}: copied in {copy_secs:.3} s", self.begun_step))
@@ -82,6 +90,9 @@ impl Run<'_> {
     /// Tells what became of a checkpoint. One that a disk would not take costs the save, not the run.
     pub(super) fn was_saved(&mut self, outcome: Option<saver::Outcome>) -> Result<()> {
         let Some((step, saved)) = outcome else { return Ok(()) };
+        if let Some(tell) = self.tell {
+            tell(SAVED);
+        }
         match saved {
             Ok(saved) => {
                 self.saved_step = step;

@@ -8,7 +8,7 @@ pub mod begin;
 mod disagreements;
 mod gather;
 mod identity;
-mod keep;
+pub mod keep;
 mod lock;
 pub mod non_finite;
 pub mod probe;

@@ -19,6 +19,7 @@ use crate::optim::control::{Asks, Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
 use crate::plan::MemoryModel;
+use crate::progress::Work;
 use crate::torch::memory;
 use crate::train::gather::gather;
 use crate::train::non_finite::{NonFinite, SampleLoss};
@@ -241,11 +242,14 @@ impl Trainer {
         after: &mut dyn FnMut(Part) -> Result<()>,
     ) -> std::result::Result<(), Stopped> {
         let dropout = self.dropout(self.state.step);
+        let step = &self.state.step;
         let Self { model, grads, control, ranks, params, settings, .. } = self;
         grads.zero()?;
         control.begin(self.asks)?;
         let touched = if ranks.world_size() > 1 { touched_ids(&self.samples, samples) } else { Vec::new() };
         let mut reducer = Reducer::new(&mut **ranks, params, grads, &touched);
+        let n_tokens = |packed: &PackedBatch| packed.input_ids.len() as u64;
+        let work = Work::begin(format!("step {}", *step + 1), "tokens", batches.iter().map(n_tokens).sum());
         for (nth, packed) in (1..).zip(batches) {
             let mut pass = || -> Result<()> {
                 let mut completed = |done: Done| match nth == batches.len() {
@@ -264,6 +268,7 @@ impl Trainer {
                 after(Part::Backward)
             };
             pass().map_err(|error| Stopped { error, may_repeat: !reducer.has_begun() })?;
+            work.advance(n_tokens(packed));
         }
         // The norm of a shard is a part of the whole, and is summed; gradients that are whole have the same one everywhere.
         let is_sharded = params.is_sharded();
