@@ -31,6 +31,7 @@ mod plan;
 mod ranks;
 mod replay;
 mod resume;
+mod rows;
 mod selftest;
 mod support;
 mod tidy;
