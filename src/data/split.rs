@@ -274,35 +274,35 @@ impl Splitter<'_> {
         loop {
             let stop = if line[from] == b'{' { value_end(line, from, self.newline).ok() } else { None };
             let next = stop.map(|stop| self.past_marks(stop, end));
-            let (Some(stop), Some(next)) = (stop, next) else {
-                // No text of a row holds a brace and a bare quote: where a row of this kind begins, another one ends.
-                let another = opening(&line[from..]).and_then(|opening| find(&line[from + 1..], opening));
-                let stop = another.map_or(end, |length| from + 1 + length);
-                self.push(from..stop, self.line);
-                if stop == end {
-                    break;
-                }
-                from = stop;
-                continue;
-            };
-            let after_comma = match line.get(next) {
-                Some(b',') => self.past_marks(next + 1, end),
+            let after_comma = match next {
+                Some(next) if line.get(next) == Some(&b',') => Some(self.past_marks(next + 1, end)),
                 _ => next,
             };
-            if next == end {
-                self.push(from..stop, self.line);
-                break;
-            } else if line.get(after_comma) == Some(&b'{') {
-                self.push(from..stop, self.line);
-                self.note(Oddity::Glued);
-                from = after_comma;
-            } else if line[next] == b'[' && self.array_begins(next) {
-                self.push(from..stop, self.line);
-                self.at = next;
-                return;
-            } else {
-                self.push(from..end, self.line);
-                break;
+            match (stop, next, after_comma) {
+                (Some(stop), Some(next), _) if next == end => {
+                    self.push(from..stop, self.line);
+                    break;
+                }
+                (Some(stop), _, Some(next)) if line.get(next) == Some(&b'{') => {
+                    self.push(from..stop, self.line);
+                    self.note(Oddity::Glued);
+                    from = next;
+                }
+                (Some(stop), Some(next), _) if line[next] == b'[' && self.array_begins(next) => {
+                    self.push(from..stop, self.line);
+                    self.at = next;
+                    return;
+                }
+                _ => {
+                    // No text of a row holds a brace and a bare quote: where a row of this kind begins, another one ends.
+                    let another = opening(&line[from..]).and_then(|opening| find(&line[from + 1..], opening));
+                    let stop = another.map_or(end, |length| from + 1 + length);
+                    self.push(from..stop, self.line);
+                    if stop == end {
+                        break;
+                    }
+                    from = stop;
+                }
             }
         }
         self.at = end;

@@ -135,6 +135,8 @@ fn one_fault_in_an_array_costs_one_row() {
     assert_eq!((found.rows.len(), found.n_good(), found.broken), (100, 99, None));
     let glued = read(format!("{}\n{}{}\n{}\n", good[0], &good[1][..20], good[2], good[3]));
     assert_eq!((glued.rows.len(), glued.n_good()), (4, 3), "a line that was cut off and gone on with");
+    let glued = read(format!("{}\n{} }} {}\n", good[0], good[1], good[2]));
+    assert_eq!((glued.rows.len(), glued.n_good()), (3, 2), "a line with a brace too many between two rows");
 }
 
 #[test]
