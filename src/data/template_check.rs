@@ -64,7 +64,8 @@ fn first_strings(template: &Template) -> Vec<(&'static str, &str)> {
         return vec![("start", &template.start)];
     }
     let system = template.system.as_ref().map(|[before, _]| ("system", before.as_str()));
-    system.into_iter().chain([("only_user", &*template.only_user[0]), ("user", &*template.user[0])]).collect()
+    let only_user = Some(("only_user", &*template.only_user[0])).filter(|_| template.only_user != template.user);
+    system.into_iter().chain([("user", &*template.user[0])]).chain(only_user).collect()
 }
 
 /// All strings, each with its key; those that another key has given are left out.
