@@ -128,16 +128,23 @@ fn no_match(text: &str, path: &Path, found: &globs::Found) -> String {
     if let Some(folder) = found.folders.first() {
         return format!("{} is matched and is a folder: add /*.jsonl for the files in it", folder.display());
     }
-    match text.split('/').find(|part| part.contains('[')) {
-        Some(part) => format!(
+    // Parts that exist as they are written are no patterns.
+    let mut above = if text.starts_with('/') { PathBuf::from("/") } else { PathBuf::new() };
+    let mut escaped = Vec::new();
+    for part in text.split('/') {
+        above.push(part);
+        let is_pattern = part.contains('[') && above.symlink_metadata().is_err();
+        escaped.push(if is_pattern { part.replace('[', "[[]") } else { part.to_owned() });
+    }
+    match escaped.join("/") {
+        escaped if escaped != text => format!(
             "in a pattern, [ ] stand for one of the characters between them: write [[] for the bracket itself, as in \
-             {:?}",
-            text.replace(part, &part.replace('[', "[[]"))
+             {escaped:?}"
         ),
-        None if text.split('/').any(|part| is_hidden(&part)) => {
+        _ if text.split('/').any(|part| is_hidden(&part)) => {
             format!("{}; names that begin with a dot are left out", meant_from(text, path))
         }
-        None => meant_from(text, path),
+        _ => meant_from(text, path),
     }
 }
 

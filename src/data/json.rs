@@ -90,6 +90,7 @@ pub(super) fn fault(error: &serde_json::Error, text: &str, line: u32) -> Reason 
     }
     let place = match error.line() {
         0 | 1 => format!("column {}", error.column()),
+        below if error.column() == 0 => format!("the end of line {}", u64::from(line) + below as u64 - 2),
         below => format!("line {}, column {}", u64::from(line) + below as u64 - 1, error.column()),
     };
     let (what, hint) = known_fault(said, text, offset(error, text));
@@ -102,8 +103,9 @@ pub(super) fn fault(error: &serde_json::Error, text: &str, line: u32) -> Reason 
 /// The byte that the parser stumbled over.
 fn offset(error: &serde_json::Error, text: &str) -> usize {
     let lines = text.split_inclusive('\n').take(error.line().saturating_sub(1));
-    let offset = lines.map(str::len).sum::<usize>() + error.column().saturating_sub(1);
-    offset.min(text.len())
+    let before = lines.map(str::len).sum::<usize>() + error.column();
+    // Column 0 is the line break before a line.
+    before.saturating_sub(1).min(text.len())
 }
 
 /// What the parser says, in words that name the cause where it is a known one, and what to do.
@@ -116,7 +118,9 @@ fn known_fault<'a>(said: &'a str, text: &str, at: usize) -> (std::borrow::Cow<'a
     let here = bytes.get(at).copied().unwrap_or_default();
     let around = &bytes[at.saturating_sub(2)..bytes.len().min(at + 3)];
     // A parser that waits for a value, a key or a separator stumbles over these; within strings they are text.
-    let is_outside = said.starts_with("expected") || said.contains("key must be") || said.contains("invalid number");
+    let outside = ["expected", "key must be", "invalid number", "trailing characters"];
+    let is_outside = outside.iter().any(|words| said.contains(words));
+    let closes_after_comma = matches!(here, b']' | b'}') && bytes[..at].trim_ascii_end().ends_with(b",");
     let is_surrogate = said.contains("surrogate") || said.contains("end of hex escape");
     match () {
         () if is_surrogate => (
@@ -148,7 +152,10 @@ fn known_fault<'a>(said: &'a str, text: &str, at: usize) -> (std::borrow::Cow<'a
         () if is_outside && (here == b'#' || around.windows(2).any(|two| two == b"//" || two == b"/*")) => {
             ("there is a comment, which JSON does not have".into(), "remove the comment")
         }
-        () if said.contains("trailing comma") || here == b',' && said.contains("trailing characters") => {
+        () if said.contains("trailing comma")
+            || is_outside && closes_after_comma
+            || here == b',' && said.contains("trailing characters") =>
+        {
             ("there is a comma too many".into(), "remove the comma before the closing bracket, or after the row")
         }
         () if here == b'}' && said.contains("trailing characters") => {

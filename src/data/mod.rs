@@ -1,6 +1,7 @@
-//! From data files to batches of tokens: [`rows`] and [`record`] read rows, [`template`] makes prompts of them, [`tokenizer`] and
-//! [`encode`] make samples, [`dataset`] holds them (through the token cache), [`order`] says which samples an update is
-//! made of, [`pack`] and [`batch`] spread them over micro-batches. [`lengths`] stands in for files where only speed counts.
+//! From data files to batches of tokens: [`rows`] finds rows and [`record`] reads them, [`template`] makes prompts of them,
+//! [`tokenizer`] and [`encode`] make samples, [`dataset`] holds them (through the token cache), [`order`] says which samples
+//! an update is made of, [`pack`] and [`batch`] spread them over micro-batches. [`lengths`] stands in for files where only
+//! speed counts.
 //!
 //! Nothing here knows the model, prints, or reads the environment.
 

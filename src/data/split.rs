@@ -274,28 +274,35 @@ impl Splitter<'_> {
         loop {
             let stop = if line[from] == b'{' { value_end(line, from, self.newline).ok() } else { None };
             let next = stop.map(|stop| self.past_marks(stop, end));
-            let (Some(stop), Some(next)) = (stop, next) else {
-                self.push(from..end, self.line);
-                break;
-            };
-            let after_comma = match line.get(next) {
-                Some(b',') => self.past_marks(next + 1, end),
+            let after_comma = match next {
+                Some(next) if line.get(next) == Some(&b',') => Some(self.past_marks(next + 1, end)),
                 _ => next,
             };
-            if next == end {
-                self.push(from..stop, self.line);
-                break;
-            } else if line.get(after_comma) == Some(&b'{') {
-                self.push(from..stop, self.line);
-                self.note(Oddity::Glued);
-                from = after_comma;
-            } else if line[next] == b'[' && self.array_begins(next) {
-                self.push(from..stop, self.line);
-                self.at = next;
-                return;
-            } else {
-                self.push(from..end, self.line);
-                break;
+            match (stop, next, after_comma) {
+                (Some(stop), Some(next), _) if next == end => {
+                    self.push(from..stop, self.line);
+                    break;
+                }
+                (Some(stop), _, Some(next)) if line.get(next) == Some(&b'{') => {
+                    self.push(from..stop, self.line);
+                    self.note(Oddity::Glued);
+                    from = next;
+                }
+                (Some(stop), Some(next), _) if line[next] == b'[' && self.array_begins(next) => {
+                    self.push(from..stop, self.line);
+                    self.at = next;
+                    return;
+                }
+                _ => {
+                    // No text of a row holds a brace and a bare quote: where a row of this kind begins, another one ends.
+                    let another = opening(&line[from..]).and_then(|opening| find(&line[from + 1..], opening));
+                    let stop = another.map_or(end, |length| from + 1 + length);
+                    self.push(from..stop, self.line);
+                    if stop == end {
+                        break;
+                    }
+                    from = stop;
+                }
             }
         }
         self.at = end;
@@ -374,7 +381,11 @@ impl Splitter<'_> {
         let bytes = self.bytes;
         let found = match bytes[self.at] {
             b'{' | b'[' => value_end(bytes, self.at, self.newline),
-            b'"' => string_end(bytes, self.at + 1, Some(self.newline)),
+            b'"' => string_end(bytes, self.at + 1, Some(self.newline)).and_then(|end| {
+                // A key: the row's first bracket is missing.
+                let is_key = bytes.get(self.past_space(end, bytes.len())) == Some(&b':');
+                if is_key { Err(end) } else { Ok(end) }
+            }),
             _ => Ok(self.at),
         };
         let end = match found {
@@ -386,7 +397,8 @@ impl Splitter<'_> {
                     return None;
                 }
                 let over_lines = scan(bytes, self.at, None).ok().filter(|_| bytes[self.at] != b'"');
-                let unclosed = || self.next_line_of_a_row().map(|next| (next, Before::Unclosed));
+                let next_row = || self.next_line_of_a_row().or_else(|| self.next_row_on_the_line());
+                let unclosed = || next_row().map(|next| (next, Before::Unclosed));
                 return over_lines.map(|end| (end, Before::Row)).or_else(unclosed);
             }
         };
@@ -394,13 +406,24 @@ impl Splitter<'_> {
         let end = match bytes.get(after) {
             None | Some(b',' | b']' | b'{' | b'[' | b'/' | b'#') if end > self.at => end,
             _ if bytes[after..].starts_with(BYTE_ORDER_MARK) && end > self.at => end,
-            _ => {
-                let ends = |&byte: &u8| matches!(byte, b',' | b']') || byte == self.newline;
-                let rest = &bytes[after..];
-                after + rest.iter().position(ends).unwrap_or(rest.len())
-            }
+            _ => self.rest_end(after),
         };
         Some((end, Before::Row))
+    }
+
+    /// The end of what follows a row and is no comma, bracket or row; it ends with its line at the latest.
+    fn rest_end(&self, mut at: usize) -> usize {
+        while let Some(&byte) = self.bytes.get(at) {
+            at = match byte {
+                b',' | b']' => return at,
+                _ if byte == self.newline => return at,
+                b'"' => match string_end(self.bytes, at + 1, Some(self.newline)) {
+                    Ok(end) | Err(end) => end,
+                },
+                _ => at + 1,
+            };
+        }
+        at
     }
 
     /// Where the next row begins after one that does not end, if that is clear: at the next line that begins as this
@@ -414,7 +437,9 @@ impl Splitter<'_> {
         }
         let indent = |start: usize| bytes[start..].iter().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
         let (own_indent, own_column) = (indent(line_start), self.at - line_start);
-        let opening = opening(&bytes[self.at..]);
+        // Other rows must not be passed over on the way.
+        let first = self.split.rows.iter().find_map(|(range, _)| opening(&bytes[range.clone()]));
+        let opening = opening(&bytes[self.at..]).or(first).unwrap_or(b"{");
         for newline in memchr_iter(self.newline, &bytes[self.at..]) {
             let start = self.at + newline + 1;
             let first = start + indent(start);
@@ -428,13 +453,27 @@ impl Splitter<'_> {
                 && bytes.get(brace) == Some(&b'{')
                 && bytes.get(self.past_space(brace + 1, bytes.len())) == Some(&b'"');
             if is_row || is_end {
-                let n_rows = opening.map_or(1, |opening| count(&bytes[self.at..start], opening));
+                let is_alone = count(&bytes[self.at + 1..start], opening) == 0;
                 let end = if is_end { first } else { brace };
                 // A comma that stands before the next row belongs to it.
-                return (n_rows <= 1).then_some(if brace > first { first } else { end });
+                return is_alone.then_some(if brace > first { first } else { end });
             }
         }
         None
+    }
+
+    /// Where the next row begins on the line of one that does not end, if that is clear: its brace and first key stand
+    /// there, which no text of a row can hold, and nothing before it looks like the end of a row and the next one.
+    fn next_row_on_the_line(&self) -> Option<usize> {
+        let rest = &self.bytes[self.at + 1..];
+        let next = find(rest, opening(&self.bytes[self.at..])?)?;
+        let between = &rest[..next];
+        let is_other = |brace: usize| {
+            let after = between[brace + 1..].trim_ascii_start();
+            after.strip_prefix(b",").unwrap_or(after).trim_ascii_start().starts_with(b"{")
+        };
+        let is_clear = between.trim_ascii_end().ends_with(b",") && !memchr_iter(b'}', between).any(is_other);
+        is_clear.then_some(self.at + 1 + next)
     }
 
     /// Why the reading ends at the row that begins here.
@@ -460,6 +499,10 @@ fn opening(row: &[u8]) -> Option<&[u8]> {
     }
     let end = memchr(b'"', &row[quote + 1..])?;
     Some(&row[..quote + end + 2]).filter(|opening| opening.len() < 100)
+}
+
+fn find(bytes: &[u8], needle: &[u8]) -> Option<usize> {
+    memchr::memmem::find(bytes, needle)
 }
 
 fn count(bytes: &[u8], needle: &[u8]) -> usize {

@@ -1,5 +1,6 @@
 //! What a user's template file holds that may not be what the user means, held against the tokenizer it is used with.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::template::Template;
@@ -10,6 +11,8 @@ use crate::error::{Fault, shell_quoted};
 pub fn warnings(template: &Template, path: &Path, tokenizer: &Tokenizer) -> Vec<Fault> {
     let place = path.display().to_string();
     let mut warnings = Vec::new();
+    // Each form is told once, at the first key that has it.
+    let mut spelled_out = BTreeSet::new();
     let mut warn = |key: &str, what: String, hint: String| {
         let fault = Fault::new(format!("{place}: {key}"), what).hint(hint);
         if !warnings.contains(&fault) {
@@ -41,6 +44,9 @@ pub fn warnings(template: &Template, path: &Path, tokenizer: &Tokenizer) -> Vec<
             warn(key, what, "in TOML write such texts in double quotes; single quotes keep every backslash".to_owned());
         }
         for form in token_forms(text).filter(|form| !is_token(tokenizer, form)) {
+            if !spelled_out.insert(form.to_owned()) {
+                continue;
+            }
             let n_tokens = tokenizer.encode(form, SpecialTokens::Special).map_or(0, |ids| ids.len());
             let what =
                 format!("holds {form}, which is no token of this tokenizer: it is spelled out in {n_tokens} tokens");
@@ -58,7 +64,8 @@ fn first_strings(template: &Template) -> Vec<(&'static str, &str)> {
         return vec![("start", &template.start)];
     }
     let system = template.system.as_ref().map(|[before, _]| ("system", before.as_str()));
-    system.into_iter().chain([("only_user", &*template.only_user[0]), ("user", &*template.user[0])]).collect()
+    let only_user = Some(("only_user", &*template.only_user[0])).filter(|_| template.only_user != template.user);
+    system.into_iter().chain([("user", &*template.user[0])]).chain(only_user).collect()
 }
 
 /// All strings, each with its key; those that another key has given are left out.

@@ -583,6 +583,13 @@ fn data() {
         rows("rows.json", b"{\n \"instruction\": \"a\",\n \"output\": \"b\"\n}", &["several lines"], "one line"),
         rows("rows.txt", b"hello", &["rows.txt", "neither a JSON array nor"], "one JSON object a line"),
         rows("rows.jsonl", b"\xff\xfe{\0", &["rows.jsonl", "UTF-16"], "iconv"),
+        rows("my rows.jsonl", b"{\0\"\0", &["rows.jsonl", "UTF-16"], "rows.jsonl' > rows.jsonl"),
+        bad_row(
+            b"{\"instruction\": \"a\", \"output\": \"b\", \"weight\": 0}",
+            &["not to be learned"],
+            "remove the row",
+        ),
+        bad_row(b"{\"instruction\": \"a\", \"output\": NaN}", &["NaN is no value of JSON"], "pandas"),
         value("data.train", "\"*.none\"", &["no file matches"], "working folder"),
         value("data.train", "\"base\"", &["is a folder"], "base/*.jsonl"),
         value("data.max_length", "10", &["rows.jsonl", "10 have more than 10 tokens"], "raise data.max_length"),

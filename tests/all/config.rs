@@ -500,3 +500,83 @@ fn relative_paths_mean_the_working_folder() {
     assert_eq!(config.train.output, root.join("runs/x"));
     assert_eq!(config.lora.target_modules, TARGET_MODULES);
 }
+
+#[test]
+fn a_glob_takes_what_a_shell_takes_each_file_once_and_says_so() {
+    let place = Place::new();
+    for file in [
+        "data/a.jsonl",
+        "data/b.jsonl",
+        "data/.c.jsonl",
+        "data/.ipynb_checkpoints/a-checkpoint.jsonl",
+        "data/sub/d.jsonl",
+        "data/sub/.git/e.jsonl",
+        "data/sub/deep/f.jsonl",
+        "d [1]/g.jsonl",
+        "d [1]/h[x].jsonl",
+        "x.jsonl",
+    ] {
+        place.touch(file);
+    }
+    std::os::unix::fs::symlink(place.path("data"), place.path("linked")).unwrap();
+    std::os::unix::fs::symlink(place.path("data"), place.path("data/sub/round")).unwrap();
+    let load = |patterns: &str, validation: &str| {
+        let text = place.text("", "", &format!("validation = {validation}"), "").replace(
+            &format!("train = \"{}/rows.jsonl\"", place.path("").display().to_string().trim_end_matches('/')),
+            &format!("train = {}", patterns.replace("DIR", &place.dir.path().display().to_string())),
+        );
+        let text = text.replace("DIR", &place.dir.path().display().to_string());
+        parse(&text, &[])
+    };
+    let names = |files: &[PathBuf]| -> Vec<String> {
+        files.iter().map(|file| file.strip_prefix(place.dir.path()).unwrap().display().to_string()).collect()
+    };
+    for (patterns, wanted, warning) in [
+        ("\"DIR/data/*.jsonl\"", &["data/a.jsonl", "data/b.jsonl"][..], ""),
+        ("\"DIR/data/.*.jsonl\"", &["data/.c.jsonl"], ""),
+        ("\"DIR/data/.*/*.jsonl\"", &["data/.ipynb_checkpoints/a-checkpoint.jsonl"], ""),
+        ("\"DIR/data/?.jsonl\"", &["data/a.jsonl", "data/b.jsonl"], ""),
+        ("\"DIR/data/[!a].jsonl\"", &["data/b.jsonl"], ""),
+        ("\"DIR/data/sub/deep/**/*.jsonl\"", &["data/sub/deep/f.jsonl"], ""),
+        ("\"DIR/data/**/*.jsonl\"", &["data/a.jsonl", "data/b.jsonl", "data/sub/d.jsonl", "data/sub/deep/f.jsonl"], ""),
+        ("[\"DIR/data/*.jsonl\", \"DIR/data/a.jsonl\"]", &["data/a.jsonl", "data/b.jsonl"], "data/a.jsonl is named or"),
+        ("[\"DIR/data/a.jsonl\", \"DIR/data/../data/a.jsonl\"]", &["data/a.jsonl"], "named or matched twice"),
+        (
+            "[\"DIR/data/a.jsonl\", \"DIR/linked/*.jsonl\"]",
+            &["data/a.jsonl", "linked/b.jsonl"],
+            "linked/a.jsonl is named",
+        ),
+        ("[\"DIR/data/*.jsonl\", \"DIR/linked/*.jsonl\"]", &["data/a.jsonl", "data/b.jsonl"], "and 1 more are named"),
+        ("\"DIR/d [1]/*.jsonl\"", &["d [1]/g.jsonl", "d [1]/h[x].jsonl"], ""),
+        ("\"DIR/d [1]/h[x].jsonl\"", &["d [1]/h[x].jsonl"], ""),
+        ("\"DIR/d [[]1]/h[[]*.jsonl\"", &["d [1]/h[x].jsonl"], ""),
+        ("\"DIR/data/*\"", &["data/a.jsonl", "data/b.jsonl"], "data/sub is a folder"),
+    ] {
+        let config = load(patterns, "[]").unwrap_or_else(|error| panic!("{patterns}: {error}"));
+        assert_eq!(names(&config.data.train), wanted, "{patterns}");
+        let told = config.warnings.iter().map(|fault| fault.in_one_line()).collect::<Vec<_>>().join("\n");
+        assert!(told.contains(warning) && told.is_empty() == warning.is_empty(), "{patterns}: {told}");
+        assert!(warning.is_empty() || told.contains("data.train"), "{told}");
+    }
+    let both = load("\"DIR/data/*.jsonl\"", "[\"DIR/x.jsonl\", \"DIR/linked/b.jsonl\"]").unwrap();
+    assert_eq!(both.warnings.len(), 1, "{:?}", both.warnings);
+    holds(&both.warnings[0], "data.validation", "linked/b.jsonl is in data.train as well", "validation_fraction");
+
+    std::os::unix::fs::symlink(place.path("gone.jsonl"), place.path("data/sub/z.jsonl")).unwrap();
+    for (patterns, what, hint) in [
+        ("\"DIR/d [1]/h[y].jsonl\"", "no file matches", "h[[]y].jsonl"),
+        ("\"DIR/e[1]*.jsonl\"", "no file matches", "e[[]1]*.jsonl"),
+        ("\"DIR/data/.ipynb*\"", "no file matches", "is matched and is a folder"),
+        ("\"DIR/data/[.jsonl\"", "is not a pattern", "[[]"),
+        ("\"DIR/data/**/*.jsonl\"", "z.jsonl is matched and cannot be opened", "what it links to"),
+        ("\"DIR/data/sub/.git/*.json\"", "no file matches", "names that begin with a dot"),
+    ] {
+        match load(patterns, "[]") {
+            Err(Error::Invalid(faults)) => {
+                assert_eq!(faults.len(), 1, "{faults:?}");
+                holds(&faults[0], "data.train", what, hint);
+            }
+            other => panic!("{patterns}: {other:?}"),
+        }
+    }
+}

@@ -7,7 +7,7 @@ use bellora::data::record::{Reason, Record};
 use bellora::data::rows::RowFile;
 use bellora::data::{
     DataSpec, Dataset, EpochOrder, LossAverage, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer,
-    Truncation, build_batches, order, pack, prompt_ids,
+    Truncation, build_batches, order, pack, prompt_ids, template_check,
 };
 use serde_json::{Value, json};
 
@@ -79,7 +79,7 @@ fn bad_rows_say_what_is_wrong() {
         (r#"{"instruction": "a", "output": {}}"#.into(), "`output` must be a string, this is an object"),
         (r#"{"instruction": "a", "history": "b", "output": "c"}"#.into(), "`history` must be a list"),
         (r#"{"instruction": "a", "history": [["b"]], "output": "c"}"#.into(), "a list of two strings"),
-        (r#"{"instruction": "a", "output": "b", "output": "c"}"#.into(), "duplicate field `output`"),
+        (r#"{"instruction": "a", "output": "b", "output": "c"}"#.into(), "holds the key `output` twice"),
         (r#"{"instruction": "a", "conversations": []}"#.into(), "both a dialogue and an `instruction`"),
         (r#"{"conversations": [], "messages": []}"#.into(), "both `conversations` and `messages`"),
         (r#"{"conversations": []}"#.into(), "no turns"),
@@ -95,9 +95,9 @@ fn bad_rows_say_what_is_wrong() {
         (turns(&[("gpt", "a")]), "turn 1 of `conversations` is an assistant turn without"),
         (turns(&[("human", "a"), ("gpt", "b"), ("gpt", "c")]), "turn 3 of `conversations` is an assistant turn"),
         (turns(&[("human", "a"), ("system", "b")]), "turn 2 of `conversations` is a system prompt"),
-        (r#"{"instruction": "\ud83d", "output": "a"}"#.into(), "is not valid JSON"),
+        (r#"{"instruction": "\ud83d", "output": "a"}"#.into(), "is not valid JSON: a string holds half"),
         (r#"{"instruction": "a", "output": "b""#.into(), "is not valid JSON: EOF"),
-        ("{\"instruction\": \"a\u{0}\", \"output\": \"b\"}".into(), "is not valid JSON: control character"),
+        ("{\"instruction\": \"a\u{0}\", \"output\": \"b\"}".into(), "is not valid JSON: there is a NUL byte"),
         (deep, "is not valid JSON: recursion limit"),
     ] {
         let found = record(&row).expect_err(&row).what;
@@ -134,17 +134,15 @@ fn rows_are_found_in_arrays_and_lines_with_their_line_numbers() {
     ] {
         assert_eq!(rows_of(content.as_bytes()), wanted, "{content}");
     }
+    // A row with a missing bracket is bad by itself where the next one begins as it does.
     let (rows, broken) = rows_of(format!("[{a},\n3,\n{{\"a\": [}},\n{b}]").as_bytes());
-    assert_eq!((rows.len(), &rows[1].1[..23]), (2, "a row must be a JSON ob"));
-    assert_eq!(broken.unwrap().0, 3, "from the row with the missing bracket on");
+    assert_eq!((rows.len(), &rows[1].1[..23], broken), (4, "a row must be a JSON ob", None));
+    assert_eq!((rows[2].0, &rows[3]), (3, &(4, "b".to_owned())));
     for (content, line, reason) in [
-        (format!("[{a},\n{b},\n]"), 3, "no row before this `]`"),
-        (format!("[{a},\n,{b}]"), 2, "no row before this `,`"),
-        (format!("[{a}]\n{b}"), 2, "more after the array"),
         (format!("[{a},\n{{\"instruction\": \"b}}]"), 2, "never closed"),
-        (format!("[{a}\n}}]"), 2, "closes nothing"),
+        (format!("[{a},\n{b}"), 2, "never closed"),
         ("[".into(), 1, "never closed"),
-        ("[\"a\", 1]\n[\"b\", 2]".into(), 2, "more after the array"),
+        (format!("[{a}]\nmore"), 2, "more after the array"),
     ] {
         let (found_line, found) = rows_of(content.as_bytes()).1.expect("broken");
         assert!(found_line == line && found.contains(reason), "{content}: {found_line} {found}");
@@ -310,6 +308,7 @@ fn a_sample_is_prompt_then_answer_each_encoded_by_itself() {
     let stats = cut.stats();
     assert_eq!((stats.samples, stats.dropped, stats.cut, stats.with_nothing_to_learn), (3, 0, 2, 1));
     assert_eq!((cut.ids(0).len(), cut.n_prompt(0), cut.label_tokens(0)), (6, 6, 0));
+    assert_eq!((load(&rows(&[("a", ""), ("a", " \n"), ("a", "b")]), |_| {}).unwrap().stats().with_no_answer), 2);
     assert_eq!((cut.ids(2).len(), cut.label_tokens(2), stats.max_len), (6, 4, 6));
     assert!(!cut.ids(2).contains(&2), "the end is cut off too");
     assert_eq!((stats.tokens, stats.label_tokens), (16, 6));
@@ -526,4 +525,67 @@ fn batches_say_of_every_learned_token_where_it_is_and_what_it_weighs() {
         }
     }
     assert!(build_batches(&dataset, &[2], LossAverage::Tokens, 8).is_empty(), "an update without label tokens");
+}
+
+#[test]
+fn what_was_read_leniently_is_said_and_a_broken_file_is_never_passed_over() {
+    let row = |answer: &str| json!({"instruction": "q", "output": answer}).to_string();
+    let turns = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1},
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]);
+    let earlier = json!({"messages": turns}).to_string();
+    let content = format!("{}{}\n{earlier}\n{earlier}\n", row("a"), row("b"));
+    let files = folder(&[("rows.jsonl", content.as_bytes())]);
+    let cache = files.path().join("cache");
+    for is_again in [false, true] {
+        let dataset =
+            Dataset::load(&spec(vec![files.path().join("rows.jsonl")]), &tiny(), &bare(), Some(&cache)).unwrap();
+        assert_eq!((dataset.len(), dataset.stats().from_cache), (4, is_again));
+        let told: Vec<String> = dataset.warnings().iter().map(ToString::to_string).collect();
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(told[0].contains("rows.jsonl:1: several rows stand on one line"), "{told:?}");
+        assert!(told[1].contains("rows.jsonl:2: 2 rows, this is the first, ask to have an earlier"), "{told:?}");
+    }
+    let all: Vec<String> = (0..10).map(|_| row("a")).collect();
+    for content in [format!("[{}", all.join(",\n")), format!("[{}]more", all.join(",\n"))] {
+        let error = load(&content, |spec| spec.max_bad_rows = 1000).err().unwrap();
+        assert_eq!((error.faults().len(), error.exit_code()), (1, 2), "{error}");
+        assert!(error.faults()[0].place.ends_with("rows.jsonl:10"), "{error}");
+    }
+}
+
+#[test]
+fn what_a_template_file_may_not_mean_is_said() {
+    let plain = ("user = [\"U \", \"\\n\"]\n", "reply = [\"A \", \"\\n\"]\n");
+    for (content, wanted) in [
+        (format!("start = \"<s>\"\n{}{}", plain.0, plain.1), &["start: begins with <s>"][..]),
+        (format!("start = \"<s>[INST] \"\n{}{}", plain.0, plain.1), &["start: begins with <s>"]),
+        (format!("user = [\"<s>U\", \"\"]\n{}", plain.1), &["user: begins with <s>"]),
+        (format!("system = [\"<s>\", \"\"]\n{}{}", plain.0, plain.1), &["system: begins with <s>"]),
+        (format!("end = \"A</s>\"\n{}{}", plain.0, plain.1), &["end: ends with </s>"]),
+        ("user = [\"\"\"U\r\n\"\"\", \"\\n\"]\r\nreply = [\"A\", \"\"]\r\n".to_owned(), &["user: holds a carriage return"]),
+        (format!("user = [\"U \", '\\n']\n{}", plain.1), &["user: holds a backslash and `n`"]),
+        (format!("{}reply = ['A\\t', '\\n']\n", plain.0), &["reply: holds a backslash and `t`", "and `n`"]),
+        (
+            "user = [\"<|im_start|>user\\n\", \"<|im_end|>\\n\"]\nreply = [\"<|im_start|>assistant\\n\", \"<|im_end|>\\n\"]\n\
+             stop = [\"<|im_end|>\"]\n"
+                .to_owned(),
+            &["user: holds <|im_start|>, which is no token", "user: holds <|im_end|>, which is no token"],
+        ),
+        (format!("user = [\"<start_of_turn>\", \"\"]\n{}", plain.1), &["user: holds <start_of_turn>"]),
+        (format!("stop = [\"<|eot_id|>\"]\n{}{}", plain.0, plain.1), &["stop: holds <|eot_id|>"]),
+        // What is as it should be: an earlier answer's end is the template's own, and other brackets are text.
+        (format!("start = \"S <b> |x|\"\nuser = [\"[INST] \", \" [/INST] <sep>\"]\nreply = [\"\", \"</s><s>\"]\n"), &[]),
+        (format!("{}{}", plain.0, plain.1), &[]),
+    ] {
+        let files = folder(&[("t 1.toml", content.as_bytes())]);
+        let path = files.path().join("t 1.toml");
+        let told = template_check::warnings(&Template::read(&path).unwrap(), &path, &tiny());
+        let told: Vec<String> = told.iter().map(|fault| fault.in_one_line()).collect();
+        assert_eq!(told.len(), wanted.len(), "{content}: {told:?}");
+        for (told, wanted) in told.iter().zip(wanted) {
+            assert!(told.contains("t 1.toml: ") && told.contains(wanted) && told.ends_with(')'), "{content}: {told}");
+        }
+        let quoted = told.iter().any(|told| told.contains("sed -i") && told.contains("t 1.toml'"));
+        assert_eq!(quoted, content.contains("U\r\n"), "{told:?}");
+    }
 }

@@ -34,6 +34,7 @@ mod ranges;
 mod ranks;
 mod replay;
 mod resume;
+mod rows;
 mod selftest;
 mod support;
 mod tidy;
