@@ -38,5 +38,6 @@ mod rows;
 mod selftest;
 mod support;
 mod tidy;
+mod tokenizer_folders;
 mod tokens;
 mod verify;

@@ -35,7 +35,7 @@ const PROBES: [&str; 48] = [
     "HTTP/1.1 200 OK",
     "user@example.com https://example.com/a?b=c&d=e#f",
     "C:\\path\\to\\file.txt",
-    "fn main() {\n    println!(\"{}\", 1 + 2);\n}\n",
+    "fn main() {\n    let sum = [1, 2].iter().sum::<u32>();\n}\n",
     "def f(x):\n\treturn x ** 2  # square\n",
     "{\"key\": [1, 2.5, null, true]}",
     "<div class=\"a\">&nbsp;</div>",

@@ -106,6 +106,11 @@ impl Declared {
         for token in tokens {
             if let Some(known) = reader.by_text.get_mut(&token.text) {
                 known.special = true;
+                if !known.has_flags {
+                    known.lstrip |= token.lstrip;
+                    known.rstrip |= token.rstrip;
+                    known.single_word |= token.single_word;
+                }
             } else if new.iter().all(|other| other.text != token.text) {
                 new.push(token);
             }
