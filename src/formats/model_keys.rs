@@ -33,6 +33,8 @@ pub const CONFIG: KeyTable = KeyTable {
         refused("layer_types", "layers of other kinds than `full_attention`"),
         refused("rope_interleaved", "rotation of neighbouring channels"),
         refused("quantization_config", "weights in fewer bits"),
+        refused("quantization", "weights in fewer bits, as MLX says it"),
+        refused("compression_config", "weights in fewer bits, as older files of compressed-tensors say it"),
         harmless("pretraining_tp", "another order of the same sums"),
         harmless("use_cache", "decoding always keeps keys and values"),
         harmless("torch_dtype", "`model.dtype` decides, and each tensor's file says what it holds"),
@@ -188,13 +190,13 @@ pub const ADAPTER_CONFIG: KeyTable = KeyTable {
 const DORA: &str = "DoRA";
 
 /// Architectures that are not computed, by `model_type`, and what each has that a Llama has not.
-pub const OTHER_ARCHITECTURES: [(&str, &str); 28] = [
+pub const OTHER_ARCHITECTURES: [(&str, &str); 34] = [
     ("qwen2", "biases on the projections of queries, keys and values"),
     ("qwen2_moe", "a choice of experts in each block"),
     ("qwen3", "norms of queries and keys"),
     ("qwen3_moe", "norms of queries and keys, a choice of experts in each block"),
     ("qwen", "one projection for queries, keys and values, with a bias"),
-    ("mistral", "attention to a window"),
+    ("mistral", "attention to a window, where its `sliding_window` is not null"),
     ("mixtral", "a choice of experts in each block"),
     ("gemma", "a scaled embedding, norms that add 1 to their weight, the activation gelu"),
     ("gemma2", "soft caps of scores and logits, norms after each part of a block"),
@@ -204,6 +206,7 @@ pub const OTHER_ARCHITECTURES: [(&str, &str); 28] = [
     ("phi3", "one projection for queries, keys and values, one for gate and up"),
     ("baichuan", "one projection for queries, keys and values; in the 13B, ALiBi in place of rotation"),
     ("chatglm", "one projection for queries, keys and values, with a bias; heads that rotate in part"),
+    ("glm", "biases on the projections of queries, keys and values; heads that rotate in part"),
     ("glm4", "heads that rotate in part, norms after each part of a block"),
     ("internlm", "biases on the projections of attention"),
     ("internlm2", "one projection for queries, keys and values"),
@@ -213,8 +216,13 @@ pub const OTHER_ARCHITECTURES: [(&str, &str); 28] = [
     ("cohere", "one norm a block, scaled logits, rotation of neighbouring channels"),
     ("granite", "multipliers of embedding, attention, residual and logits"),
     ("minicpm", "multipliers of embedding, residual and logits"),
+    ("smollm3", "layers without rotation"),
+    ("olmo", "LayerNorm without weights"),
     ("olmo2", "norms after each part of a block, norms of queries and keys"),
     ("stablelm", "LayerNorm, heads that rotate in part"),
     ("falcon", "LayerNorm, one projection for queries, keys and values"),
     ("gpt2", "LayerNorm, biases, learned positions"),
+    ("gpt_neox", "LayerNorm, biases, heads that rotate in part"),
+    ("opt", "LayerNorm, biases, learned positions"),
+    ("bloom", "LayerNorm, biases, ALiBi in place of rotation"),
 ];

@@ -127,6 +127,9 @@ const ANOTHER_BASE: &str =
 /// What to do about a value that no model of this kind has.
 const NOT_THE_MODELS_OWN: &str = "is this the model's own config.json? Download it again";
 
+/// The names under which files say that their weights have fewer bits.
+const QUANTISED: [&str; 3] = ["quantization_config", "quantization", "compression_config"];
+
 struct Reader<'a> {
     map: &'a Map<String, Value>,
     place: String,
@@ -320,10 +323,12 @@ impl Reader<'_> {
             let what = format!("layers of other kinds than \"full_attention\" are not supported: {}", short(types));
             self.fault("layer_types", what, "choose a base with full attention");
         }
-        if let Some(quantised) = self.get("quantization_config").filter(|config| !is_neutral(config)) {
-            let method = quantised.get("quant_method").unwrap_or(quantised).to_string();
-            let what = format!("quantised weights ({method}) are not supported");
-            self.fault("quantization_config", what, "use the original fp32, fp16 or bf16 files of this model");
+        for key in QUANTISED {
+            if let Some(quantised) = self.get(key).filter(|config| !is_neutral(config)) {
+                let method = short(quantised.get("quant_method").unwrap_or(quantised));
+                let what = format!("quantised weights ({method}) are not supported");
+                self.fault(key, what, "use the original fp32, fp16 or bf16 files of this model");
+            }
         }
         // Two names of one function.
         if let Some(act) = self.get("hidden_act").filter(|act| !["silu", "swish"].iter().any(|silu| act == silu)) {

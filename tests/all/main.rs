@@ -8,6 +8,7 @@ mod base_files;
 mod bench;
 mod cli;
 mod comm;
+mod compat;
 mod config;
 mod data;
 mod device;
