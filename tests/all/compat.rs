@@ -85,7 +85,7 @@ impl Model {
         self.write(&["tokenizer_config", "special_tokens_map", "added_tokens"], folder.path());
         stand_in::write(stand_in, &self.tokenizer_config(), folder.path());
         Some(match Tokenizer::open(folder.path()) {
-            Ok(_) => Outcome { refused: None, warnings: Vec::new() },
+            Ok(tokenizer) => Outcome { refused: None, warnings: tokenizer.warnings().to_vec() },
             Err(error) => refused(&error),
         })
     }
@@ -103,8 +103,6 @@ impl Model {
         let told = |faults: &[Fault]| faults.iter().map(Fault::in_one_line).collect::<Vec<_>>().join("\n");
         match &outcome.refused {
             None if wanted != "accepted" => Some(format!("{name}: {part}: accepted, not refused for {wanted}")),
-            // Opening a tokenizer gives no warnings yet; `tokenizer_warnings` waits for them.
-            None if part == "tokenizer" => None,
             None => {
                 let wanted = words(&expected[format!("{part}_warnings")]);
                 let fits = wanted.len() == outcome.warnings.len()

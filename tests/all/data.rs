@@ -537,8 +537,13 @@ fn what_was_read_leniently_is_said_and_a_broken_file_is_never_passed_over() {
     let files = folder(&[("rows.jsonl", content.as_bytes())]);
     let cache = files.path().join("cache");
     for is_again in [false, true] {
-        let dataset =
-            Dataset::load(&spec(vec![files.path().join("rows.jsonl")]), &tiny(), &bare(), Some(&cache)).unwrap();
+        let dataset = Dataset::load(
+            &spec(vec![files.path().join("rows.jsonl")]),
+            &tiny(),
+            &bare(),
+            TokenCache::Keep { folder: &cache, is_required: true },
+        )
+        .unwrap();
         assert_eq!((dataset.len(), dataset.stats().from_cache), (4, is_again));
         let told: Vec<String> = dataset.warnings().iter().map(ToString::to_string).collect();
         assert_eq!(told.len(), 2, "{told:?}");

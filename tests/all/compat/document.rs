@@ -5,11 +5,20 @@ use std::fmt::Write as _;
 use bellora::error::Fault;
 use bellora::formats::keys::{Effect, KeyTable};
 use bellora::formats::model_keys::{ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, OTHER_ARCHITECTURES};
+use bellora::formats::tokenizer_keys::{ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON};
 
 use super::{Model, Outcome};
 
 /// The files whose keys are listed, in this order.
-pub(super) const TABLES: &[&KeyTable] = &[&CONFIG, &GENERATION_CONFIG, &ADAPTER_CONFIG];
+pub(super) const TABLES: &[&KeyTable] = &[
+    &CONFIG,
+    &GENERATION_CONFIG,
+    &TOKENIZER_CONFIG,
+    &SPECIAL_TOKENS_MAP,
+    &ADDED_TOKENS,
+    &TOKENIZER_JSON,
+    &ADAPTER_CONFIG,
+];
 
 const BEGINNING: &str = "\
 # Public models: which files are read, and what becomes of each key
