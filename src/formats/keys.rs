@@ -22,7 +22,7 @@ pub enum Effect {
 /// A key of a file.
 #[derive(Debug, Clone, Copy)]
 pub struct Key {
-    /// Its name. One that ends in `*` stands for all that begin so.
+    /// Its name. One that ends in `*` stands for all that begin so, one that begins with `*` for all that end so.
     pub name: &'static str,
     /// What becomes of it.
     pub effect: Effect,
@@ -57,9 +57,10 @@ pub struct KeyTable {
 impl KeyTable {
     /// What is known of a key.
     pub fn find(&self, name: &str) -> Option<&'static Key> {
-        self.keys.iter().find(|key| match key.name.strip_suffix('*') {
-            Some(beginning) => name.starts_with(beginning),
-            None => key.name == name,
+        self.keys.iter().find(|key| match (key.name.strip_suffix('*'), key.name.strip_prefix('*')) {
+            (Some(beginning), _) => name.starts_with(beginning),
+            (None, Some(end)) => name.ends_with(end),
+            (None, None) => key.name == name,
         })
     }
 

@@ -2,3 +2,4 @@
 
 pub mod keys;
 pub mod model_keys;
+pub mod tokenizer_keys;

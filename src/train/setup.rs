@@ -97,7 +97,7 @@ impl ModelSetup {
     /// weights.
     pub fn inspect(mut config: Config, n_ranks: usize) -> Result<Self> {
         let mut faults = Gather::default();
-        let warnings = config.warnings.clone();
+        let mut warnings = config.warnings.clone();
         let device_note = faults.take(settle::settle_device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
         let base = faults.take(LlamaConfig::load(&config.model.base))?;
@@ -109,6 +109,7 @@ impl ModelSetup {
             faults.0.extend(files.check_llama(base));
         }
         let tokenizer = faults.take(open_tokenizer(&config.model.tokenizer))?;
+        warnings.extend(tokenizer.iter().flat_map(Tokenizer::warnings).cloned());
         let template = faults.take(template(&config))?;
         let vocab_size = match (&base, &tokenizer) {
             (Some(base), Some(tokenizer)) => faults.take(vocab_size(&config, base, tokenizer, &lora))?,

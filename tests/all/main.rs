@@ -34,5 +34,6 @@ mod resume;
 mod selftest;
 mod support;
 mod tidy;
+mod tokenizer_folders;
 mod tokens;
 mod verify;

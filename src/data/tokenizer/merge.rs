@@ -8,7 +8,8 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 
-use super::sentencepiece::{SPACE, SentencePiece};
+use super::sentencepiece::{Prefix, SPACE, SentencePiece};
+use super::special::Matcher;
 
 /// What two neighbouring symbols make: `rank << 32 | piece`, the lowest rank merged first; or [`BRIDGE`].
 pub(super) type Pair = u64;
@@ -27,14 +28,15 @@ pub(super) type Pairs = HashMap<u64, Pair, BuildHasherDefault<PairHasher>>;
 const SCAN_MAX: usize = 64;
 
 impl SentencePiece {
-    /// Appends the ids of `text`, as SentencePiece's own `encode` gives them.
-    pub(super) fn encode(&self, text: &str, scratch: &mut Scratch, ids: &mut Vec<u32>) {
+    /// Appends the ids of `text`, a stretch between special tokens, as SentencePiece's own `encode` gives them.
+    /// `at_start` says that no text goes before it.
+    pub(super) fn encode(&self, text: &str, at_start: bool, scratch: &mut Scratch, ids: &mut Vec<u32>) {
         if text.is_empty() {
             return;
         }
         let mut out = Output { ids, unknown_before: false };
         scratch.clear();
-        if self.dummy_prefix {
+        if self.is_prefixed(text, at_start) {
             self.push(SPACE, scratch, &mut out);
         }
         match &self.user_defined {
@@ -55,6 +57,20 @@ impl SentencePiece {
             }
         }
         self.flush(scratch, &mut out);
+    }
+
+    /// Whether a stretch gets a space before it (`Metaspace` of Hugging Face's `tokenizers`, but for the first kind).
+    fn is_prefixed(&self, text: &str, at_start: bool) -> bool {
+        match self.prefix {
+            Prefix::EachStretch => true,
+            Prefix::Start => {
+                let begins_with_token = |matcher: &Matcher| matcher.at_start(text.as_bytes()).is_some();
+                at_start
+                    && !text.starts_with([' ', SPACE])
+                    && !self.user_defined.as_ref().is_some_and(begins_with_token)
+            }
+            Prefix::Never => false,
+        }
     }
 
     /// Adds a character to the current segment, or begins the next segment with it.

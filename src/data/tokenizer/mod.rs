@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Fault, Result};
 use hf::HfTokenizer;
 use merge::Scratch;
 use sentencepiece::{Decoding, SentencePiece};
@@ -13,6 +13,9 @@ use special::Matcher;
 
 pub use stream::DecodeStream;
 
+mod compare;
+mod declared;
+mod folder;
 mod hf;
 mod merge;
 mod open;
@@ -65,6 +68,7 @@ pub struct Tokenizer {
     pad: Option<u32>,
     vocab_size: usize,
     files: Vec<TokenizerFile>,
+    warnings: Vec<Fault>,
 }
 
 enum Backend {
@@ -88,28 +92,37 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode`].
     pub fn encode_into(&self, text: &str, special_tokens: SpecialTokens, ids: &mut Vec<u32>) -> Result<()> {
+        self.encode_stretch(text, true, special_tokens, ids)
+    }
+
+    /// Appends the ids of a text or of a part of one; `at_start` says that nothing goes before it.
+    fn encode_stretch(
+        &self,
+        text: &str,
+        at_start: bool,
+        special_tokens: SpecialTokens,
+        ids: &mut Vec<u32>,
+    ) -> Result<()> {
         thread_local! {
             static SCRATCH: RefCell<Scratch> = RefCell::default();
         }
         let plain = special_tokens == SpecialTokens::Text;
         let model = match &self.backend {
             Backend::Hf(hf) => {
-                ids.extend(hf.encode(text, plain)?);
+                ids.extend(hf.encode(text, at_start, plain)?);
                 return Ok(());
             }
             Backend::SentencePiece(model) => model,
         };
         let matcher = if plain { &self.kept } else { &self.specials };
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut rest = text;
-            while let Some(hit) = matcher.find(rest) {
-                let before = &rest[..hit.start];
-                model.encode(if hit.token.lstrip { before.trim_end() } else { before }, scratch, ids);
+            let mut at = 0;
+            while let Some(hit) = matcher.find(text, at) {
+                model.encode(&text[at..hit.start], at_start && at == 0, scratch, ids);
                 ids.push(hit.id);
-                let after = &rest[hit.end..];
-                rest = if hit.token.rstrip { after.trim_start() } else { after };
+                at = hit.end;
             }
-            model.encode(rest, scratch, ids);
+            model.encode(&text[at..], at_start && at == 0, scratch, ids);
         });
         Ok(())
     }
@@ -121,20 +134,22 @@ impl Tokenizer {
     /// As [`Self::encode`].
     pub fn encode_parts(&self, parts: &[Part<'_>], special_tokens: SpecialTokens, ids: &mut Vec<u32>) -> Result<()> {
         let mut stretch = String::with_capacity(parts.iter().map(|part| part.text.len()).sum());
+        let mut at_start = true;
         for part in parts {
-            let mut rest = part.text;
+            let mut at = 0;
             if special_tokens == SpecialTokens::Text && part.of_template {
-                while let Some(hit) = self.specials.find(rest) {
-                    stretch.push_str(&rest[..hit.start]);
-                    self.encode_into(&stretch, special_tokens, ids)?;
+                while let Some(hit) = self.specials.find(part.text, at) {
+                    stretch.push_str(&part.text[at..hit.start]);
+                    self.encode_stretch(&stretch, at_start, special_tokens, ids)?;
                     stretch.clear();
+                    at_start = false;
                     ids.push(hit.id);
-                    rest = &rest[hit.end..];
+                    at = hit.end;
                 }
             }
-            stretch.push_str(rest);
+            stretch.push_str(&part.text[at..]);
         }
-        self.encode_into(&stretch, special_tokens, ids)
+        self.encode_stretch(&stretch, at_start, special_tokens, ids)
     }
 
     /// The text of ids; special tokens leave no trace, ids that are no token are passed over.
@@ -187,7 +202,7 @@ impl Tokenizer {
 
     /// Whether a special token is written in a text.
     pub fn has_special(&self, text: &str) -> bool {
-        self.specials.find(text).is_some()
+        self.specials.find(text, 0).is_some()
     }
 
     /// The special tokens by id.
@@ -220,7 +235,12 @@ impl Tokenizer {
         &self.place
     }
 
-    /// The files that make the same tokenizer in another folder. A bare `.model` file comes with a small
+    /// What its files hold that may not be what the user means, though it is no fault.
+    pub fn warnings(&self) -> &[Fault] {
+        &self.warnings
+    }
+
+    /// The files that make the same tokenizer in another folder, with those that go along with it. A bare `.model` file comes with a small
     /// `tokenizer_config.json`, so that other programs read it the same way.
     pub fn files(&self) -> &[TokenizerFile] {
         &self.files
@@ -229,7 +249,7 @@ impl Tokenizer {
     /// A number that differs between tokenizers that may encode differently.
     pub fn fingerprint(&self) -> u128 {
         let mut hasher = xxhash_rust::xxh3::Xxh3::new();
-        for file in &self.files {
+        for file in self.files.iter().filter(|file| folder::decides_ids(&file.name)) {
             hasher.update(&(file.name.len() as u64).to_le_bytes());
             hasher.update(file.name.as_bytes());
             hasher.update(&(file.bytes.len() as u64).to_le_bytes());

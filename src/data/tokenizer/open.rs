@@ -3,44 +3,36 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::compare::difference;
+use super::declared::{CONFIG, Declared};
+use super::folder::{JSON, MODEL, left_behind, read, read_files, without};
 use super::hf::HfTokenizer;
-use super::sentencepiece::SentencePiece;
-use super::special::{Added, Declared, Matcher};
+use super::sentencepiece::{Prefix, SentencePiece};
+use super::special::{Added, Matcher};
 use super::{Backend, Tokenizer, TokenizerFile};
-use crate::error::{Error, Result};
+use crate::error::{Error, Fault, Result};
 
-const MODEL: &str = "tokenizer.model";
-const JSON: &str = "tokenizer.json";
-const CONFIG: &str = "tokenizer_config.json";
-/// The files that declare tokens beside either.
-const DECLARING: [&str; 3] = [CONFIG, "special_tokens_map.json", "added_tokens.json"];
-/// A tokenizer's file is at most some ten megabytes; anything much larger is something else.
-const MAX_BYTES: u64 = 256 << 20;
 /// How tokenizer.json files without a config usually name the end of a text.
 const USUAL_EOS: [&str; 5] = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>"];
 
 impl Tokenizer {
-    /// Opens a folder that holds a tokenizer (of two kinds in it, the `tokenizer.model`), a `tokenizer.json` (with the
-    /// configs beside it) or a SentencePiece `.model` file (which is taken by itself).
+    /// Opens a folder that holds a tokenizer, a `tokenizer.json` (with the configs beside it) or a SentencePiece
+    /// `.model` file (which is taken by itself). Of two kinds in a folder the `tokenizer.model` is taken where both
+    /// encode the same, else the `tokenizer.json`, as Transformers does.
     ///
     /// # Errors
     /// [`Error::Invalid`] where there is no tokenizer, or one that would not be encoded exactly.
     pub fn open(path: &Path) -> Result<Self> {
         let place = path.display().to_string();
         if path.is_dir() {
-            if path.join(MODEL).is_file() {
-                return Self::from_sentencepiece(read_files(path, &[MODEL, JSON])?, &place, MODEL);
-            }
-            if path.join(JSON).is_file() {
-                return Self::from_json(read_files(path, &[JSON])?, &place, JSON);
-            }
-            let hint = if path.join("vocab.json").is_file() {
-                "vocab.json and merges.txt are not read: in Python, AutoTokenizer.from_pretrained(...).save_pretrained(\
-                 ...) of a fast tokenizer writes a tokenizer.json"
-            } else {
-                "name the folder, the tokenizer.json or the .model file in model.tokenizer"
+            let mut opened = match (path.join(MODEL).is_file(), path.join(JSON).is_file()) {
+                (true, true) => Self::from_both(read_files(path)?, &place)?,
+                (true, false) => Self::from_sentencepiece(read_files(path)?, &place, MODEL)?,
+                (false, true) => Self::from_json(read_files(path)?, &place, JSON)?,
+                (false, false) => return Err(no_tokenizer(path)),
             };
-            return Err(Error::invalid(place, "holds neither a tokenizer.model nor a tokenizer.json").hint(hint));
+            opened.warnings.extend(left_behind(path));
+            return Ok(opened);
         }
         if !path.is_file() {
             return Err(Error::invalid(place, "does not exist").hint(
@@ -53,24 +45,63 @@ impl Tokenizer {
         if path.extension().is_some_and(|extension| extension == "json") {
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
             let mut files = vec![TokenizerFile { name: JSON.into(), bytes }];
-            files.extend(read_files(folder, &[])?);
-            return Self::from_json(files, &folder.display().to_string(), &file_name);
+            files.extend(read_files(folder)?.into_iter().filter(|file| ![JSON, MODEL].contains(&file.name.as_str())));
+            let mut opened = Self::from_json(files, &folder.display().to_string(), &file_name)?;
+            opened.warnings.extend(left_behind(folder));
+            return Ok(opened);
         }
         let folder = path.parent().unwrap_or(Path::new("")).display().to_string();
         Self::from_sentencepiece(vec![TokenizerFile { name: MODEL.into(), bytes }], &folder, &file_name)
     }
 
+    /// Opens a folder with both kinds: the `tokenizer.model`, if the `tokenizer.json` encodes the same, else that one.
+    fn from_both(files: Vec<TokenizerFile>, folder: &str) -> Result<Self> {
+        let of_model = Self::from_sentencepiece(without(&files, JSON), folder, MODEL);
+        let of_json = Self::from_json(without(&files, MODEL), folder, JSON);
+        let (mut opened, reason) = match (of_model, of_json) {
+            (Ok(model), Ok(json)) => match difference(&model, &json)? {
+                None => (model, None),
+                Some(difference) => (json, Some(difference)),
+            },
+            (Err(error), Ok(json)) => (json, Some(format!("the former cannot be taken: {error}"))),
+            (Ok(_), Err(error)) => {
+                let hint = "mend or remove the tokenizer.json; without one the tokenizer.model beside it decides";
+                return Err(error.hint_where_none(hint));
+            }
+            (Err(error), Err(_)) => return Err(error),
+        };
+        for file in files {
+            if opened.files.iter().all(|other| other.name != file.name) {
+                opened.files.push(file);
+            }
+        }
+        if let Some(reason) = reason {
+            let what =
+                format!("holds a {MODEL} and a {JSON} that differ; the latter is taken, as by Transformers: {reason}");
+            let hint = format!("if {MODEL} is the right one, remove the {JSON}, or name it as model.tokenizer");
+            opened.warnings.push(Fault::new(folder, what).hint(hint));
+        }
+        Ok(opened)
+    }
+
     fn from_sentencepiece(mut files: Vec<TokenizerFile>, folder: &str, file_name: &str) -> Result<Self> {
-        let declared = Declared::read(&files, folder)?;
+        let mut declared = Declared::read(&files, folder)?;
+        declared.judge_class(folder, true);
         let place = format!("{}{file_name}", slashed(folder));
         let bytes = files.iter().find(|file| file.name == MODEL).map_or(&[][..], |file| &file.bytes);
-        let model = SentencePiece::new(bytes, &place)?;
+        let mut model = SentencePiece::new(bytes, &place)?;
+        match (declared.legacy, declared.add_prefix_space) {
+            (_, Some(false)) => model.prefix = Prefix::Never,
+            (Some(false), _) => model.prefix = Prefix::Start,
+            _ => {}
+        }
 
         let mut tokens: BTreeMap<u32, Added> =
             model.special_pieces().map(|(id, text)| (id, Added::special(text, Some(id)))).collect();
         let mut ids: BTreeMap<&str, u32> =
             (0..model.n_pieces()).filter_map(|id| Some((model.piece(id)?, id))).collect();
-        let mut past_pieces = BTreeMap::new();
+        declared.take_known(|token| ids.contains_key(token));
+        let (mut past_pieces, mut first_hole) = (BTreeMap::new(), None);
         for token in &declared.added {
             let next = past_pieces.last_key_value().map_or(model.n_pieces(), |(&last, _)| last + 1);
             let known = ids.get(token.text.as_str()).copied();
@@ -88,11 +119,20 @@ impl Tokenizer {
                 (Some(u32::MAX), None) => return Err(mismatch(&place, format!("cannot number `{}`", token.text))),
                 (declared, None) => declared.unwrap_or(next),
             };
+            if id > next && first_hole.is_none() {
+                first_hole = Some((token.text.clone(), id, next));
+            }
             if id >= model.n_pieces() {
                 past_pieces.insert(id, token.text.clone());
             }
             ids.insert(&token.text, id);
             tokens.insert(id, token.clone());
+        }
+        if let Some((token, id, next)) = first_hole {
+            let what = format!("number `{token}` as {id}, though {next} is the next free id");
+            let hint =
+                "Transformers 5 numbers such tokens without holes, so its ids differ: number them so in the files";
+            declared.warnings.push(Fault::new(format!("{}the added tokens", slashed(folder)), what).hint(hint));
         }
 
         let named = |name: &Option<String>, piece: &str| {
@@ -127,29 +167,42 @@ impl Tokenizer {
             pad,
             vocab_size,
             files,
+            warnings: declared.warnings,
             backend: Backend::SentencePiece(Box::new(model)),
         })
     }
 
     fn from_json(files: Vec<TokenizerFile>, folder: &str, file_name: &str) -> Result<Self> {
-        let declared = Declared::read(&files, folder)?;
+        let mut declared = Declared::read(&files, folder)?;
+        declared.judge_class(folder, false);
         let place = format!("{}{file_name}", slashed(folder));
         let bytes = files.iter().find(|file| file.name == JSON).map_or(&[][..], |file| &file.bytes);
-        let hf = HfTokenizer::new(bytes, &declared, &place)?;
+        let hf = HfTokenizer::new(bytes, &mut declared, &place, folder)?;
         let named = |name: &Option<String>| name.as_deref().and_then(|name| hf.id(name));
 
-        let bos = match declared.add_bos {
-            Some(false) => None,
-            Some(true) if declared.bos.is_some() => named(&declared.bos),
-            _ => match hf.prefix(&place)?.as_slice() {
-                [] => None,
-                [bos] => Some(*bos),
-                more => {
-                    let what = format!("puts {} tokens before a text; Llama's put one, or none", more.len());
-                    return Err(Error::invalid(place, what).hint("Bellora trains Llama-family models only"));
-                }
-            },
+        let (before, behind) = hf.around(&place)?;
+        let bos = match (declared.add_bos, before.as_slice()) {
+            (Some(false), _) => None,
+            (Some(true), _) if declared.bos.is_some() => named(&declared.bos),
+            (_, []) => None,
+            (_, [bos]) => Some(*bos),
+            (_, more) => {
+                let what = format!("puts {} tokens before a text; Llama's put one, or none", more.len());
+                return Err(Error::invalid(place, what).hint("Bellora trains Llama-family models only"));
+            }
         };
+        if let Some(add_bos) = declared.add_bos
+            && bos.as_slice() != before
+        {
+            let what = format!("is {add_bos}, which holds here; the post-processor of {file_name} says otherwise");
+            let hint = "Transformers 5 goes by the post-processor: make the two say the same";
+            declared.warnings.push(Fault::new(format!("{}{CONFIG}: add_bos_token", slashed(folder)), what).hint(hint));
+        }
+        if let [first, ..] = behind[..] {
+            let what = format!("puts {} behind every text", hf.token(first).unwrap_or_default());
+            let hint = "here the token that ends a text follows every answer and never a prompt";
+            declared.warnings.push(Fault::new(format!("{place}: post_processor"), what).hint(hint));
+        }
         let eos = match named(&declared.eos) {
             Some(eos) => eos,
             None => {
@@ -173,9 +226,20 @@ impl Tokenizer {
             pad: named(&declared.pad).or_else(|| hf.id("[PAD]")),
             vocab_size: hf.n_ids() as usize,
             files,
+            warnings: declared.warnings,
             backend: Backend::Hf(Box::new(hf)),
         })
     }
+}
+
+fn no_tokenizer(folder: &Path) -> Error {
+    let hint = if folder.join("vocab.json").is_file() {
+        "vocab.json and merges.txt are not read: in Python, AutoTokenizer.from_pretrained(...).save_pretrained(\
+         ...) of a fast tokenizer writes a tokenizer.json"
+    } else {
+        "name the folder, the tokenizer.json or the .model file in model.tokenizer"
+    };
+    Error::invalid(folder.display().to_string(), "holds neither a tokenizer.model nor a tokenizer.json").hint(hint)
 }
 
 fn no_eos(place: &str) -> Error {
@@ -189,29 +253,4 @@ fn mismatch(place: &str, what: String) -> Error {
 
 fn slashed(folder: &str) -> String {
     if folder.is_empty() || folder.ends_with('/') { folder.to_owned() } else { format!("{folder}/") }
-}
-
-/// Reads those of the named and the declaring files that the folder holds.
-fn read_files(folder: &Path, names: &[&str]) -> Result<Vec<TokenizerFile>> {
-    let mut files = Vec::new();
-    for name in names.iter().chain(&DECLARING).copied() {
-        let path = folder.join(name);
-        if path.is_file() {
-            files.push(TokenizerFile { name: name.to_owned(), bytes: read(&path)? });
-        }
-    }
-    Ok(files)
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    let place = path.display().to_string();
-    let unreadable = |error: std::io::Error| Error::invalid(&place, format!("cannot be read: {error}"));
-    if std::fs::metadata(path).map_err(unreadable)?.len() > MAX_BYTES {
-        return Err(Error::invalid(&place, "is too large to be a tokenizer's file"));
-    }
-    let bytes = std::fs::read(path).map_err(unreadable)?;
-    if bytes.starts_with(b"version https://git-lfs") {
-        return Err(Error::invalid(&place, "is only a pointer of git-lfs").hint("fetch the file itself: git lfs pull"));
-    }
-    Ok(bytes)
 }

@@ -16,6 +16,17 @@ use crate::error::{Error, Result};
 /// The character that stands for a space in pieces.
 pub(super) const SPACE: char = '\u{2581}';
 
+/// Which stretches of a text get a space before them that it does not have (the dummy prefix).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Prefix {
+    /// All, as SentencePiece does with a text.
+    EachStretch,
+    /// The one at the text's beginning, unless it begins with a space: `legacy` is false.
+    Start,
+    /// None: `add_prefix_space` is false, or the model says so.
+    Never,
+}
+
 /// A loaded SentencePiece BPE model.
 pub(super) struct SentencePiece {
     pub(super) pieces: Vec<Piece>,
@@ -29,7 +40,7 @@ pub(super) struct SentencePiece {
     pub(super) byte_ids: Option<Vec<u32>>,
     pub(super) unknown: u32,
     pub(super) user_defined: Option<Matcher>,
-    pub(super) dummy_prefix: bool,
+    pub(super) prefix: Prefix,
     pub(super) bos_piece: String,
     pub(super) eos_piece: String,
     pub(super) pad_piece: String,
@@ -59,6 +70,7 @@ impl SentencePiece {
         })?;
         let trainer = model.trainer_spec.clone().unwrap_or_default();
         refuse_other_kinds(&model, &trainer, place)?;
+        let normalizer = model.normalizer_spec.clone().unwrap_or_default();
 
         let bad = |what: String| Error::invalid(place, what).hint("the file is damaged: download it again");
         let mut pieces = Vec::with_capacity(model.pieces.len());
@@ -108,7 +120,7 @@ impl SentencePiece {
             byte_ids: trainer.byte_fallback().then_some(byte_ids),
             unknown,
             user_defined: (!user.is_empty()).then(|| Matcher::new(user)),
-            dummy_prefix: model.normalizer_spec.clone().unwrap_or_default().add_dummy_prefix(),
+            prefix: if normalizer.add_dummy_prefix() { Prefix::EachStretch } else { Prefix::Never },
             bos_piece: trainer.bos_piece().to_owned(),
             eos_piece: trainer.eos_piece().to_owned(),
             pad_piece: trainer.pad_piece().to_owned(),
@@ -219,7 +231,7 @@ impl SentencePiece {
             PieceKind::Control => {}
             PieceKind::Unknown => state.push_str(" \u{2047} "),
             _ => {
-                let strip = !state.begun && self.dummy_prefix;
+                let strip = !state.begun && self.prefix != Prefix::Never;
                 let text = piece.text.strip_prefix(SPACE).filter(|_| strip).unwrap_or(&piece.text);
                 state.push_str(&text.replace(SPACE, " "));
             }
