@@ -64,8 +64,8 @@ impl LlamaConfig {
     /// though they might change what is computed.
     ///
     /// # Errors
-    /// Every fault at once: a missing or malformed key, a feature that this program does not compute, a number that is not
-    /// known.
+    /// Another architecture; else every fault at once: a missing or malformed key, a feature that this program does not
+    /// compute, a number that is not known.
     pub fn load(base: &Path, allowed: &[String]) -> Result<ReadConfig> {
         let path = base.join("config.json");
         if let Some(other) = other_kind(base).filter(|_| !path.exists()) {
@@ -92,6 +92,10 @@ impl LlamaConfig {
     pub fn read(path: &Path, allowed: &[String]) -> Result<ReadConfig> {
         let (map, place) = object(path)?;
         let mut reader = Reader { map: &map, place, allowed, faults: Vec::new(), warnings: Vec::new() };
+        reader.refuse_other_architectures();
+        if !reader.faults.is_empty() {
+            return Err(Error::Invalid(reader.faults));
+        }
         let config = reader.config();
         reader.unknown_keys();
         match reader.faults.is_empty() {
@@ -248,7 +252,7 @@ impl Reader<'_> {
     }
 
     fn config(&mut self) -> LlamaConfig {
-        self.refuse_other_models();
+        self.refuse_what_is_not_computed();
         let hidden_size = self.int("hidden_size");
         let num_attention_heads = self.int("num_attention_heads");
         let num_key_value_heads = self.int_or("num_key_value_heads", num_attention_heads);
@@ -287,20 +291,21 @@ impl Reader<'_> {
         }
     }
 
-    fn refuse_other_models(&mut self) {
+    /// Refuses another architecture by its name. Its other keys would only be named as missing or wrong.
+    fn refuse_other_architectures(&mut self) {
         let model_type = self.get("model_type").cloned().unwrap_or(Value::Null);
         let name = model_type.as_str().unwrap_or_default();
-        if name != "llama" {
-            let has = OTHER_ARCHITECTURES.iter().find(|(other, _)| *other == name);
-            let has = has.map(|(_, has)| format!(" (it has {has})")).unwrap_or_default();
-            let what = format!("the architecture {} is not supported{has}, only \"llama\" is", short(&model_type));
-            self.fault(
-                "model_type",
-                what,
-                "choose a Llama-family base: Llama 1 to 3, TinyLlama, SmolLM2, Vicuna, Yi, ...",
-            );
+        if name == "llama" {
             return;
         }
+        let has = OTHER_ARCHITECTURES.iter().find(|(other, _)| *other == name);
+        let has = has.map(|(_, has)| format!(" (it has {has})")).unwrap_or_default();
+        let what = format!("the architecture {} is not supported{has}, only \"llama\" is", short(&model_type));
+        let hint = "choose a Llama-family base: Llama 1 to 3, TinyLlama, SmolLM2, Vicuna, Yi, ...";
+        self.fault("model_type", what, hint);
+    }
+
+    fn refuse_what_is_not_computed(&mut self) {
         if let Some(found) =
             self.get("architectures").filter(|a| !a.to_string().to_ascii_lowercase().contains("\"llamaforcausallm\""))
         {
