@@ -579,7 +579,7 @@ fn what_a_template_file_may_not_mean_is_said() {
         (format!("user = [\"<start_of_turn>\", \"\"]\n{}", plain.1), &["user: holds <start_of_turn>"]),
         (format!("stop = [\"<|eot_id|>\"]\n{}{}", plain.0, plain.1), &["stop: holds <|eot_id|>"]),
         // What is as it should be: an earlier answer's end is the template's own, and other brackets are text.
-        (format!("start = \"S <b> |x|\"\nuser = [\"[INST] \", \" [/INST] <sep>\"]\nreply = [\"\", \"</s><s>\"]\n"), &[]),
+        ("start = \"S <b> |x|\"\nuser = [\"[INST] \", \" [/INST] <sep>\"]\nreply = [\"\", \"</s><s>\"]\n".to_owned(), &[]),
         (format!("{}{}", plain.0, plain.1), &[]),
     ] {
         let files = folder(&[("t 1.toml", content.as_bytes())]);
