@@ -8,7 +8,7 @@ use crate::checkpoint::manifest::{MANIFEST_FILE, newest_good};
 use crate::config::{Dtype, ModelOfRun};
 use crate::data::{SpecialTokens, Template, TemplateFile, Tokenizer};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, Result, shell_quoted};
 use crate::model::adapter_file::{self, AdapterConfig};
 use crate::model::config::{LlamaConfig, ReadConfig};
 use crate::model::llama::{Compute, Llama};
@@ -231,7 +231,7 @@ fn newest_adapter(run_dir: &Path) -> Result<PathBuf> {
     match newest_good(&run_dir.join(CHECKPOINTS_DIR))?.good {
         Some((_, dir)) => Ok(dir),
         None => Err(Error::invalid(run_dir.display().to_string(), "has neither an adapter nor a whole checkpoint yet")
-            .hint(format!("go on with it: bellora resume {}", run_dir.display()))),
+            .hint(format!("go on with it: bellora resume {}", shell_quoted(run_dir)))),
     }
 }
 

@@ -52,7 +52,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let lengths = args.lengths.as_deref().map(Lengths::of_argument).transpose()?;
     let mut config = match (&args.config, &shape) {
         (config, Some(_)) => Config::load_without_files(config.as_deref(), &args.sets)?,
-        (Some(config), None) => Config::load(config, &args.sets)?,
+        (Some(config), None) => Config::load_to_read(config, &args.sets)?,
         (None, None) => {
             return Err(Error::invalid("bellora bench", "neither a config nor a shape is given")
                 .hint(format!("name a config file, or --shape with one of {}", shapes::NAMES.join(", "))));

@@ -25,7 +25,6 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
     if args.print_config {
         return print(&config.print_with_defaults_marked());
     }
-    config.refuse_unwritable_output()?;
     let job = Job::inspect(config, CacheUse::Judge, 1)?;
     run_dir::refuse_taken_output(&job.model.config)?;
     job.run_bytes().fit(&LocalDisk, &job.model.config.train.output, 0)?;

@@ -38,7 +38,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     }
     let config = match is_run {
         true => Config::load_run_to_evaluate(&args.target, &args.sets)?,
-        false => Config::load(&args.target, &args.sets)?,
+        false => Config::load_to_read(&args.target, &args.sets)?,
     };
     let (model, samples) = validation(config)?;
     for warning in model.warnings.iter().chain(samples.warnings()) {

@@ -155,8 +155,14 @@ struct ConfigArgs {
 }
 
 impl ConfigArgs {
+    /// For a command that writes where the config says.
     fn load(&self) -> Result<Config> {
         Config::load(&self.config, &self.sets)
+    }
+
+    /// For a command that writes nothing there.
+    fn load_to_read(&self) -> Result<Config> {
+        Config::load_to_read(&self.config, &self.sets)
     }
 }
 

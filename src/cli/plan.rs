@@ -31,7 +31,7 @@ pub(super) struct PlanArgs {
     #[arg(long, value_name = "NAME")]
     gpu: Option<String>,
     /// Share the work among so many
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "gpu", value_parser = clap::value_parser!(i64).range(1..=1 << 20))]
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "gpu", allow_negative_numbers = true)]
     n_gpus: i64,
     /// Plan for a model without its files: a known shape's name, or a config.json; samples are then those of --lengths
     #[arg(long, value_name = "NAME|FILE")]
@@ -108,7 +108,7 @@ impl Subject {
     }
 
     fn of_files(args: &PlanArgs, gpu: Option<GpuModel>) -> Result<Self> {
-        let config = args.config.load()?;
+        let config = args.config.load_to_read()?;
         let Job { model, train, .. } = Job::inspect(for_here(&config, gpu), CacheUse::Read, 1)?;
         let lengths = (0..train.len()).map(|sample| (train.ids(sample).len(), train.label_tokens(sample))).collect();
         let mut shape = model.base.clone();

@@ -25,7 +25,7 @@ pub(super) struct PrepareArgs {
 pub(super) fn run(args: &PrepareArgs) -> Result<()> {
     signals::end_at_once()?;
     show_progress();
-    let config = args.config.load()?;
+    let config = args.config.load_to_read()?;
     if let Some(path) = &args.dump {
         check_dump(path, &args.config.config, &config)?;
     }

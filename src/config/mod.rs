@@ -8,6 +8,7 @@ mod changes;
 mod choices;
 mod foreign;
 mod globs;
+mod of_run;
 mod paths;
 mod print;
 mod raw;
@@ -18,11 +19,13 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Fault, Result};
+use of_run::Unwritable;
 
 pub use changes::{Difference, Meaning, values_of};
 pub use choices::{
     Device, Dtype, LossAverage, NewRows, NonFinite, Recompute, SaveDtype, Schedule, SpecialTokens, Truncation,
 };
+pub use of_run::{CacheDir, ModelOfRun};
 
 /// Everything the user can set, resolved.
 ///
@@ -49,15 +52,6 @@ impl PartialEq for Config {
     fn eq(&self, other: &Self) -> bool {
         self.model == other.model && self.lora == other.lora && self.data == other.data && self.train == other.train
     }
-}
-
-/// Why the places of a config that are written cannot be, each under the key that names it.
-#[derive(Debug, Clone, Default)]
-struct Unwritable {
-    output: Option<Fault>,
-    cache_dir: Option<Fault>,
-    /// Whether the folder of tokens is the user's own wish now: neither the default nor what a run once took.
-    cache_is_wished: bool,
 }
 
 /// `[model]`.
@@ -314,13 +308,14 @@ fn known_keys() -> impl Iterator<Item = &'static str> {
 }
 
 impl Config {
-    /// Reads a config file and applies `--set section.key=value` overrides in their order.
+    /// Reads a config file and applies `--set section.key=value` overrides in their order, for a command that writes where
+    /// the config says.
     ///
     /// Relative paths mean the working folder and come out absolute; globs come out as the files they match.
     ///
     /// # Errors
     /// [`Error::Invalid`] with all faults: an unreadable file, TOML that does not parse, unknown and missing keys,
-    /// wrong types and ranges, contradictions, and paths that do not exist.
+    /// wrong types and ranges, contradictions, paths that do not exist, and places that cannot be written.
     pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
         Self::parse(&read(path)?, &path.display().to_string(), sets)
     }
@@ -331,77 +326,33 @@ impl Config {
     /// As [`Config::load`].
     pub fn parse(text: &str, name: &str, sets: &[String]) -> Result<Self> {
         let mut faults = Faults::default();
-        let mut raw = raw::read(text, name, &mut faults)?;
-        raw.apply_sets(sets, &mut faults);
-        let config = resolve::resolve(raw, FileKeys::Required, &mut faults);
+        let config = Self::resolved(text, name, sets, &mut faults)?;
+        faults.found.extend(config.unwritable.as_faults());
         faults.into_result(config)
     }
 
-    /// Reads the config of a run's folder, with `--set` overrides. The run is where its folder is, wherever it was started.
+    /// Reads a config file as [`Config::load`] does, for a command that writes nothing there.
     ///
     /// # Errors
-    /// As [`Config::load`]; a `--set` of `train.output`.
-    pub fn load_run(run_dir: &Path, sets: &[String]) -> Result<Self> {
-        let (raw, mut faults) = Self::raw_of_run(run_dir, sets)?;
-        let mut config = resolve::resolve(raw, FileKeys::Required, &mut faults);
-        config.unwritable.cache_is_wished = sets.iter().any(|set| key_of_set(set) == "data.cache_dir");
-        faults.into_result(config)
+    /// As [`Config::load`], but for places that cannot be written.
+    pub fn load_to_read(path: &Path, sets: &[String]) -> Result<Self> {
+        Self::parse_to_read(&read(path)?, &path.display().to_string(), sets)
     }
 
-    /// Reads the config of a run's folder for an evaluation of what was trained. Where it names validation files, the training
-    /// samples are not asked for; the adapter that the run started from never is.
+    /// Resolves the text of a config file, for a process that writes nothing where it says.
     ///
     /// # Errors
-    /// As [`Config::load_run`].
-    pub fn load_run_to_evaluate(run_dir: &Path, sets: &[String]) -> Result<Self> {
-        let (mut raw, mut faults) = Self::raw_of_run(run_dir, sets)?;
-        raw.remove("model.init_adapter");
-        let has_files = raw.get("data.validation").is_some_and(|given| given.value != raw::Value::List(Vec::new()));
-        let file_keys = if has_files { FileKeys::WithoutTraining } else { FileKeys::Required };
-        if has_files {
-            raw.remove("data.train");
-        }
-        let config = resolve::resolve(raw, file_keys, &mut faults);
-        faults.into_result(config)
-    }
-
-    fn raw_of_run(run_dir: &Path, sets: &[String]) -> Result<(raw::Raw, Faults)> {
-        let path = run_dir.join("config.toml");
+    /// As [`Config::load_to_read`].
+    pub fn parse_to_read(text: &str, name: &str, sets: &[String]) -> Result<Self> {
         let mut faults = Faults::default();
-        let mut raw = raw::read(&read(&path)?, &path.display().to_string(), &mut faults)?;
-        raw.apply_sets(sets, &mut faults);
-        if let Some(set) = sets.iter().find(|set| key_of_set(set) == "train.output") {
-            let what = format!("a run stays in its folder, which is {}", run_dir.display());
-            let hint = "move the folder and name its new place; or start another run, with model.init_adapter = this run's adapter";
-            faults.add(usize::MAX, Fault::new(format!("--set {set}"), what).hint(hint));
-        }
-        raw.put("train.output", run_dir.display().to_string());
-        Ok((raw, faults))
+        let config = Self::resolved(text, name, sets, &mut faults)?;
+        faults.into_result(config)
     }
 
-    /// Refuses an output folder in which nothing can be written.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`].
-    pub fn refuse_unwritable_output(&self) -> Result<()> {
-        self.unwritable.output.clone().map_or(Ok(()), |fault| Err(Error::Invalid(vec![fault])))
-    }
-
-    /// The folder of tokens.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] where nothing can be written there and the user asked for that folder.
-    pub fn cache_dir(&self) -> Result<CacheDir<'_>> {
-        let Unwritable { cache_dir, cache_is_wished, .. } = &self.unwritable;
-        let hint = "tokens are made anew each time; name a folder that can be written: --set data.cache_dir=DIR";
-        match cache_dir {
-            Some(fault) if *cache_is_wished => Err(Error::Invalid(vec![fault.clone()])),
-            fault => Ok(CacheDir {
-                folder: &self.data.cache_dir,
-                is_required: *cache_is_wished,
-                unwritable: fault.clone().map(|fault| fault.hint(hint)),
-            }),
-        }
+    fn resolved(text: &str, name: &str, sets: &[String], faults: &mut Faults) -> Result<Self> {
+        let mut raw = raw::read(text, name, faults)?;
+        raw.apply_sets(sets, faults);
+        Ok(resolve::resolve(raw, FileKeys::Required, faults))
     }
 
     /// Reads a config for a model and samples that are not on disk: the keys that name files are passed over, the
@@ -441,22 +392,6 @@ fn read(path: &Path) -> Result<String> {
     String::from_utf8(text).map_err(|_| Error::invalid(&place, "not a text in UTF-8").hint("save the config as UTF-8"))
 }
 
-/// A folder in which tokens are kept.
-#[derive(Debug)]
-pub struct CacheDir<'a> {
-    /// The folder.
-    pub folder: &'a Path,
-    /// Whether the user asked for it, so that a fault there is a fault of the command.
-    pub is_required: bool,
-    /// Why nothing can be written there, where that costs time alone.
-    pub unwritable: Option<Fault>,
-}
-
-/// The key of a `--set` argument.
-fn key_of_set(argument: &str) -> &str {
-    argument.split_once('=').map_or(argument, |(key, _)| key).trim()
-}
-
 /// What becomes of the keys that name files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FileKeys {
@@ -466,38 +401,6 @@ enum FileKeys {
     WithoutTraining,
     /// None is there, and none is missed.
     PassedOver,
-}
-
-/// What a run's own config says of its model, read without looking for the files that it names: they may have moved.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModelOfRun {
-    /// The base the run was trained on.
-    pub base: Option<PathBuf>,
-    /// The dtype it computed in.
-    pub dtype: Option<Dtype>,
-    /// Keys of the base's `config.json` that it passed over.
-    pub allow_config_keys: Vec<String>,
-}
-
-impl ModelOfRun {
-    /// Reads a run's `config.toml`.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] for a file that cannot be read or is no TOML.
-    pub fn load(path: &Path) -> Result<Self> {
-        let place = path.display().to_string();
-        let hint = "the run wrote this file: put back what it was";
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Error::invalid(&place, format!("cannot be read: {error}")).hint(hint))?;
-        let table: toml::Table = toml::from_str(&text)
-            .map_err(|error| Error::invalid(&place, format!("not valid TOML: {}", error.message())).hint(hint))?;
-        let value = |key: &str| table.get("model")?.get(key)?.as_str();
-        let dtype = value("dtype").and_then(|word| choices::Choice::WORDS.iter().find(|(known, _)| *known == word));
-        let allowed = table.get("model").and_then(|model| model.get("allow_config_keys")?.as_array());
-        let allow_config_keys =
-            allowed.into_iter().flatten().filter_map(|name| name.as_str().map(str::to_owned)).collect();
-        Ok(Self { base: value("base").map(PathBuf::from), dtype: dtype.map(|(_, dtype)| *dtype), allow_config_keys })
-    }
 }
 
 /// The faults met so far, each with the line it is on.

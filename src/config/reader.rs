@@ -260,9 +260,10 @@ impl Reader<'_> {
     }
 
     /// What keeps a command from writing at a place that a key names, or that it has by default.
-    pub(super) fn unwritable(&self, key: &str, place: &Path) -> Option<Fault> {
+    pub(super) fn unwritable(&self, key: &str, place: &Path) -> Option<(usize, Fault)> {
         let problem = paths::unwritable(place)?;
-        Some(Fault::new(self.raw.place(key), problem.what).hint(problem.hint))
+        let line = self.raw.get(key).map_or(usize::MAX, Given::line);
+        Some((line, Fault::new(self.raw.place(key), problem.what).hint(problem.hint)))
     }
 
     pub(super) fn required<T>(

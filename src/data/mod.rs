@@ -14,6 +14,7 @@ pub mod template_check;
 
 pub mod encode;
 
+mod brackets;
 mod cache;
 mod json;
 mod learned;

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use super::brackets::value_end;
 use super::json;
 use super::record::{Reason, Record, parse};
-use super::split::{Split, split, value_end};
+use super::split::{Split, split};
 use crate::error::{Error, Result, shell_quoted};
 
 /// A data file in memory, split into rows that are not parsed yet.

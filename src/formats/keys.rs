@@ -82,14 +82,14 @@ pub fn passed_over(place: &str, name: &str, value: &Value) -> Fault {
         .hint("if it changes what the model computes, results differ from those of other programs")
 }
 
-/// Whether a value says nothing: absent, off, 0, 1 (as a factor), empty, or made of nothing but such values.
+/// Whether a value says nothing: absent, off, 0, 1 (as a factor), empty, or an object of nothing but such values.
 pub fn is_neutral(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Bool(true) => false,
         Value::Number(number) => number.as_f64().is_some_and(|number| number == 0.0 || number == 1.0),
         Value::String(text) => text.is_empty(),
-        Value::Array(values) => values.iter().all(is_neutral),
+        Value::Array(values) => values.is_empty(),
         Value::Object(values) => values.values().all(is_neutral),
     }
 }

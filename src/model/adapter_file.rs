@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use crate::error::{Error, Fault, Result};
-use crate::formats::keys::{Effect, is_neutral, short};
+use crate::formats::keys::{Effect, short};
 use crate::formats::model_keys::ADAPTER_CONFIG;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
@@ -69,7 +69,7 @@ impl AdapterConfig {
             fault("peft_type", what, "only LoRA adapters are read");
         }
         // Any other key that is set belongs to a variant of LoRA, known or yet to come, that is not computed here.
-        for (key, value) in map.iter().filter(|(_, value)| !is_neutral(value)) {
+        for (key, value) in map.iter().filter(|(_, value)| is_set(value)) {
             match ADAPTER_CONFIG.find(key) {
                 Some(known) if known.effect == Effect::Refused && !JUDGED_BELOW.contains(&known.name) => {
                     fault(key, format!("is {}: {} is not supported", short(value), known.note), PLAIN_LORA);
@@ -133,7 +133,7 @@ impl AdapterConfig {
             }
             other => fault("modules_to_save", format!("expected a list, found {}", shown(other)), ONLY_TABLES),
         }
-        if !modules_to_save.is_empty() && get("ensure_weight_tying").is_some_and(|value| !is_neutral(value)) {
+        if !modules_to_save.is_empty() && get("ensure_weight_tying").is_some_and(is_set) {
             let what = "is set, but each trained table is a copy of its own here".to_string();
             fault("ensure_weight_tying", what, PLAIN_LORA);
         }
@@ -181,6 +181,17 @@ impl AdapterConfig {
             "use_rslora": self.lora.use_rslora,
         });
         serde_json::to_string_pretty(&config).expect("a JSON value always serialises") + "\n"
+    }
+}
+
+/// Whether a value switches something on: here 0 and 1 are ranks, scales and layers like others.
+fn is_set(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        Value::String(text) => !text.is_empty(),
+        Value::Bool(true) | Value::Number(_) => true,
     }
 }
 

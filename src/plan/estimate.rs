@@ -286,14 +286,18 @@ impl Task<'_> {
     }
 }
 
+/// GPUs that one job may have.
+const MOST_GPUS: i64 = 1 << 20;
+
 impl Machine {
     /// A GPU of the list, or several.
     ///
     /// # Errors
     /// No GPU at all.
     pub fn of_gpu(gpu: GpuModel, n_gpus: i64) -> Result<Self> {
-        if n_gpus < 1 {
-            return Err(Error::invalid("--n-gpus", format!("expected at least 1, found {n_gpus}")));
+        if !(1..=MOST_GPUS).contains(&n_gpus) {
+            let what = format!("expected at least 1 and at most {MOST_GPUS}, found {n_gpus}");
+            return Err(Error::invalid("--n-gpus", what).hint("leave it out for one"));
         }
         Ok(Self { device: Device::Cuda(0), available: gpu.available_bytes(), gpu: Some(gpu), n_gpus })
     }

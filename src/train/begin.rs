@@ -8,7 +8,7 @@ use crate::checkpoint::state::Record;
 use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Config, Difference, Meaning, values_of};
 use crate::disk::Disk;
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, Result, shell_quoted};
 use crate::train::lock::RunLock;
 use crate::train::requests::Requests;
 use crate::train::run::{Outcome, Run};
@@ -61,7 +61,6 @@ fn start_or_go_on(config: Config, resume: bool, host: &Host, n_ranks: usize) -> 
         return go_on(config, dir, lock, host, n_ranks);
     }
     refuse_taken_output(&config)?;
-    config.refuse_unwritable_output()?;
     let job = inspect(config, n_ranks)?;
     job.run_bytes().fit(&*host.disk, &dir, 0)?;
     Ok(Some(Start { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() }))
@@ -105,13 +104,14 @@ fn together(
 impl Start {
     /// The same job on another rank, which neither writes nor judges.
     fn beside_rank_0(settled: &str, n_ranks: usize) -> Result<Self> {
-        let job = inspect(Config::parse(settled, "the config of rank 0", &[])?, n_ranks)?;
+        let job = inspect(Config::parse_to_read(settled, "the config of rank 0", &[])?, n_ranks)?;
         let dir = job.model.config.train.output.clone();
         Ok(Self { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() })
     }
 }
 
 fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host, n_ranks: usize) -> Result<Option<Start>> {
+    config.refuse_unwritable()?;
     let Newest { good, damaged } = newest_good(&dir.join(CHECKPOINTS_DIR))?;
     let from = match good {
         Some((_, checkpoint)) => {
@@ -263,10 +263,10 @@ fn none_is_whole(damaged: &[(PathBuf, Error)], run_dir: &Path) -> Error {
         }
     }
     let dir = run_dir.join(CHECKPOINTS_DIR).display().to_string();
-    faults.push(
-        Fault::new(&dir, "holds no checkpoint that is whole")
-            .hint(format!("mend one from a copy, or start over: move {dir} away, or name another train.output")),
-    );
+    faults.push(Fault::new(&dir, "holds no checkpoint that is whole").hint(format!(
+        "mend one from a copy, or start over: move {} away, or name another train.output",
+        shell_quoted(&dir)
+    )));
     Error::Invalid(faults)
 }
 

@@ -11,6 +11,7 @@ mod identity;
 pub mod keep;
 mod lock;
 pub mod non_finite;
+mod parts;
 pub mod probe;
 mod reduce;
 pub mod replay;

@@ -13,7 +13,7 @@ use crate::checkpoint::state::Evaluated;
 use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Auto, Config};
 use crate::disk::{Disk, Nowhere, make_folder, put_file, sync_parent};
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, Result, shell_quoted};
 use crate::eval::evaluate;
 use crate::log::{EvalMetrics, LogSettings, RunLog, StepMetrics};
 use crate::train::banner;
@@ -340,7 +340,7 @@ impl<'a> Run<'a> {
             0 => "no step was done".to_string(),
             step => format!("step {step} is saved"),
         };
-        let note = format!("{done}; go on with: bellora resume {}", self.dir.display());
+        let note = format!("{done}; go on with: bellora resume {}", shell_quoted(&self.dir));
         self.log.record(&note)?;
         self.log.flush()?;
         Ok(Error::Interrupted { signal: signal as i32, note })

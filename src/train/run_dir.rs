@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::checkpoint::manifest::{MANIFEST_FILE, verify};
 use crate::config::Config;
 use crate::disk::{Disk, sync_parent};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shell_quoted};
 
 /// The run's own resolved config.
 pub const CONFIG_FILE: &str = "config.toml";
@@ -49,7 +49,7 @@ pub fn refuse_taken_output(config: &Config) -> Result<()> {
         let what = format!("{} holds a run already", dir.display());
         return Err(Error::invalid("train.output", what).hint(format!(
             "go on with it by `bellora resume {}` or `--resume`, or choose another folder: --set train.output=OTHER",
-            dir.display()
+            shell_quoted(dir)
         )));
     }
     for name in [ADAPTER_DIR, CHECKPOINTS_DIR, METRICS_FILE] {
@@ -94,7 +94,7 @@ pub fn verify_adapter(dir: &Path) -> Result<()> {
     verify(dir).map(drop).map_err(|error| {
         error.hint_where_none(&format!(
             "copy the folder again from where it was whole; if it was changed on purpose, remove {}",
-            dir.join(MANIFEST_FILE).display()
+            shell_quoted(&dir.join(MANIFEST_FILE))
         ))
     })
 }

@@ -2,8 +2,6 @@
 //!
 //! `check` stops here; `train` and `eval` go on from here. All faults are collected and reported at once.
 
-use std::path::Path;
-
 use tch::{Device, Kind};
 
 use crate::checkpoint::save::RunBytes;
@@ -24,6 +22,7 @@ use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::plan::MemoryModel;
 use crate::torch::cuda::set_numerics;
 use crate::train::disagreements::{attention_dropout, other_ends};
+use crate::train::parts::{open_init_adapter, open_tokenizer, vocab_size};
 use crate::train::settle;
 use crate::train::step::StepSettings;
 
@@ -432,12 +431,6 @@ pub fn lora_spec(config: &Config) -> LoraSpec {
     }
 }
 
-fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
-    Tokenizer::open(path).map_err(|error| {
-        error.hint_where_none("download the tokenizer's files again, or set model.tokenizer to others")
-    })
-}
-
 fn special_tokens(config: &Config) -> SpecialTokens {
     match config.data.special_tokens {
         config::SpecialTokens::Special => SpecialTokens::Special,
@@ -451,53 +444,4 @@ fn template(config: &Config) -> Result<Template> {
         TemplateChoice::ChineseAlpaca => Ok(Template::chinese_alpaca()),
         TemplateChoice::File(path) => data::Template::read(path),
     }
-}
-
-/// The rows of the tables: the base's, or the tokenizer's where it may grow them.
-fn vocab_size(config: &Config, base: &LlamaConfig, tokenizer: &Tokenizer, lora: &LoraSpec) -> Result<i64> {
-    let tokens = tokenizer.vocab_size() as i64;
-    if tokens <= base.vocab_size {
-        return Ok(base.vocab_size);
-    }
-    if !config.model.resize_vocab {
-        let what = format!(
-            "has {tokens} tokens, but the embedding table of {} has {} rows",
-            config.model.base.display(),
-            base.vocab_size
-        );
-        return Err(Error::invalid(tokenizer.place(), what).hint(
-            "if the vocabulary is meant to grow, set model.resize_vocab = true and \
-             lora.modules_to_save = [\"embed_tokens\", \"lm_head\"]; else model.tokenizer or model.base is the wrong one",
-        ));
-    }
-    if Table::ALL.iter().any(|t| !lora.trains(*t)) {
-        let what = format!("the vocabulary grows from {} to {tokens}, so both tables must be trained", base.vocab_size);
-        return Err(Error::invalid("lora.modules_to_save", what)
-            .hint("write modules_to_save = [\"embed_tokens\", \"lm_head\"]: new rows would be lost on export"));
-    }
-    Ok(tokens)
-}
-
-/// Opens an adapter to start from and holds its configuration against the run's.
-fn open_init_adapter(dir: &Path, lora: &LoraSpec, layout: &Layout) -> Result<TensorFiles> {
-    let theirs = AdapterConfig::load(dir)?.lora;
-    let mut faults = Vec::new();
-    let mut compare = |key: &str, ours: String, theirs: String| {
-        if ours != theirs {
-            let what = format!("the config has {ours}, {} has {theirs}", dir.join(adapter_file::CONFIG_FILE).display());
-            let hint = "make the two equal, or leave model.init_adapter out";
-            faults.push(Fault::new(format!("lora.{key}"), what).hint(hint));
-        }
-    };
-    compare("r", lora.r.to_string(), theirs.r.to_string());
-    compare("alpha", lora.alpha.to_string(), theirs.alpha.to_string());
-    compare("use_rslora", lora.use_rslora.to_string(), theirs.use_rslora.to_string());
-    let projections = |l: &LoraSpec| format!("{:?}", l.target_modules.iter().map(|p| p.name()).collect::<Vec<_>>());
-    compare("target_modules", projections(lora), projections(&theirs));
-    let tables = |l: &LoraSpec| format!("{:?}", l.modules_to_save.iter().map(|t| t.name()).collect::<Vec<_>>());
-    compare("modules_to_save", tables(lora), tables(&theirs));
-    if !faults.is_empty() {
-        return Err(Error::Invalid(faults));
-    }
-    adapter_file::open_weights(dir, layout)
 }

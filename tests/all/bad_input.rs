@@ -291,12 +291,12 @@ fn bases() {
         base_config(
             json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
             &["rope_parameters", "yarn"],
-            "original context length",
+            "choose another base",
         ),
         base_config(
             json!({"rope_parameters": null, "rope_scaling": {"type": "linear", "factor": 2.0}}),
             &["rope_scaling", "linear"],
-            "original context length",
+            "choose another base",
         ),
         base_config(json!({"rope_parameters": null, "rope_scaling": "dynamic"}), &["rope_scaling", "an object"], OWN),
         base_config(

@@ -53,7 +53,7 @@ fn assert_refused(changes: Value, words: &[&str]) {
 #[test]
 fn unknown_keys_that_say_nothing_pass_and_others_are_named() {
     let nothing = json!({
-        "a": null, "b": false, "c": 0, "d": 1.0, "e": "", "f": [], "g": {}, "h": { "i": [0, null] }, "pretraining_tp": 2,
+        "a": null, "b": false, "c": 0, "d": 1.0, "e": "", "f": [], "g": {}, "h": { "i": [], "j": 0 }, "pretraining_tp": 2,
         "transformers_version": "4.31.0", "_name_or_path": "somewhere", "use_cache": true, "temperature": 0.7,
     });
     assert_taken(nothing, &[]);
@@ -63,6 +63,7 @@ fn unknown_keys_that_say_nothing_pass_and_others_are_named() {
     );
     assert_taken(json!({ "use_qk_norm": true }), &["use_qk_norm"]);
     assert_taken(json!({ "mup": { "width": 2 } }), &["mup"]);
+    assert_taken(json!({ "skipped_layers": [0] }), &["skipped_layers"]);
     assert_taken(json!({ "architectures": ["OwnForCausalLM"] }), &["architectures: names [\"OwnForCausalLM\"]"]);
     // As the first Llama's files spell it.
     assert_taken(json!({ "architectures": ["LLaMAForCausalLM"] }), &[]);

@@ -84,6 +84,7 @@ dtype = "auto"
 device = "auto"
 resize_vocab = false
 new_rows = "normal"
+allow_config_keys = []
 
 [lora]
 r = 64
@@ -158,7 +159,7 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
     }
     let text = place.text(
         "tokenizer = \"DIR/tok/tokenizer.model\"\ndtype = \"bf16\"\ndevice = \"cpu\"\ninit_adapter = \"DIR/adapter\"\n\
-         resize_vocab = true\nnew_rows = \"mean\"",
+         resize_vocab = true\nnew_rows = \"mean\"\nallow_config_keys = [\"logit_scale\"]",
         "r = 7\nalpha = 3\ndropout = 0\ntarget_modules = [\"v_proj\", \"q_proj\"]\n\
          modules_to_save = [\"lm_head\", \"embed_tokens\"]\nuse_rslora = true",
         "validation = [\"DIR/v[1].jsonl\", \"DIR/more/*.json\"]\ntemplate = \"DIR/my.toml\"\nmax_length = 100\n\
@@ -216,7 +217,7 @@ fn all_faults_come_at_once_each_with_its_place_and_in_the_files_order() {
         ("c.toml:14: train.epochs", "max_steps says the same", "keep one of"),
         ("c.toml:16: train.learning_rate", "greater than 0, found NaN", ""),
         ("c.toml:17: train.betas", "a list of two numbers", ""),
-        ("c.toml:18: train.keep_checkpoints", "at least 1, found 0", ""),
+        ("c.toml:18: train.keep_checkpoints", "at least 1 and at most 1048576, found 0", ""),
         ("c.toml:19: train.shuffle", "unknown key", "write shuffle under [data]"),
         ("--set train.weight_decay", "expected section.key=value", "--set train.learning_rate=1e-4"),
         ("c.toml: data.train", "required", "write train = "),
