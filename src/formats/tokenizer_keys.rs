@@ -66,6 +66,7 @@ pub const TOKENIZER_CONFIG: KeyTable = KeyTable {
         harmless("use_legacy", "of another program"),
         harmless("from_slow", CALLS),
         harmless("trust_remote_code", "no code of the model's own is run"),
+        harmless("vocab_size", "the files themselves say how many tokens there are"),
         harmless("tokenizer_file", WRITER),
         harmless("tokenizer_type", WRITER),
         harmless("vocab_file", WRITER),

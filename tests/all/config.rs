@@ -407,7 +407,7 @@ fn paths_and_values_that_cannot_be_are_refused() {
         (data, "max_length = 99999999999999999999", "data.max_length", "a whole number", ""),
         (train, "micro_batch_tokens = 511", "train.micro_batch_tokens", "data.max_length = 512, found 511", "raise it"),
         (train, "micro_batch_tokens = \"big\"", "train.micro_batch_tokens", "\"auto\" or a whole number", ""),
-        (train, "max_steps = -1", "train.max_steps", "at least 1, found -1", ""),
+        (train, "max_steps = -1", "train.max_steps", "at least 1 and at most 1099511627776, found -1", ""),
         (train, "epochs = 0.5", "train.epochs", "whole number", ""),
         (train, "epochs = 2\nmax_steps = 1", "train.epochs", "max_steps", "keep one"),
         (train, "warmup_ratio = 1.5", "train.warmup_ratio", "from 0 to 1", ""),
@@ -436,7 +436,12 @@ fn paths_and_values_that_cannot_be_are_refused() {
         "at least one file, found an empty list",
         "",
     );
-    holds(&fault(&place.minimal(), &["train.max_non_finite=0"]), "=0", "at least 1, found 0", "the default, 10");
+    holds(
+        &fault(&place.minimal(), &["train.max_non_finite=0"]),
+        "=0",
+        "at least 1 and at most 1099511627776, found 0",
+        "the default, 10",
+    );
     holds(&fault(&place.minimal(), &["train.non_finite=go on"]), "=go on", "\"stop\", \"skip\"", "");
     holds(&fault(&place.minimal(), &["train.output="]), "--set train.output=", "an empty text", "");
     // Whole floats serve as whole numbers, and the other way round.

@@ -116,7 +116,7 @@ fn every_option_with_a_number() {
     let (config, base) = (config.to_str().unwrap(), base.to_str().unwrap());
     let generate = ["generate", base, "--prompt", "q"];
     let short = [&generate[..], &["--max-new-tokens", "1"]].concat();
-    let calls: [(&[&str], &str); 17] = [
+    let calls: [(&[&str], &str); 16] = [
         (&["train", config, "--nproc", "1"], "--meet-timeout"),
         (&["train", config, "--nproc", "1"], "--hang-timeout"),
         (&["train", config, "--nproc", "1"], "--link-timeout"),
@@ -125,7 +125,6 @@ fn every_option_with_a_number() {
         (&["train", config, "--nnodes", "1"], "--node-rank"),
         (&["plan", config, "--gpu", "A100-80"], "--n-gpus"),
         (&["plan", config, "--shape", "tiny"], "--vocab-size"),
-        (&["plan", config, "--shape", "tiny"], "--lengths"),
         (&["bench", "--shape", "tiny", "--warmup", "0", "--lengths", "8"], "--updates"),
         (&["bench", "--shape", "tiny", "--updates", "1", "--lengths", "8"], "--warmup"),
         (&["bench", "--shape", "tiny", "--updates", "1", "--warmup", "0", "--lengths", "8"], "--micro-batch-tokens"),

@@ -195,8 +195,10 @@ impl Declared {
     /// Adds a warning where the class that the files name may encode otherwise; with a SentencePiece model that is every
     /// class that is not Llama's or general.
     pub(super) fn judge_class(&mut self, place: &str, of_sentencepiece: bool) {
-        const LIKE_LLAMAS: [&str; 5] = [
+        const LIKE_LLAMAS: [&str; 6] = [
             "LlamaTokenizer",
+            // As the first files of Llama spell it.
+            "LLaMATokenizer",
             "CodeLlamaTokenizer",
             "PreTrainedTokenizer",
             "TokenizersBackend",

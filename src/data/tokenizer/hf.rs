@@ -174,7 +174,7 @@ fn space_as_declared(
         (Some(false), _) => "first",
         _ => return Ok(()),
     };
-    let is_llamas = declared.class.as_deref().is_none_or(|class| class == "LlamaTokenizer");
+    let is_llamas = declared.class.as_deref().is_none_or(|class| class.eq_ignore_ascii_case("LlamaTokenizer"));
     if !is_llamas || [&json["pre_tokenizer"], &json["decoder"]].into_iter().any(|part| has_kind(part, "ByteLevel")) {
         return Ok(());
     }
