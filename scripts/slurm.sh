@@ -16,10 +16,12 @@
 # read and written on the first one alone, but a job that comes back may get another first node: keep it where all see it.
 #
 # The job may be requeued at any time: `train --resume` starts the run or goes on from its newest whole checkpoint. Five minutes
-# before the time is up (--signal) the ranks are asked to stop: they finish the update, save, and the job puts itself back
-# into the queue. A node that fails requeues it too (--requeue). An error of the program does not: it would only come again.
+# before the time is up (--signal) the ranks are asked to stop: they finish the update and save. The job puts itself back into
+# the queue then, and also when a rank was lost (exit code 75: a node that failed, a link that was cut), but only if there is a
+# newer checkpoint than when it began, and BELLORA_REQUEUES times at most (100). An error of the program does not requeue it:
+# it would only come again. A limit of five minutes or less leaves no time to save one.
 #
-# Written to SLURM's documentation; it has not been tried on a cluster.
+# Written to SLURM's documentation and to what was seen of SLURM 22.05; this version has been tried with stand-ins alone.
 set -euo pipefail
 
 say() { printf '%s\n' "$*" >&2; }
@@ -38,20 +40,29 @@ command -v "$bellora" >/dev/null || {
     exit 2
 }
 
-# Where rank 0 listens: srun puts it on the first node. The port is the job's own, beneath those that systems give out themselves.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Where rank 0 listens: srun puts it on the first node. Its address, for a name may lead to a loopback address on the node itself.
+# The port is the job's own, beneath those that systems give out themselves.
+node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+MASTER_ADDR=$(scontrol show node "$node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | sed -n 1p)
+MASTER_ADDR=${MASTER_ADDR:-$node}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 # Drawn for this start, and handed on by the environment: command lines can be read by other users of a machine.
 BELLORA_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export MASTER_ADDR MASTER_PORT BELLORA_TOKEN
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
+run=$("$bellora" check "$@" --print-config | sed -n 's/^output = "\(.*\)"\( *#.*\)\{0,1\}$/\1/p')
+newest_checkpoint() {
+    { find "$run/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1
+}
+before=$(newest_checkpoint)
+
 is_out_of_time=false
 stop() {
     is_out_of_time=true
     say "the time is nearly up: the ranks are asked to stop"
-    # srun hands the signal on to every task.
-    kill -TERM "$srun" 2>/dev/null || true
+    # Not by a signal to srun, which does not hand SIGTERM on but kills the step. The ranks are the job's first step.
+    scancel --signal=TERM "$SLURM_JOB_ID.0" || true
 }
 
 # A rank that loses another one ends by itself, and rank 0 may be the last to end because it saves: hence no --kill-on-bad-exit,
@@ -67,8 +78,17 @@ while
     kill -0 "$srun" 2>/dev/null
 do :; done
 
-if [ "$is_out_of_time" = true ] && [ "$status" != 0 ]; then
-    say "the run goes on when the job comes back"
-    exec scontrol requeue "$SLURM_JOB_ID"
+# A step that was signalled ends with 128 + SIGTERM, one that lost a rank with 75.
+if [ "$status" != 0 ] && { [ "$is_out_of_time" = true ] || [ "$status" = 75 ]; }; then
+    if [ "$(newest_checkpoint)" = "$before" ]; then
+        say "error: no checkpoint was written, so the job is not requeued: it would never get on"
+        say "hint: give it more time, or lower train.checkpoint_every"
+    elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${BELLORA_REQUEUES:-100}" ]; then
+        say "error: the job has come back ${SLURM_RESTART_COUNT} times and is not requeued again"
+        say "hint: BELLORA_REQUEUES says how often it may"
+    else
+        say "the run goes on when the job comes back"
+        exec scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
 exit "$status"

@@ -50,7 +50,7 @@ pub enum Error {
     /// A fault that showed only while running (exit code 1).
     #[error("{0}")]
     Failed(Fault),
-    /// An operation of all ranks came to nothing (exit code 1): most likely another one is the cause.
+    /// An operation of all ranks came to nothing (exit code 75): most likely another one is the cause.
     #[error("{0}")]
     Lost(Fault),
     /// The operating system refused a file operation (exit code 1).
@@ -83,6 +83,10 @@ pub enum Error {
         note: String,
     },
 }
+
+/// The exit code of a process that lost another one of its job: the same command may well succeed later (`EX_TEMPFAIL` of
+/// sysexits.h).
+pub const LOST_PEER: u8 = 75;
 
 /// The numbers of the signals that ask a command to stop: SIGHUP, SIGINT, SIGTERM.
 pub const STOP_SIGNALS: [usize; 3] = [1, 2, 15];
@@ -172,11 +176,13 @@ impl Error {
         move |source| Self::Io { doing, path, source }
     }
 
-    /// The process exit code: 2 for what `check` can know, 1 for a failure while running, 128 + signal.
+    /// The process exit code: 2 for what `check` can know, 1 for a failure while running, 75 where another process of the job
+    /// was lost, 128 + signal.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Invalid(_) => 2,
-            Self::Failed(_) | Self::Lost(_) | Self::Io { .. } | Self::Torch(_) => 1,
+            Self::Failed(_) | Self::Io { .. } | Self::Torch(_) => 1,
+            Self::Lost(_) => LOST_PEER,
             Self::Job { exit_code, .. } => *exit_code,
             Self::Interrupted { signal, .. } => 128u8.saturating_add(*signal as u8),
         }

@@ -143,20 +143,39 @@ fn the_end_of_the_terminal_stops_a_run_in_good_order_unless_that_is_ignored() {
 }
 
 /// The second Ctrl-C may come while the checkpoint of the first is being written.
+/// At a time limit SLURM sends SIGTERM, SIGCONT and SIGTERM within milliseconds; srun sends a Ctrl-C twice.
 #[test]
-fn a_second_interrupt_stops_at_once_without_harm() {
+fn signals_that_come_together_are_one_request_to_stop_in_good_order() {
     let lab = long_lab();
     lab.run("train", &[], &[]).ok();
     let dir = lab.path("stopped");
     let output = format!("train.output={}", dir.display());
     let mut child = lab.command("train", &[], &[&output]).stderr(Stdio::piped()).spawn().unwrap();
     wait_until(&mut child, || step_dir(&dir, 40).exists() && n_lines(&dir) >= 45);
+    ["TERM", "CONT", "TERM"].iter().for_each(|name| signal(&child, name));
+    let ran = ended(child);
+    assert_eq!(ran.code, Some(143), "{}", ran.stderr);
+    assert_eq!(checkpoint_steps(&dir).last(), Some(&(n_lines(&dir) as u64)), "the last step is saved: {}", ran.stderr);
+    resume(&dir).ok();
+    assert_same_run("stopped by two signals", &dir, &lab.path("run"));
+}
+
+#[test]
+fn a_later_interrupt_stops_at_once() {
+    let lab = Lab::new(Shape::default());
+    lab.write_rows("rows.jsonl", &rows(6000, 4));
+    // A step takes longer than anybody waits here.
+    let lab = lab.with(&["train.global_batch=6000", "train.max_steps=1"]);
+    let dir = lab.path("run");
+    let mut child = lab.command("train", &[], &[]).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until(&mut child, || dir.join("tensorboard").is_dir());
     signal(&child, "INT");
+    std::thread::sleep(std::time::Duration::from_millis(3500));
+    assert!(child.try_wait().unwrap().is_none(), "the first one waits for the step");
     signal(&child, "INT");
     let ran = ended(child);
     assert_eq!(ran.code, Some(130), "{}", ran.stderr);
-    resume(&dir).ok();
-    assert_same_run("interrupted twice", &dir, &lab.path("run"));
+    assert_eq!(n_lines(&dir), 0, "the step was not waited for");
 }
 
 #[test]

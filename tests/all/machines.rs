@@ -170,7 +170,7 @@ fn a_link_that_is_cut_ends_both_machines_and_the_job_goes_on_later() {
     for (supervisor, (first, lost)) in supervisors.into_iter().zip([(0, "10.77.0.2"), (2, "10.77.0.1")]) {
         let process = supervisor.child.id();
         let ran = supervisor.ended();
-        assert_eq!(ran.code, Some(1), "{}", ran.stderr);
+        assert_eq!(ran.code, Some(75), "{}", ran.stderr);
         let cause = format!("error: rank {first}: has lost another rank; it was at step ");
         let lost = format!(" at {lost}, or the link to it, is gone (");
         says(&ran, &[&cause, "the machine of rank ", &lost, "hint: see that the machine runs", "bellora resume"]);
