@@ -173,7 +173,8 @@ impl RankArgs {
         let Some((host, port)) = variable("MASTER_ADDR").zip(variable("MASTER_PORT")) else {
             let what =
                 format!("{rank_name} says that this is rank {rank} of {world_size}, and nothing says where they meet");
-            return Err(Error::invalid("MASTER_ADDR", what).hint(hint));
+            let missing = if variable("MASTER_ADDR").is_none() { "MASTER_ADDR" } else { "MASTER_PORT" };
+            return Err(Error::invalid(missing, what).hint(hint));
         };
         let port: u16 = port
             .parse()
@@ -240,7 +241,9 @@ impl Claim {
     fn of_environment() -> Result<Option<Self>> {
         let claims = Self::NAMES.into_iter().filter_map(|(rank, world)| Self::read(rank, world).transpose());
         let claims = claims.collect::<Result<Vec<Self>>>()?;
-        let Some((first, others)) = claims.split_first() else { return Ok(None) };
+        let Some((first, others)) = claims.split_first() else {
+            return Self::is_not_half().map(|()| None);
+        };
         // torchrun and mpirun are often started by srun, whose tasks are then machines.
         let is_within = |other: &Self| {
             other.rank_name == "SLURM_PROCID"
@@ -269,6 +272,18 @@ impl Claim {
             ));
         }
         Ok(claims.into_iter().next())
+    }
+
+    /// Refuses one variable of the pair that people set by hand without the other.
+    fn is_not_half() -> Result<()> {
+        let (rank, world) = Self::NAMES[0];
+        let (given, missing) = match (variable(rank), variable(world)) {
+            (Some(_), None) => (rank, world),
+            (None, Some(size)) if size != "1" => (world, rank),
+            _ => return Ok(()),
+        };
+        let what = format!("is not set, and {given} is: one rank of several would train alone");
+        Err(Error::invalid(missing, what).hint(format!("set both, or unset {given}")))
     }
 
     fn read(rank_name: &'static str, world_name: &'static str) -> Result<Option<Self>> {

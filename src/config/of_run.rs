@@ -55,7 +55,7 @@ impl Config {
         let mut faults = Faults::default();
         let mut raw = raw::read(&read(&path)?, &path.display().to_string(), &mut faults)?;
         raw.apply_sets(sets, &mut faults);
-        if let Some(set) = sets.iter().find(|set| key_of_set(set) == "train.output") {
+        if let Some(set) = sets.iter().find(|set| key_of_set(set) == "train.output" && !names(set, run_dir)) {
             let what = format!("a run stays in its folder, which is {}", run_dir.display());
             let hint = "move the folder and name its new place; or start another run, with model.init_adapter = this run's adapter";
             faults.add(usize::MAX, Fault::new(format!("--set {set}"), what).hint(hint));
@@ -100,6 +100,13 @@ pub struct CacheDir<'a> {
     pub is_required: bool,
     /// Why nothing can be written there, where that costs time alone.
     pub unwritable: Option<Fault>,
+}
+
+/// Whether the value of a `--set` argument is this folder, however it is written.
+fn names(argument: &str, folder: &Path) -> bool {
+    let value = argument.split_once('=').map_or("", |(_, value)| value.trim().trim_matches(['"', '\'']));
+    let real = |path: &Path| path.canonicalize().ok();
+    real(Path::new(value)).is_some_and(|named| Some(named) == real(folder))
 }
 
 /// The key of a `--set` argument.

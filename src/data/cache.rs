@@ -91,7 +91,7 @@ impl Deref for Ids {
 }
 
 /// The version of the layout and of what is computed into it; raised whenever either changes.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 const MAGIC: &[u8; 16] = b"bellora tokens\n\0";
 const BYTE_ORDER: u32 = 0x0102_0304;
 const HEADER_BYTES: usize = 64;

@@ -1,5 +1,6 @@
 //! A data set: the samples of some files, encoded, in file order.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -77,6 +78,8 @@ pub struct Stats {
     pub rows_with_special_tokens: usize,
     /// Samples whose answer is empty or blank.
     pub with_no_answer: usize,
+    /// Keys of rows that are passed over, and how many rows have each.
+    pub passed_over: BTreeMap<String, usize>,
     /// Whether the samples came from the token cache.
     pub from_cache: bool,
 }
@@ -206,6 +209,7 @@ impl Dataset {
             max_len: (0..self.len()).map(|sample| self.ids(sample).len()).max().unwrap_or_default(),
             rows_with_special_tokens: summary.with_special,
             with_no_answer: summary.with_no_answer,
+            passed_over: summary.passed_over.clone(),
             from_cache: *from_cache,
         }
     }

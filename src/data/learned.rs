@@ -15,6 +15,10 @@ use super::record::Reason;
 pub(super) enum About {
     /// Whether something is learned: 1 or true, 0 or false.
     Switch,
+    /// Whether something is left out: 1 or true, 0 or false.
+    Skip,
+    /// A system prompt under another name than `system`.
+    System,
     /// Whether an answer is a good one: true or false; other values are labels of another kind.
     Verdict,
     /// Which parts are learned, token by token or turn by turn.
@@ -36,9 +40,29 @@ pub(super) type Said = (&'static str, About, Value);
 
 /// The key of that name, if it says something about what is learned.
 pub(super) fn key(name: &str) -> Option<(&'static str, About)> {
-    const KEYS: [(About, &[&str]); 8] = [
-        (About::Switch, &["weight", "loss_weight", "sample_weight", "loss", "loss_scale", "train", "training"]),
-        (About::Verdict, &["label", "kto_tag"]),
+    const KEYS: [(About, &[&str]); 10] = [
+        (
+            About::Switch,
+            &[
+                "weight",
+                "weights",
+                "loss_weight",
+                "sample_weight",
+                "loss",
+                "loss_scale",
+                "train",
+                "training",
+                "trainable",
+                "is_train",
+                "is_trainable",
+                "do_train",
+                "train_on_turn",
+                "include_in_loss",
+                "kto_tag",
+            ],
+        ),
+        (About::Skip, &["skip", "ignore", "ignored", "exclude", "excluded", "deleted"]),
+        (About::Verdict, &["label"]),
         (
             About::Mask,
             &[
@@ -60,12 +84,34 @@ pub(super) fn key(name: &str) -> Option<(&'static str, About)> {
             About::Tools,
             &["tools", "functions", "tool_calls", "tool_call", "function_call", "function_calls", "tool_responses"],
         ),
-        (About::Reasoning, &["reasoning_content", "reasoning", "thinking", "thinking_blocks"]),
+        (
+            About::Reasoning,
+            &[
+                "reasoning_content",
+                "reasoning",
+                "reasoning_details",
+                "thinking",
+                "thinking_blocks",
+                "thought",
+                "thoughts",
+                "cot",
+            ],
+        ),
         (About::Refusal, &["refusal"]),
-        (About::Media, &["image", "images", "video", "videos", "audio", "audios"]),
-        (About::Preference, &["chosen", "rejected"]),
+        (
+            About::Media,
+            &["image", "images", "image_path", "video", "videos", "video_path", "audio", "audios", "audio_path"],
+        ),
+        (About::Preference, &["chosen", "rejected", "chosen_response", "rejected_response"]),
+        (About::System, &["system_prompt", "system_message"]),
     ];
-    KEYS.iter().find_map(|(about, names)| names.iter().find(|known| **known == name).map(|known| (*known, *about)))
+    let is = |known: &str| letters(known).eq(letters(name));
+    KEYS.iter().find_map(|(about, names)| names.iter().find(|known| is(known)).map(|known| (*known, *about)))
+}
+
+/// The letters of a key: `Loss-Weight` is `loss_weight`.
+fn letters(name: &str) -> impl Iterator<Item = u8> {
+    name.bytes().filter(|byte| !matches!(byte, b'_' | b'-' | b' ')).map(|byte| byte.to_ascii_lowercase())
 }
 
 /// Whose words a turn of a dialogue holds.
@@ -107,6 +153,13 @@ pub(super) fn wish(said: &[Said]) -> Result<Wish, Reason> {
                         .hint("answers are learned or not, with equal weight; remove the key, or the row"));
                 }
             },
+            About::Skip => match switch(value) {
+                Some(false) => {}
+                _ => wish = Wish::Leave(format!("`{name}` is {value}")),
+            },
+            About::System => {
+                return holds("the key of a system prompt is `system`", "rename it, or remove it");
+            }
             // NeMo names the side whose turns are not learned.
             About::Mask if value.as_str().is_some_and(|side| ["user", "human"].contains(&&*side.to_lowercase())) => {}
             About::Mask => {

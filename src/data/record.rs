@@ -22,6 +22,8 @@ pub struct Record {
     pub answer: String,
     /// Whether the row asks to have an earlier answer learned too, which is not done.
     pub asks_for_earlier: bool,
+    /// The keys of the row that say nothing here and are passed over.
+    pub passed_over: Vec<String>,
 }
 
 impl Record {
@@ -52,12 +54,14 @@ impl Reason {
     }
 }
 
-/// What a row holds under the keys of every known format; other keys of a row are ignored.
+/// What a row holds under the keys of every known format; other keys are counted and passed over.
 #[derive(Default)]
 struct Row {
     texts: [Option<Value>; FIELDS.len()],
     /// What it says of what is to be learned.
     said: Vec<Said>,
+    /// Its other keys.
+    others: Vec<String>,
 }
 
 const FIELDS: [&str; 8] =
@@ -88,7 +92,7 @@ impl Row {
 enum Key {
     Field(usize),
     Said(&'static str, About),
-    Other,
+    Other(String),
 }
 
 impl<'de> Deserialize<'de> for Key {
@@ -104,7 +108,10 @@ impl<'de> Deserialize<'de> for Key {
             fn visit_str<E>(self, name: &str) -> std::result::Result<Key, E> {
                 Ok(match FIELDS.iter().position(|field| *field == name) {
                     Some(field) => Key::Field(field),
-                    None => learned::key(name).map_or(Key::Other, |(name, about)| Key::Said(name, about)),
+                    None => match learned::key(name) {
+                        Some((name, about)) => Key::Said(name, about),
+                        None => Key::Other(name.to_owned()),
+                    },
                 })
             }
         }
@@ -140,8 +147,9 @@ impl<'de> Deserialize<'de> for Row {
                             let Strict(value) = entries.next_value()?;
                             row.said.push((name, about, value));
                         }
-                        Key::Other => {
+                        Key::Other(name) => {
                             entries.next_value::<IgnoredAny>()?;
+                            row.others.push(name);
                         }
                     }
                 }
@@ -168,7 +176,8 @@ pub(super) fn parse(bytes: &[u8], line: u32) -> std::result::Result<Record, Reas
     if let Wish::Leave(why) = learned::wish(&row.said)? {
         return Err(not_learned("its answer", &why));
     }
-    match (row.has("messages") || row.has("conversations"), row.has("instruction")) {
+    let passed_over = std::mem::take(&mut row.others);
+    let record = match (row.has("messages") || row.has("conversations"), row.has("instruction")) {
         (true, true) => Err(Reason::new("holds both a dialogue and an `instruction`: which one is meant?")
             .hint("remove one of the two")),
         (true, false) => dialogue(row),
@@ -177,7 +186,8 @@ pub(super) fn parse(bytes: &[u8], line: u32) -> std::result::Result<Record, Reas
             Ok(Record { question: row.text("input")?, answer: row.text("target")?, ..Record::default() })
         }
         (false, false) => Err(unknown_format(&row, text)),
-    }
+    };
+    record.map(|record| Record { passed_over, ..record })
 }
 
 fn not_learned(what: &str, why: &str) -> Reason {

@@ -1,5 +1,6 @@
 //! Encoding the rows of data files into one table, on all threads, or finding that table in the token cache.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
@@ -12,7 +13,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::cache::{self, Ids, Table, TokenCache};
 use super::dataset::DataSpec;
 use super::encode::{Encoder, Failure, Truncation};
-use super::record::{Reason, place, row_fault};
+use super::record::{Reason, Record, place, row_fault};
 use super::rows::RowFile;
 use crate::error::{Error, Fault, Result};
 use crate::progress::Work;
@@ -30,6 +31,8 @@ pub(super) struct Summary {
     pub(super) cut: usize,
     pub(super) with_special: usize,
     pub(super) with_no_answer: usize,
+    /// Keys of rows that are passed over, and how many rows have each; the first [`N_KEYS`] of them.
+    pub(super) passed_over: BTreeMap<String, usize>,
     /// Samples whose rows ask to have earlier answers learned too, and where the first of them stands: file and line.
     pub(super) asking_for_earlier: usize,
     pub(super) first_asking: Option<(u32, u32)>,
@@ -58,6 +61,8 @@ impl Bad {
 
 /// How many bad rows are named one by one.
 const N_NAMED: usize = 20;
+/// How many keys that are passed over are counted: a file may have others in every row.
+const N_KEYS: usize = 64;
 /// Rows that one thread encodes at a time, and how many such pieces are in memory at once.
 const CHUNK_ROWS: usize = 256;
 const WINDOW_CHUNKS: usize = 256;
@@ -179,6 +184,7 @@ struct Chunk {
     cut: usize,
     with_special: usize,
     with_no_answer: usize,
+    passed_over: BTreeMap<String, usize>,
     asking_for_earlier: usize,
     first_asking: Option<u32>,
 }
@@ -224,6 +230,11 @@ impl Builder {
         summary.cut += chunk.cut;
         summary.with_special += chunk.with_special;
         summary.with_no_answer += chunk.with_no_answer;
+        for (key, rows) in chunk.passed_over {
+            if summary.passed_over.len() < N_KEYS || summary.passed_over.contains_key(&key) {
+                *summary.passed_over.entry(key).or_default() += rows;
+            }
+        }
         summary.asking_for_earlier += chunk.asking_for_earlier;
         summary.first_asking = summary.first_asking.or(chunk.first_asking.map(|line| (file, line)));
     }
@@ -240,16 +251,21 @@ fn encode_rows(rows: &RowFile, range: Range<usize>, encoder: &Encoder<'_>) -> Re
     let mut chunk = Chunk::default();
     for row in range {
         let (line, start) = (rows.line(row), chunk.ids.len());
-        let encoded =
-            match rows.record(row).map_err(Failure::Row).and_then(|record| encoder.encode(&record, &mut chunk.ids)) {
-                Ok(encoded) => encoded,
-                Err(Failure::Row(reason)) => {
-                    chunk.ids.truncate(start);
-                    chunk.bad.push((line, reason));
-                    continue;
-                }
-                Err(Failure::Other(error)) => return Err(error),
-            };
+        let mut encode = |mut record: Record| {
+            for key in std::mem::take(&mut record.passed_over) {
+                *chunk.passed_over.entry(key).or_default() += 1;
+            }
+            encoder.encode(&record, &mut chunk.ids)
+        };
+        let encoded = match rows.record(row).map_err(Failure::Row).and_then(&mut encode) {
+            Ok(encoded) => encoded,
+            Err(Failure::Row(reason)) => {
+                chunk.ids.truncate(start);
+                chunk.bad.push((line, reason));
+                continue;
+            }
+            Err(Failure::Other(error)) => return Err(error),
+        };
         let too_long = encoded.full_length > encoder.max_length;
         if too_long && encoder.truncation != Truncation::Cut {
             chunk.too_long.push((line, encoded.full_length));

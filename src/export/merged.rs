@@ -11,6 +11,7 @@ use crate::checkpoint::folder::{NewFolder, write_whole};
 use crate::data::{Template, TemplateFile};
 use crate::disk::LocalDisk;
 use crate::error::{Error, Result, not_stopped};
+use crate::formats::json as files;
 use crate::formats::model_keys::{CONFIG, GENERATION_CONFIG};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{lora_key, table_key};
@@ -211,9 +212,8 @@ fn say_ends(config: &mut Map<String, Value>, template: &TemplateFile) {
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::invalid(path.display().to_string(), format!("is not a JSON object: {e}")))
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    files::object(&bytes, &path.display().to_string())
 }
 
 fn write_json(folder: &mut NewFolder<'_>, name: &str, value: &Value) -> Result<()> {

@@ -4,10 +4,11 @@ use std::io::Write;
 use std::path::Path;
 
 use safetensors::Dtype;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::error::{Error, Fault, Result};
+use crate::formats::json as files;
 use crate::formats::keys::{Effect, short};
 use crate::formats::model_keys::ADAPTER_CONFIG;
 use crate::model::lora::{LoraSpec, Projection, Table};
@@ -55,9 +56,7 @@ impl AdapterConfig {
                 .hint("an adapter is a folder with adapter_config.json and adapter_model.safetensors")
         })?;
         let place = path.display().to_string();
-        let map: Map<String, Value> = serde_json::from_str(&text).map_err(|e| {
-            Error::invalid(&place, format!("is not a JSON object: {e}")).hint("download or export the adapter again")
-        })?;
+        let map = files::object(text.as_bytes(), &place)?;
         let mut faults = Vec::new();
         let mut fault = |key: &str, what: String, hint: &str| {
             faults.push(Fault::new(format!("{place}: {key}"), what).hint(hint));

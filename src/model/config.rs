@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, Result, shell_quoted};
+use crate::formats::json;
 use crate::formats::keys::{is_neutral, passed_over, short};
 use crate::formats::model_keys::{CONFIG, GENERATION_CONFIG, OTHER_ARCHITECTURES};
 use crate::model::weights::other_kind;
@@ -113,14 +114,11 @@ impl LlamaConfig {
 /// Reads a file that holds a JSON object; also gives its path, for messages.
 fn object(path: &Path) -> Result<(Map<String, Value>, String)> {
     let place = path.display().to_string();
-    let text = std::fs::read_to_string(path).map_err(|e| {
+    let bytes = std::fs::read(path).map_err(|e| {
         Error::invalid(&place, format!("cannot be read: {e}"))
             .hint("a base is a folder of Hugging Face's kind, with config.json and model.safetensors")
     })?;
-    let map = serde_json::from_str(&text).map_err(|e| {
-        Error::invalid(&place, format!("is not a JSON object: {e}")).hint("download this file of the model again")
-    })?;
-    Ok((map, place))
+    Ok((json::object(&bytes, &place)?, place))
 }
 
 /// More than any model has; a number beyond it is a slip, and costs memory before anything else can be checked.
@@ -158,19 +156,29 @@ impl Reader<'_> {
         for (name, value) in CONFIG.unknown(map) {
             self.unknown_key(name, value);
         }
+        for name in self.allowed {
+            let top = name.split('.').next().unwrap_or_default();
+            let is_known = CONFIG.find(name).is_some() && name != "attention_dropout";
+            if is_known || !map.contains_key(top) {
+                let what = if is_known { "is a key that is known" } else { "is no key of this file" };
+                self.warn(name, format!("{what}, so allowing it changes nothing"), "");
+            }
+        }
     }
 
     fn unknown_key(&mut self, name: &str, value: &Value) {
-        if !value.is_number() || self.allowed.iter().any(|allowed| allowed == name) {
+        if !holds_a_number(value) || self.allowed.iter().any(|allowed| allowed == name) {
             self.warnings.push(passed_over(&self.place, name, value));
             return;
         }
         let hint = format!(
-            "if it has no effect on the model, set model.allow_config_keys = [\"{name}\"] to pass it over; else choose another base"
+            "if it has no effect on the model, pass it over: model.allow_config_keys = [{name:?}] in a config, \
+             --allow-config-key {} for generate and export; else choose another base",
+            shell_quoted(name)
         );
         self.fault(
             name,
-            format!("is {value}, and this key is not known here: it may change what the model computes"),
+            format!("is {}, and this key is not known here: it may change what the model computes", short(value)),
             &hint,
         );
     }
@@ -362,6 +370,16 @@ impl Reader<'_> {
             }
         }
         ids
+    }
+}
+
+/// Whether a value is a number that says something, or has one within.
+fn holds_a_number(value: &Value) -> bool {
+    match value {
+        Value::Number(_) => !is_neutral(value),
+        Value::Array(values) => values.iter().any(Value::is_number) || values.iter().any(holds_a_number),
+        Value::Object(values) => values.values().any(holds_a_number),
+        _ => false,
     }
 }
 

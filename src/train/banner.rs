@@ -54,6 +54,13 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
     if stats.with_nothing_to_learn > 0 {
         lines.push(format!("            {} samples have nothing left to learn", stats.with_nothing_to_learn));
     }
+    if !stats.passed_over.is_empty() {
+        let keys = stats.passed_over.iter().map(|(key, rows)| format!("{key:?} in {}", grouped(*rows as i64)));
+        lines.push(format!(
+            "            keys that say nothing here, and rows that have them: {}",
+            keys.collect::<Vec<_>>().join(", ")
+        ));
+    }
     if stats.with_no_answer > 0 {
         lines.push(format!("            {} rows have an empty answer: its end alone is learned", stats.with_no_answer));
     }

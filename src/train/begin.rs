@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::checkpoint::manifest::{Newest, checkpoints, newest_good};
-use crate::checkpoint::state::Record;
+use crate::checkpoint::state::{BaseIdentity, Record};
 use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Config, Difference, Meaning, values_of};
 use crate::disk::Disk;
@@ -223,6 +223,12 @@ fn what_is_otherwise(changes: &[Difference], job: &Job, record: &Record) -> Vec<
         is_rounded_otherwise |= *meaning == Meaning::Rounding;
     }
     let (ours, theirs) = (job.identity().validation, &record.state.identity.validation);
+    if ours.is_some() && matches!(record.state.identity.base, BaseIdentity::Sum(_)) {
+        notes.push(
+            "an older version wrote the checkpoint: whether the validation samples are still the same is not known"
+                .into(),
+        );
+    }
     if let (Some(ours), Some(theirs)) = (&ours, theirs)
         && ours != theirs
     {

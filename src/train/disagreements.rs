@@ -1,5 +1,6 @@
 //! Where the files of a job say different things, or ask for what is not computed.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use crate::data::Tokenizer;
@@ -24,7 +25,8 @@ pub(super) fn other_ends(dir: &Path, base: &LlamaConfig, tokenizer: &Tokenizer) 
     let mut warnings = Vec::new();
     let ends = &base.eos_token_ids;
     if !ends.is_empty() && !ends.contains(&tokenizer.eos()) {
-        let theirs: Vec<String> = ends.iter().map(|&id| shown(id)).collect();
+        let distinct: BTreeSet<u32> = ends.iter().copied().collect();
+        let theirs: Vec<String> = distinct.into_iter().map(shown).collect();
         let what = format!(
             "ends a text with token {}, and {} ends one with {}",
             theirs.join(", "),

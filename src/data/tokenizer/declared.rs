@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use super::TokenizerFile;
 use super::special::Added;
 use crate::error::{Error, Fault, Result};
+use crate::formats::json;
 use crate::formats::keys::{is_neutral, short};
 use crate::formats::tokenizer_keys::{SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG};
 
@@ -367,9 +368,5 @@ fn object(files: &[TokenizerFile], name: &str, place: &str) -> Result<Map<String
     let Some(file) = files.iter().find(|file| file.name == name) else {
         return Ok(Map::new());
     };
-    match serde_json::from_slice(&file.bytes) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(Error::invalid(format!("{place}/{name}"), "is not a JSON object")),
-        Err(error) => Err(Error::invalid(format!("{place}/{name}"), format!("is not valid JSON: {error}"))),
-    }
+    json::object(&file.bytes, &format!("{place}/{name}"))
 }

@@ -48,6 +48,17 @@ pub(super) fn left_behind(folder: &Path) -> Option<Fault> {
     })
 }
 
+/// Says which files declare tokens or texts beside a `.model` file that is named by itself, for they are not read.
+pub(super) fn not_read_beside(model: &Path, folder: &Path) -> Option<Fault> {
+    let is_there = |name: &&str| ![MODEL, JSON].contains(name) && folder.join(name).is_file();
+    let names: Vec<&str> = DECIDING.iter().chain(&BESIDE).copied().filter(|name| is_there(name)).collect();
+    (!names.is_empty()).then(|| {
+        let what = format!("is read by itself, without {} beside it", names.join(", "));
+        Fault::new(model.display().to_string(), what)
+            .hint("name the folder in model.tokenizer to have them read and copied")
+    })
+}
+
 /// Reads a file of a tokenizer.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let place = path.display().to_string();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::compare::difference;
 use super::declared::{CONFIG, Declared};
-use super::folder::{JSON, MODEL, left_behind, read, read_files, without};
+use super::folder::{JSON, MODEL, left_behind, not_read_beside, read, read_files, without};
 use super::hf::HfTokenizer;
 use super::sentencepiece::{Prefix, SentencePiece};
 use super::special::{Added, Matcher};
@@ -50,8 +50,12 @@ impl Tokenizer {
             opened.warnings.extend(left_behind(folder));
             return Ok(opened);
         }
-        let folder = path.parent().unwrap_or(Path::new("")).display().to_string();
-        Self::from_sentencepiece(vec![TokenizerFile { name: MODEL.into(), bytes }], &folder, &file_name)
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let shown = path.parent().unwrap_or(Path::new("")).display().to_string();
+        let mut opened =
+            Self::from_sentencepiece(vec![TokenizerFile { name: MODEL.into(), bytes }], &shown, &file_name)?;
+        opened.warnings.extend(not_read_beside(path, folder));
+        Ok(opened)
     }
 
     /// Opens a folder with both kinds: the `tokenizer.model`, if the `tokenizer.json` encodes the same, else that one.
