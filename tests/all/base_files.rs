@@ -62,8 +62,7 @@ fn unknown_keys_that_say_nothing_pass_and_others_are_named() {
         &["norm_kind: is not known here and is passed over; it says \"layer\""],
     );
     assert_taken(json!({ "use_qk_norm": true }), &["use_qk_norm"]);
-    assert_taken(json!({ "mup": { "width": 2 } }), &["mup"]);
-    assert_taken(json!({ "skipped_layers": [0] }), &["skipped_layers"]);
+    assert_taken(json!({ "kinds": { "norm": "layer" }, "names": ["a"] }), &["kinds", "names"]);
     assert_taken(json!({ "architectures": ["OwnForCausalLM"] }), &["architectures: names [\"OwnForCausalLM\"]"]);
     // As the first Llama's files spell it.
     assert_taken(json!({ "architectures": ["LLaMAForCausalLM"] }), &[]);
@@ -76,6 +75,8 @@ fn an_unknown_number_is_a_fault_unless_it_is_allowed() {
         &["logit_scale: is 0.0625", "model.allow_config_keys = [\"logit_scale\"]"],
     );
     assert_refused(json!({ "residual_multiplier": -1, "other": 3 }), &["residual_multiplier", "other: is 3"]);
+    assert_refused(json!({ "mup": { "width": 2 } }), &["mup: is {\"width\":2}"]);
+    assert_refused(json!({ "skipped_layers": [0] }), &["skipped_layers: is [0]"]);
     let lab = lab_with(&json!({ "logit_scale": 0.0625 }));
     let allowed = lab.run("train", &[], &["model.allow_config_keys=logit_scale", "train.max_steps=1"]).ok();
     assert!(allowed.stderr.contains("warning: ") && allowed.stderr.contains("logit_scale"), "{}", allowed.stderr);
@@ -184,4 +185,25 @@ fn a_merged_model_stops_at_the_end_that_was_trained() {
     assert_eq!(ends_of(json!(7), Some(json!([9, 7]))), (json!([2, 7]), Some(json!([2, 9, 7]))));
     assert_eq!(ends_of(json!([7, 2]), Some(json!(2))), (json!([2, 7]), Some(json!(2))));
     assert_eq!(ends_of(json!(null), Some(json!(null))), (json!(2), Some(json!(2))));
+}
+
+#[test]
+fn damaged_files_are_named_as_what_they_are() {
+    let lab = lab_with(&json!({}));
+    let text = std::fs::read_to_string(lab.path("base/config.json")).unwrap();
+    for (file, bytes, words) in [
+        ("config.json", format!("\u{feff}{text}").into_bytes(), "byte-order mark"),
+        ("config.json", text.replace("24,", "NaN,").into_bytes(), "NaN"),
+        ("config.json", text.encode_utf16().flat_map(u16::to_le_bytes).collect(), "UTF-16"),
+        ("config.json", text.replacen('{', "{\"rope_theta\": 5.0, ", 1).into_bytes(), "a key twice: `rope_theta`"),
+        ("tokenizer_config.json", b"{\"legacy\": true, \"legacy\": false}".to_vec(), "a key twice: `legacy`"),
+    ] {
+        let path = lab.path("base").join(file);
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, bytes).unwrap();
+        let ran = lab.run("check", &[], &[]);
+        std::fs::write(&path, whole).unwrap();
+        assert_eq!(ran.code, Some(2), "{words}: {}", ran.stderr);
+        assert!(ran.stderr.contains(words) && ran.stderr.contains(file), "{words}: {}", ran.stderr);
+    }
 }

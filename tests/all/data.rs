@@ -48,7 +48,9 @@ fn every_format_of_records_is_read() {
             &dialogue,
         ),
     ] {
-        assert_eq!(record(&row.replace('\n', " ")).as_ref(), Ok(wanted), "{row}");
+        let passed_over = if row.contains("\"id\"") { vec!["id".to_owned()] } else { Vec::new() };
+        let wanted = Record { passed_over, ..wanted.clone() };
+        assert_eq!(record(&row.replace('\n', " ")), Ok(wanted), "{row}");
     }
     let system = record(
         r#"{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"},
@@ -57,6 +59,24 @@ fn every_format_of_records_is_read() {
             .as_str(),
     );
     assert_eq!(system, Ok(Record { system: Some("S".into()), ..expected(&[], "q", "a") }));
+}
+
+#[test]
+fn keys_that_are_passed_over_are_counted() {
+    let rows = concat!(
+        r#"{"instruction": "q", "output": "a", "id": 1, "source": "x"}"#,
+        "\n",
+        r#"{"id": 2, "instruction": "q", "output": "b"}"#,
+    );
+    let folder = folder(&[("rows.jsonl", rows.as_bytes())]);
+    let cache = folder.path().join("cache");
+    for _ in ["made", "read from the cache"] {
+        let spec = spec(vec![folder.path().join("rows.jsonl")]);
+        let keep = TokenCache::Keep { folder: &cache, is_required: true };
+        let stats = Dataset::load(&spec, &tiny(), &bare(), keep).unwrap().stats();
+        let counted: Vec<(&str, usize)> = stats.passed_over.iter().map(|(key, rows)| (key.as_str(), *rows)).collect();
+        assert_eq!(counted, [("id", 2), ("source", 1)]);
+    }
 }
 
 #[test]

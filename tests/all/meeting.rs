@@ -170,6 +170,12 @@ fn places_in_the_environment_that_cannot_be() {
             &[("RANK", "0"), ("WORLD_SIZE", "1"), ("SLURM_PROCID", "1"), ("SLURM_NTASKS", "3"), ("SLURM_STEP_ID", "0")],
             ["error: WORLD_SIZE: says that the job has 1 ranks, and SLURM_NTASKS says 3", "unset RANK and WORLD_SIZE"],
         ),
+        (&[("RANK", "0")], ["error: WORLD_SIZE: is not set, and RANK is", "set both, or unset RANK"]),
+        (&[("WORLD_SIZE", "2")], ["error: RANK: is not set, and WORLD_SIZE is", "set both, or unset WORLD_SIZE"]),
+        (
+            &[("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "")],
+            ["says that this is rank 0 of 2, and nothing says where they meet", "a free port"],
+        ),
         (
             &[("TORCHELASTIC_RUN_ID", "none"), ("RANK", "0"), ("WORLD_SIZE", "2"), ("BELLORA_TOKEN", "")],
             ["error: BELLORA_TOKEN: ", "--rdzv-id"],

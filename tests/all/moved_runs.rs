@@ -205,6 +205,10 @@ fn a_run_stays_in_its_folder() {
     }
     assert!(!elsewhere.exists());
     assert_eq!(metrics(&lab.path("run")).len(), 2);
+    // Its own folder, in other words.
+    let itself = format!("train.output = {}/./run/", lab.path("").display());
+    call("resume", &lab.path("run"), &["--set", &itself, "--set", "train.max_steps=3"]).ok();
+    assert_eq!(metrics(&lab.path("run")).len(), 3);
 }
 
 #[test]

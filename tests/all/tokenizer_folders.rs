@@ -255,6 +255,21 @@ fn settings_that_would_change_ids_and_values_of_the_wrong_type_are_refused_by_na
 }
 
 #[test]
+fn a_model_file_named_by_itself_says_what_is_not_read_beside_it() {
+    let golden = golden();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tokenizer.model");
+    std::fs::write(&path, model(&golden)).unwrap();
+    assert_eq!(warnings(&Tokenizer::open(&path).unwrap()), "");
+    std::fs::write(folder.path().join("tokenizer_config.json"), "{}").unwrap();
+    let warned = warnings(&Tokenizer::open(&path).unwrap());
+    assert!(
+        warned.contains("tokenizer.model") && warned.contains("without tokenizer_config.json beside it"),
+        "{warned}"
+    );
+}
+
+#[test]
 fn what_lies_beside_a_tokenizer_travels_but_decides_no_ids() {
     let golden = golden();
     let beside = ["chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"];
