@@ -362,18 +362,23 @@ fn write_base(dir: &Path, shape: &Value) {
     file.finish().unwrap();
 }
 
-/// What `bellora bench` found above its start, and what it had expected, in bytes.
-fn benched(shape: &str, arguments: &[&str]) -> (f64, f64) {
+/// What `bellora bench` had expected, how much of that for the process itself, and what it found above its start, in bytes.
+fn benched(shape: &str, arguments: &[&str]) -> [f64; 3] {
     let mut command = bellora();
     command.args(["bench", "--shape", shape, "--json", "--updates", "1", "--warmup", "1"]);
     let output = command.args(["--set", "model.device=cpu"]).args(arguments).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let bytes = |name: &str| report["memory"][name].as_f64().unwrap();
-    (bytes("predicted_bytes"), bytes("peak_bytes") - bytes("before_bytes"))
+    let parts = report["memory"]["predicted"].as_array().unwrap();
+    let of_process = parts.iter().find(|part| part["part"] == "workspaces").unwrap()["bytes"].as_f64().unwrap();
+    [bytes("predicted_bytes"), of_process, bytes("peak_bytes") - bytes("before_bytes")]
 }
 
 /// The whole process, what its libraries take included: many layers, recompute, small models, samples of all lengths.
+///
+/// What the process takes for itself depends on the CPU, for which oneDNN writes its code: without AVX-512 it was seen to be 59 MiB
+/// less than on the machine of the model's constant. So the real peak may lack that part, but none of the model's own.
 #[test]
 fn predicted_memory_is_the_real_peak_of_a_bench_whatever_its_size() {
     let dir = tempfile::tempdir().unwrap();
@@ -389,10 +394,10 @@ fn predicted_memory_is_the_real_peak_of_a_bench_whatever_its_size() {
         ("tiny, lengths that differ", "tiny", &["train.global_batch=64"]),
         ("tiny, bf16, lengths that differ", "tiny", &["train.global_batch=64", "--set", "model.dtype=bf16"]),
     ] {
-        let (predicted, real) = benched(base, &[&common[..], arguments].concat());
+        let [predicted, of_process, real] = benched(base, &[&common[..], arguments].concat());
         let line = format!("{name}: predicted {}, real {}", gib(predicted as i64), gib(real as i64));
         println!("{line} ({:.3})", predicted / real);
-        if (predicted / real - 1.0).abs() > TOLERANCE {
+        if real > predicted * (1.0 + TOLERANCE) || real < (predicted - of_process) * (1.0 - TOLERANCE) {
             off.push(line);
         }
     }
