@@ -190,10 +190,11 @@ impl Error {
 
     /// Whether libtorch says that a device's memory ran out, in the words of its allocators, CUDA, cuBLAS and oneDNN.
     pub fn is_out_of_memory(&self) -> bool {
-        const WORDS: [&str; 6] = [
+        const WORDS: [&str; 7] = [
             "out of memory",
             "can't allocate memory",
             "not enough memory",
+            "std::bad_alloc",
             "CUBLAS_STATUS_ALLOC_FAILED",
             // oneDNN, when it finds no room for its scratch memory, or for the code of a product.
             "could not create a primitive",

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 use crate::data::Tokenizer;
 use crate::error::Result;
 use crate::model::llama::Llama;
+use crate::torch::number::WithNumber;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,7 +92,7 @@ fn choose(logits: &Tensor, sampling: Sampling) -> Result<i64> {
     }
     // From the largest downwards, so that no temperature is too low to divide by.
     let logits = logits.f_to_kind(Kind::Double)?;
-    let logits = logits.f_sub(&logits.f_max()?)?.f_div_scalar(sampling.temperature)?;
+    let logits = logits.f_sub(&logits.f_max()?)?.f_over(sampling.temperature)?;
     let (sorted, ids) = logits.f_sort(-1, true)?;
     let mut p = sorted.f_softmax(-1, Kind::Double)?;
     let n = p.size()[0];
@@ -103,7 +104,7 @@ fn choose(logits: &Tensor, sampling: Sampling) -> Result<i64> {
     if sampling.top_p < 1.0 {
         // A token stays when the tokens before it do not yet make up the share; the likeliest always does.
         let before = p.f_cumsum(-1, Kind::Double)?.f_sub(&p)?;
-        p = p.f_masked_fill(&before.f_ge(sampling.top_p)?, 0.0)?;
+        p.f_fill_where_(&before.f_is_from(sampling.top_p)?, 0.0)?;
     }
     let at = p.f_multinomial(1, false)?;
     Ok(ids.f_index_select(0, &at)?.f_int64_value(&[0])?)

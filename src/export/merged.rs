@@ -18,6 +18,7 @@ use crate::model::params::{lora_key, table_key};
 use crate::model::tensor_file_out::{Planned, TensorFileWriter};
 use crate::model::weights::TensorFiles;
 use crate::progress::Work;
+use crate::torch::number::WithNumber;
 use crate::trained::{OpenedAdapter, Trained};
 
 /// A file of the merged model holds at most this much.
@@ -115,7 +116,7 @@ impl Merge<'_> {
                 let a = load(&self.adapter.files, &lora_key(projection, layer, "lora_A"))?;
                 let b = load(&self.adapter.files, &lora_key(projection, layer, "lora_B"))?;
                 let mut merged = load(base, name)?;
-                let _ = merged.f_add_(&b.f_mm(&a)?.f_mul_scalar(self.lora.scale())?)?;
+                let _ = merged.f_add_(&b.f_mm(&a)?.f_times(self.lora.scale())?)?;
                 file.write(name, &merged)
             }
         }

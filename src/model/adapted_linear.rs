@@ -8,6 +8,7 @@ use tch::Tensor;
 use crate::error::Result;
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::gemm;
+use crate::torch::number::WithNumber;
 
 /// Applies an input's dropout mask.
 pub type Mask<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
@@ -95,8 +96,8 @@ impl AdaptedLinear {
             let _ = y_no.f_add_(bias)?;
         }
         let Some(adapters) = &self.adapters else { return Ok((y_no, None)) };
-        let mut xa_nr = gemm::nt(dropped_ni, &adapters.a_ri)?;
-        let _ = xa_nr.f_mul_scalar_(adapters.scale)?;
+        let xa_nr = gemm::nt(dropped_ni, &adapters.a_ri)?;
+        xa_nr.f_times_(adapters.scale)?;
         for (adapter, xa_part) in adapters.each.iter().zip(adapters.rank_columns(&xa_nr)?) {
             let y_part = y_no.f_narrow(1, adapter.start, adapter.width)?;
             gemm::add_nt_(&y_part, &xa_part, &adapter.b_or)?;
@@ -107,14 +108,14 @@ impl AdaptedLinear {
     /// Computes `dS = s dy B [N, kR]` and accumulates `dB += dyᵀ (s x̃ Aᵀ)`.
     pub fn backward_b(&self, dy_no: &Tensor, xa_nr: Option<&Tensor>, grads: &Gradients) -> Result<Option<Tensor>> {
         let (Some(adapters), Some(xa_nr)) = (&self.adapters, xa_nr) else { return Ok(None) };
-        let mut ds_nr = xa_nr.f_empty_like()?;
+        let ds_nr = xa_nr.f_empty_like()?;
         let parts = adapters.rank_columns(xa_nr)?.into_iter().zip(adapters.rank_columns(&ds_nr)?);
         for (adapter, (xa_part, mut ds_part)) in adapters.each.iter().zip(parts) {
             let dy_part = dy_no.f_narrow(1, adapter.start, adapter.width)?;
             ds_part.f_copy_(&gemm::nn(&dy_part, &adapter.b_or)?)?;
             gemm::accumulate_tn_(&grads.view(adapter.b_index)?, &dy_part, &xa_part)?;
         }
-        let _ = ds_nr.f_mul_scalar_(adapters.scale)?;
+        ds_nr.f_times_(adapters.scale)?;
         Ok(Some(ds_nr))
     }
 

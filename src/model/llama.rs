@@ -16,6 +16,7 @@ use crate::ops::dropout::{DropoutKey, RowOrigin};
 use crate::ops::rope::{RopeTable, Rotation, inverse_frequencies};
 use crate::ops::{embedding, gemm, rms_norm};
 use crate::progress::Work;
+use crate::torch::number::range;
 use crate::torch::transfer;
 
 /// One chunk of logits on a CPU holds at most this many elements (64 MB in fp32): more would not stay in its caches.
@@ -275,7 +276,7 @@ impl Llama {
     /// follow the last of them.
     pub fn decode(&self, ids: &[i64], cache: &mut KvCache) -> Result<Tensor> {
         let start = cache.len();
-        let positions = Tensor::f_arange_start(start, start + ids.len() as i64, (Kind::Int64, self.device))?;
+        let positions = range(start, start + ids.len() as i64, (Kind::Int64, self.device))?;
         let rotation = self.rope.at(&positions)?;
         let ids = transfer::upload(ids, self.device)?;
         let mut x_nd = embedding::forward(&self.embed.weight_pd, &ids)?;

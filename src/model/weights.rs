@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Fault, Result};
 use crate::model::config::LlamaConfig;
 use crate::model::lora::{Projection, Table};
+use crate::torch::number::WithNumber;
 
 /// Pages of a tensor by which it is told from another, and their size.
 const SAMPLED_PAGES: usize = 16;
@@ -341,7 +342,7 @@ impl BaseWeights<'_> {
                 let _ = to.f_normal_(0.0, config.initializer_range)?;
             }
             Self::Random { .. } => {
-                let _ = to.f_fill_(1.0)?;
+                to.f_fill_with_(1.0)?;
             }
             Self::Memory(tensors) => {
                 let tensor =

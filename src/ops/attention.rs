@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use crate::device;
 use crate::error::Result;
 use crate::torch::cuda::{self, Qkv};
+use crate::torch::number::WithNumber;
 use crate::torch::transfer::upload;
 
 /// The head layout of a fused `qkv` row.
@@ -378,7 +379,7 @@ pub fn plain_backward(do_: &Tensor, qkv: &Tensor, o: &Tensor, heads: Heads, docu
         let dv_hte = p_htt.f_transpose(1, 2)?.f_matmul(&do_hte)?;
         let dot_ht1 = do_hte.f_mul(&o_hte)?.f_sum_dim_intlist(-1i64, true, p_htt.kind())?;
         let dp_htt = do_hte.f_matmul(&v_hte.f_transpose(1, 2)?)?;
-        let ds_htt = dp_htt.f_sub(&dot_ht1)?.f_mul(&p_htt)?.f_mul_scalar(scale)?;
+        let ds_htt = dp_htt.f_sub(&dot_ht1)?.f_mul(&p_htt)?.f_times(scale)?;
         let dq_hte = ds_htt.f_matmul(&k_hte)?;
         let dk_hte = ds_htt.f_transpose(1, 2)?.f_matmul(&q_hte)?;
         let as_the = |t: &Tensor| -> Result<Tensor> { Ok(t.f_transpose(0, 1)?) };
@@ -405,9 +406,10 @@ fn attend(qkv: &Tensor, heads: Heads) -> Result<Attended> {
     let as_hte = |t: &Tensor| -> Result<Tensor> { Ok(t.f_transpose(0, 1)?.f_to_kind(kind)?) };
     let (q_hte, k_hte, v_hte) = (as_hte(&q)?, as_hte(&k)?, as_hte(&v)?);
     let scale = 1.0 / (heads.head_dim as f64).sqrt();
-    let scores_htt = q_hte.f_matmul(&k_hte.f_transpose(1, 2)?)?.f_mul_scalar(scale)?;
+    let scores_htt = q_hte.f_matmul(&k_hte.f_transpose(1, 2)?)?.f_times(scale)?;
     let later = Tensor::f_ones([len, len], (Kind::Bool, qkv.device()))?.f_triu(1)?;
-    let p_htt = scores_htt.f_masked_fill(&later, f64::NEG_INFINITY)?.f_softmax(-1, kind)?;
+    scores_htt.f_fill_where_(&later, f64::NEG_INFINITY)?;
+    let p_htt = scores_htt.f_softmax(-1, kind)?;
     Ok(Attended { q_hte, k_hte, v_hte, p_htt, scale })
 }
 
@@ -421,10 +423,10 @@ pub fn one_token(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<Ten
     let scale = 1.0 / (e as f64).sqrt();
     let power_of_two = scale.log2().floor().exp2();
     // Query heads of a group share their key head: one small product a key head.
-    let q_kge = q.f_view([n_kv, group, e])?.f_mul_scalar(power_of_two)?;
+    let q_kge = q.f_view([n_kv, group, e])?.f_times(power_of_two)?;
     let k_kte = k.f_view([n_tokens, n_kv, e])?.f_transpose(0, 1)?;
     let v_kte = v.f_view([n_tokens, n_kv, e])?.f_transpose(0, 1)?;
     let scores = q_kge.f_matmul(&k_kte.f_transpose(1, 2)?)?.f_to_kind(wide(q.kind()))?;
-    let p_kgt = scores.f_mul_scalar(scale / power_of_two)?.f_softmax(-1, wide(q.kind()))?.f_to_kind(q.kind())?;
+    let p_kgt = scores.f_times(scale / power_of_two)?.f_softmax(-1, wide(q.kind()))?.f_to_kind(q.kind())?;
     Ok(p_kgt.f_matmul(&v_kte)?.f_reshape([1, heads.q_width()])?)
 }

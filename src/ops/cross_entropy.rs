@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::torch::number::filled;
 use crate::torch::{self, has_row_kernels};
 
 /// The loss of an update, summed on the device and multiplied by the loss scale throughout. Both are 0-d, fp64.
@@ -17,7 +18,7 @@ pub struct ScaledLoss {
 impl ScaledLoss {
     /// No loss yet.
     pub fn new(scale: f64, device: Device) -> Result<Self> {
-        let scalar = |value: f64| Tensor::f_full([0i64; 0], value, (Kind::Double, device));
+        let scalar = |value: f64| filled(&[], value, (Kind::Double, device));
         Ok(Self { scale: scalar(scale)?, sum: scalar(0.0)? })
     }
 
@@ -48,7 +49,7 @@ pub fn forward_backward(
         // A power of two changes no digit of a weight.
         let scaled_n = weights_n.f_mul(&loss.scale)?;
         let sum = torch::cross_entropy_(&logits_np, vocab_size, targets_n, &scaled_n)?;
-        loss.add(&Tensor::from(sum))?;
+        loss.add(&filled(&[], sum, (Kind::Double, Device::Cpu))?)?;
         return Ok(logits_np);
     }
     plain_forward_backward(&logits_np, vocab_size, targets_n, weights_n, loss)
@@ -66,7 +67,7 @@ pub fn plain_forward_backward(
     let (mut dlogits, nll_n) = negative_log_likelihood(&logits_np.f_narrow(1, 0, vocab_size)?, targets_n)?;
     loss.add(&nll_n.f_mul(&scaled_n)?.f_sum(Kind::Double)?)?;
     let targets_n1 = targets_n.f_unsqueeze(1)?;
-    let minus_one = Tensor::f_full(targets_n1.size(), -1.0, (dlogits.kind(), dlogits.device()))?;
+    let minus_one = filled(&targets_n1.size(), -1.0, (dlogits.kind(), dlogits.device()))?;
     let _ = dlogits.f_scatter_add_(1, &targets_n1, &minus_one)?;
     let _ = dlogits.f_mul_(&scaled_n.f_unsqueeze(1)?)?;
     if logits_np.size()[1] == vocab_size {

@@ -7,6 +7,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::torch::number::{WithNumber, filled, range};
 use crate::torch::{self, MaskDraw};
 
 /// What an update's masks depend on, with the share that is dropped.
@@ -57,23 +58,23 @@ pub fn plain_apply(x_nc: &Tensor, origin: &RowOrigin, draw: MaskDraw) -> Result<
     let n_calls = (channels + 7) / 8;
     // As the CPU's kernel has it: an fp32 number, whatever the dtype.
     let kept = 65536.0f32 / (65536 - draw.drop_below) as f32;
-    let out = x_nc.f_mul_scalar(f64::from(kept))?;
-    let calls_1b = Tensor::f_arange(n_calls, (Kind::Int64, x_nc.device()))?.f_unsqueeze(0)?;
+    let out = x_nc.f_times(f64::from(kept))?;
+    let calls_1b = range(0, n_calls, (Kind::Int64, x_nc.device()))?.f_unsqueeze(0)?;
     let at_once = (CALLS_AT_ONCE / n_calls.max(1)).max(1);
     let mut first = 0;
     while first < n_rows {
         let n = at_once.min(n_rows - first);
-        let row = |t: &Tensor| -> Result<Tensor> { Ok(t.f_narrow(0, first, n)?.f_bitwise_and(U32)?.f_unsqueeze(1)?) };
+        let row = |t: &Tensor| -> Result<Tensor> { Ok(t.f_narrow(0, first, n)?.f_bits_and(U32)?.f_unsqueeze(1)?) };
         let counter = [
-            calls_1b.f_bitwise_or(i64::from(draw.site) << 16)?.f_bitwise_and(U32)?,
+            calls_1b.f_bits_or(i64::from(draw.site) << 16)?.f_bits_and(U32)?,
             row(&origin.token_n)?,
             row(&origin.slot_n)?,
-            Tensor::f_full([1, 1], i64::from(draw.step), (Kind::Int64, x_nc.device()))?,
+            filled(&[1, 1], i64::from(draw.step), (Kind::Int64, x_nc.device()))?,
         ];
         // Word i of a call holds the draws of channels 2i (its lower half) and 2i + 1.
         let draws = philox(counter, draw.seed)?.map(|word| -> Result<[Tensor; 2]> {
-            let is_dropped = |half: Tensor| half.f_bitwise_and(0xffff)?.f_lt(i64::from(draw.drop_below));
-            let high = word.f_bitwise_right_shift_tensor_scalar(16)?;
+            let is_dropped = |half: Tensor| half.f_bits_and(0xffff)?.f_is_below(i64::from(draw.drop_below));
+            let high = word.f_bits_down(16)?;
             Ok([is_dropped(word)?, is_dropped(high)?])
         });
         let mut dropped = Vec::with_capacity(8);
@@ -81,7 +82,7 @@ pub fn plain_apply(x_nc: &Tensor, origin: &RowOrigin, draw: MaskDraw) -> Result<
             dropped.extend(halves?);
         }
         let dropped_nc = Tensor::f_stack(&dropped, -1)?.f_view([n, 8 * n_calls])?.f_narrow(1, 0, channels)?;
-        let _ = out.f_narrow(0, first, n)?.f_masked_fill_(&dropped_nc, 0.0)?;
+        out.f_narrow(0, first, n)?.f_fill_where_(&dropped_nc, 0.0)?;
         first += n;
     }
     Ok(out)
@@ -100,10 +101,10 @@ fn philox(mut c: [Tensor; 4], seed: u64) -> Result<[Tensor; 4]> {
     let mut key = [seed as u32, (seed >> 32) as u32];
     for _ in 0..10 {
         let [c0, c1, c2, c3] = c;
-        let (from_c0, from_c2) = (c0.f_mul_scalar(FACTORS[0])?, c2.f_mul_scalar(FACTORS[1])?);
+        let (from_c0, from_c2) = (c0.f_times(FACTORS[0])?, c2.f_times(FACTORS[1])?);
         let mixed = |product: &Tensor, other: Tensor, key: u32| -> Result<Tensor> {
-            let high = product.f_bitwise_right_shift_tensor_scalar(32)?;
-            Ok(high.f_bitwise_xor_tensor(&other)?.f_bitwise_xor(i64::from(key))?.f_bitwise_and(U32)?)
+            let high = product.f_bits_down(32)?;
+            Ok(high.f_bitwise_xor_tensor(&other)?.f_bits_xor(i64::from(key))?.f_bits_and(U32)?)
         };
         c = [mixed(&from_c2, c1, key[0])?, from_c2, mixed(&from_c0, c3, key[1])?, from_c0];
         key = [key[0].wrapping_add(KEY_STEPS[0]), key[1].wrapping_add(KEY_STEPS[1])];

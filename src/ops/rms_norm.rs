@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::torch::number::WithNumber;
 use crate::torch::{self, has_row_kernels};
 
 /// What backward needs besides `x` and `w`: the reciprocal root mean square of every row, fp32 (fp64 for fp64 input).
@@ -57,7 +58,7 @@ pub fn backward(
 pub fn plain_forward(x_nd: &Tensor, w_d: &Tensor, eps: f64) -> Result<(Tensor, RmsNormSaved)> {
     let kind = x_nd.kind();
     let x = x_nd.f_to_kind(wide(kind))?;
-    let rstd_n1 = x.f_square()?.f_mean_dim(-1, true, wide(kind))?.f_add_scalar(eps)?.f_rsqrt()?;
+    let rstd_n1 = x.f_square()?.f_mean_dim(-1, true, wide(kind))?.f_plus(eps)?.f_rsqrt()?;
     let y = x.f_mul(&rstd_n1)?.f_mul(w_d)?.f_to_kind(kind)?;
     Ok((y, RmsNormSaved { rstd_n1 }))
 }

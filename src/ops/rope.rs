@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::torch;
+use crate::torch::number::{WithNumber, range};
 
 /// Cosines and sines by position: `[positions, E/2]` each.
 #[derive(Debug)]
@@ -57,7 +58,7 @@ impl RopeTable {
     pub fn new(inv_freq: &[f32], n_positions: i64, kind: Kind, device: Device) -> Result<Self> {
         let angle_kind = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let freq = Tensor::f_from_slice(inv_freq)?.f_to_kind(angle_kind)?;
-        let positions = Tensor::f_arange(n_positions, (angle_kind, Device::Cpu))?;
+        let positions = range(0, n_positions, (angle_kind, Device::Cpu))?;
         let angles_pe = positions.f_outer(&freq)?;
         Ok(Self { cos_pe: angles_pe.f_cos()?.f_to_device(device)?, sin_pe: angles_pe.f_sin()?.f_to_device(device)? })
     }
@@ -104,7 +105,7 @@ fn rotate_(x_nhe: &Tensor, rotation: &Rotation, sign: f64) -> Result<()> {
 pub fn plain_rotate_(x_nhe: &Tensor, rotation: &Rotation, sign: f64) -> Result<()> {
     let half = x_nhe.size()[2] / 2;
     let (mut to_a, mut to_b) = (x_nhe.f_narrow(2, 0, half)?, x_nhe.f_narrow(2, half, half)?);
-    let (cos, sin) = (rotation.cos_ne.f_unsqueeze(1)?, rotation.sin_ne.f_mul_scalar(sign)?.f_unsqueeze(1)?);
+    let (cos, sin) = (rotation.cos_ne.f_unsqueeze(1)?, rotation.sin_ne.f_times(sign)?.f_unsqueeze(1)?);
     let (a, b) = (to_a.f_to_kind(cos.kind())?, to_b.f_to_kind(cos.kind())?);
     let (new_a, new_b) = (a.f_mul(&cos)?.f_sub(&b.f_mul(&sin)?)?, b.f_mul(&cos)?.f_add(&a.f_mul(&sin)?)?);
     to_a.f_copy_(&new_a)?;

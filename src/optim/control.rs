@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::ops::cross_entropy::ScaledLoss;
 use crate::optim::scaler::{GROWTH_INTERVAL, LARGEST, LossScale, SMALLEST};
 use crate::optim::schedule::LrSchedule;
+use crate::torch::number::{WithNumber, filled};
 use crate::torch::transfer::{Arriving, upload};
 use crate::torch::{self};
 
@@ -17,21 +18,29 @@ use crate::torch::{self};
 const RATES_AT_ONCE: u64 = 4096;
 
 /// What ranks may ask of each other: counts of the kinds of requests, whatever these are.
-pub type Asks = [f64; 4];
+pub type Asks = [f64; N_ASKS];
+
+const N_ASKS: usize = 4;
 
 /// Where they stand among the numbers that ranks share: behind the loss and the squared norm.
 const FIRST_ASK: i64 = 2;
+/// Where the count of ranks stands whose memory ran out: behind what is asked.
+const OUT_OF_MEMORY: i64 = FIRST_ASK + N_ASKS as i64;
 
 /// The control block of a run.
 #[derive(Debug)]
 pub struct StepControl {
     /// The loss of the present update, and the scale it carries.
     pub loss: ScaledLoss,
-    /// The loss, the squared norm of the gradients, and what is asked: `[6]` fp64, to be summed over the ranks before an
-    /// update is decided.
+    /// The loss, the squared norm of the gradients, what is asked, and whether memory ran out: `[7]` fp64, to be summed over
+    /// the ranks before an update is decided.
     pub shared: Tensor,
     /// The second of them.
     squares: Tensor,
+    /// The last of them.
+    out_of_memory: Tensor,
+    /// 1, 0-d fp64, made while there is memory.
+    one: Tensor,
     dynamic: bool,
     max_grad_norm: f64,
     schedule: LrSchedule,
@@ -95,11 +104,13 @@ impl StepControl {
         updates: u64,
         device: Device,
     ) -> Result<Self> {
-        let scalar = |value: f64| Tensor::f_full([0i64; 0], value, (Kind::Double, device));
-        let shared = Tensor::f_zeros([FIRST_ASK + Asks::default().len() as i64], (Kind::Double, device))?;
+        let scalar = |value: f64| filled(&[], value, (Kind::Double, device));
+        let shared = Tensor::f_zeros([OUT_OF_MEMORY + 1], (Kind::Double, device))?;
         Ok(Self {
             loss: ScaledLoss { scale: scalar(loss_scale.factor())?, sum: shared.f_get(0)? },
             squares: shared.f_get(1)?,
+            out_of_memory: shared.f_get(OUT_OF_MEMORY)?,
+            one: scalar(1.0)?,
             shared,
             dynamic: loss_scale.is_dynamic(),
             max_grad_norm,
@@ -121,7 +132,18 @@ impl StepControl {
     }
 
     fn shared_asks(&self) -> Result<Tensor> {
-        Ok(self.shared.f_narrow(0, FIRST_ASK, Asks::default().len() as i64)?)
+        Ok(self.shared.f_narrow(0, FIRST_ASK, N_ASKS as i64)?)
+    }
+
+    /// Notes that the memory of this rank ran out, for the others to learn of. It needs no memory itself.
+    pub fn note_out_of_memory(&mut self) -> Result<()> {
+        self.out_of_memory.f_copy_(&self.one)?;
+        Ok(())
+    }
+
+    /// Whether the memory of any rank ran out, once the numbers are summed over the ranks; waits for the device.
+    pub fn is_out_of_memory(&self) -> Result<bool> {
+        Ok(self.out_of_memory.f_double_value(&[])? > 0.0)
     }
 
     /// Takes the norm of gradients that are summed over the ranks.
@@ -141,16 +163,16 @@ impl StepControl {
         if known_updates + outstanding >= self.rates.first + RATES_AT_ONCE {
             self.rates = Rates::upload(&self.schedule, known_updates, device)?;
         }
-        let scale = self.loss.scale.copy();
+        let scale = self.loss.scale.f_detach_copy()?;
         let norm = self.squares.f_sqrt()?.f_div(&scale)?;
         let loss = self.loss.value()?;
         let is_finite = norm.f_add(&loss)?.f_isfinite()?.f_to_kind(Kind::Double)?;
 
         let decision = Decision {
             lr: self.rates.at(&self.updates)?,
-            update: self.updates.f_add_scalar(1.0)?.f_to_kind(Kind::Float)?,
+            update: self.updates.f_plus(1.0)?.f_to_kind(Kind::Float)?,
             grad_divisor: scale.f_div(&self.clip(&norm)?)?.f_to_kind(Kind::Float)?,
-            skip: is_finite.f_neg()?.f_add_scalar(1.0)?.f_to_kind(Kind::Float)?,
+            skip: is_finite.f_neg()?.f_plus(1.0)?.f_to_kind(Kind::Float)?,
         };
         let _ = self.updates.f_add_(&is_finite)?;
         if self.dynamic {
@@ -166,18 +188,19 @@ impl StepControl {
         if self.max_grad_norm == 0.0 {
             return Ok(norm.f_ones_like()?);
         }
-        Ok(norm.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar(self.max_grad_norm)?.f_clamp_max(1.0)?)
+        Ok(norm.f_plus(1e-6)?.f_reciprocal()?.f_times(self.max_grad_norm)?.f_at_most(1.0)?)
     }
 
     /// Halves the loss scale after an overflow, doubles it after many good updates.
     fn rescale(&mut self, is_finite: &Tensor) -> Result<()> {
-        let good = self.good_updates.f_add_scalar(1.0)?.f_mul(is_finite)?;
-        let is_time = good.f_eq(f64::from(GROWTH_INTERVAL))?;
-        let halved = self.loss.scale.f_mul_scalar(0.5)?.f_clamp_min(SMALLEST)?;
-        let doubled = self.loss.scale.f_mul_scalar(2.0)?.f_clamp_max(LARGEST)?;
+        let good = self.good_updates.f_plus(1.0)?.f_mul(is_finite)?;
+        let is_time = good.f_is(f64::from(GROWTH_INTERVAL))?;
+        let halved = self.loss.scale.f_times(0.5)?.f_at_least(SMALLEST)?;
+        let doubled = self.loss.scale.f_times(2.0)?.f_at_most(LARGEST)?;
         let kept = doubled.f_where_self(&is_time, &self.loss.scale)?;
-        self.loss.scale.f_copy_(&kept.f_where_self(&is_finite.f_gt(0.0)?, &halved)?)?;
-        self.good_updates.f_copy_(&good.f_masked_fill(&is_time, 0.0)?)?;
+        self.loss.scale.f_copy_(&kept.f_where_self(&is_finite.f_is(1.0)?, &halved)?)?;
+        good.f_fill_where_(&is_time, 0.0)?;
+        self.good_updates.f_copy_(&good)?;
         Ok(())
     }
 }
@@ -191,7 +214,7 @@ impl Rates {
     }
 
     fn at(&self, updates: &Tensor) -> Result<Tensor> {
-        let index = updates.f_sub_scalar(self.first as f64)?.f_to_kind(Kind::Int64)?.f_unsqueeze(0)?;
+        let index = updates.f_plus(-(self.first as f64))?.f_to_kind(Kind::Int64)?.f_unsqueeze(0)?;
         Ok(self.lr_u.f_index_select(0, &index)?.f_squeeze_dim(0)?)
     }
 }

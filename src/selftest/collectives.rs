@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use crate::comm::{Communicator, Nccl, Place, Rendezvous, Tcp, fresh_token};
 use crate::error::{Error, Result};
 use crate::selftest::judge::{Row, largest_error};
+use crate::torch::number::{WithNumber, range};
 
 /// How long the ranks wait for each other.
 const WAIT: Duration = Duration::from_secs(60);
@@ -57,18 +58,18 @@ fn on_all_ranks(device: Device) -> Result<Vec<Row>> {
 
 fn trial(ranks: &mut dyn Communicator) -> Result<Vec<Row>> {
     let (rank, n_ranks, device) = (ranks.rank() as i64, ranks.world_size() as i64, ranks.device());
-    let numbers = Tensor::f_arange(N, (Kind::Float, device))?;
-    let times = |factor: i64| -> Result<Tensor> { Ok(numbers.f_mul_scalar(factor)?) };
+    let numbers = range(0, N, (Kind::Float, device))?;
+    let times = |factor: i64| -> Result<Tensor> { Ok(numbers.f_times(factor)?) };
     // Rank r brings r + 1 times the numbers.
     let [summed, scattered, gathered, sent] = [times(rank + 1)?, times(rank + 1)?, times(rank + 1)?, times(rank + 1)?];
-    let bytes = gathered.f_remainder(251)?.f_to_kind(Kind::Uint8)?;
+    let bytes = gathered.f_modulo(251)?.f_to_kind(Kind::Uint8)?;
     let own = |tensor: &Tensor, of: i64| tensor.f_narrow(0, of * (N / n_ranks), N / n_ranks);
     let whole = |part: &dyn Fn(i64) -> Result<Tensor>| -> Result<Tensor> {
         Ok(Tensor::f_cat(&(0..n_ranks).map(part).collect::<Result<Vec<_>>>()?, 0)?)
     };
     let sum = times(n_ranks * (n_ranks + 1) / 2)?;
     let all_parts = whole(&|of| Ok(own(&times(of + 1)?, of)?))?;
-    let all_bytes = all_parts.f_remainder(251)?.f_to_kind(Kind::Uint8)?;
+    let all_bytes = all_parts.f_modulo(251)?.f_to_kind(Kind::Uint8)?;
 
     ranks.all_reduce(&summed)?;
     ranks.reduce_scatter(&scattered)?;

@@ -12,6 +12,7 @@ use crate::ops::dropout::{self, DropoutKey, RowOrigin};
 use crate::ops::rope::{self, RopeScaling, RopeTable};
 use crate::ops::{embedding, gemm, rms_norm, swiglu};
 use crate::selftest::judge::{Bench, FP64, Row, Twin, tolerance};
+use crate::torch::number::{WithNumber, filled, range};
 use crate::torch::{self, AdamWStep};
 
 /// Tries an op in one dtype on one device.
@@ -85,7 +86,7 @@ fn embedding_trial(bench: &mut Bench) -> Result<()> {
     let (n_rows, n_ids, d) = (50, 120, 72);
     let (table, dx) = (bench.normal(&[n_rows, d])?, bench.normal(&[n_ids, d])?);
     // Squares: some ids occur often, some never.
-    let ids = Tensor::f_arange(n_ids, (Kind::Int64, Device::Cpu))?.f_square()?.f_remainder(n_rows)?;
+    let ids = range(0, n_ids, (Kind::Int64, Device::Cpu))?.f_square()?.f_modulo(n_rows)?;
     let ids_there = bench.put(&ids)?;
     let x = embedding::forward(&table.ours, &ids_there)?;
     bench.hold("embedding x", &x, &table.judge.f_index_select(0, &ids)?, 0.0)?;
@@ -126,7 +127,7 @@ fn rms_norm_trial(bench: &mut Bench) -> Result<()> {
 fn rope_trial(bench: &mut Bench) -> Result<()> {
     let heads = Heads { n_heads: 6, n_kv_heads: 2, head_dim: 32 };
     let (n, n_positions) = (90, 300);
-    let positions = Tensor::f_arange(n, (Kind::Int64, Device::Cpu))?.f_mul_scalar(7)?.f_remainder(n_positions)?;
+    let positions = range(0, n, (Kind::Int64, Device::Cpu))?.f_times(7)?.f_modulo(n_positions)?;
     let inv_freq = rope::inverse_frequencies(heads.head_dim, 10_000.0, RopeScaling::None);
     let there = RopeTable::new(&inv_freq, n_positions, bench.kind, bench.device)?.at(&bench.put(&positions)?)?;
     let judging = RopeTable::new(&inv_freq, n_positions, Kind::Double, Device::Cpu)?.at(&positions)?;
@@ -192,7 +193,7 @@ fn attention_trial(bench: &mut Bench) -> Result<()> {
 
 fn swiglu_trial(bench: &mut Bench) -> Result<()> {
     let (n, f) = (41, 168);
-    let gu = bench.twin(&Tensor::f_randn([n, 2 * f], FP64)?.f_mul_scalar(3.0)?)?;
+    let gu = bench.twin(&Tensor::f_randn([n, 2 * f], FP64)?.f_times(3.0)?)?;
     let dh = bench.normal(&[n, f])?;
     // The plain form rounds silu(g) and then the product, in backward dh ⊙ u and what it is multiplied by (up to 1.1).
     let bound = tolerance(bench.kind, 3, 8);
@@ -238,11 +239,11 @@ fn dropout_trial(bench: &mut Bench) -> Result<()> {
         token_n: bench.put(&Tensor::f_from_slice(&tokens)?)?,
     };
     let ones = bench.twin(&Tensor::f_ones(kept.size(), FP64)?)?;
-    let mask = dropout::apply(&ones.ours, key, site, &origin)?.f_ne(0.0)?;
+    let mask = dropout::apply(&ones.ours, key, site, &origin)?.f_is(0.0)?.f_logical_not()?;
     bench.hold("dropout mask", &mask, &kept, 0.0)?;
     let x = bench.normal(&kept.size())?;
     let scale = 65_536.0 / f64::from(65_536 - DROP_BELOW);
-    let judge = x.judge.f_mul(&kept)?.f_mul_scalar(scale)?;
+    let judge = x.judge.f_mul(&kept)?.f_times(scale)?;
     // One rounding of the result; where the scale is rounded to the dtype first, another.
     let bound = tolerance(bench.kind, 2, 1);
     bench.hold("dropout x", &dropout::apply(&x.ours, key, site, &origin)?, &judge, bound)
@@ -251,9 +252,9 @@ fn dropout_trial(bench: &mut Bench) -> Result<()> {
 fn cross_entropy_trial(bench: &mut Bench) -> Result<()> {
     // The head's table is padded to a multiple of 64 rows.
     let (n, vocab_size, padded, scale) = (33, 997, 1024, 128.0);
-    let logits = bench.twin(&Tensor::f_randn([n, padded], FP64)?.f_mul_scalar(4.0)?)?;
-    let targets = Tensor::f_arange(n, (Kind::Int64, Device::Cpu))?.f_mul_scalar(31)?.f_remainder(vocab_size)?;
-    let weights = bench.twin_in(&Tensor::f_rand([n], FP64)?.f_div_scalar(n as f64)?, Kind::Float)?;
+    let logits = bench.twin(&Tensor::f_randn([n, padded], FP64)?.f_times(4.0)?)?;
+    let targets = range(0, n, (Kind::Int64, Device::Cpu))?.f_times(31)?.f_modulo(vocab_size)?;
+    let weights = bench.twin_in(&Tensor::f_rand([n], FP64)?.f_over(n as f64)?, Kind::Float)?;
     let targets_there = bench.put(&targets)?;
     // The loss is computed in fp32 from the same logits, whatever their dtype: V exponentials are added up.
     let fp32 = tolerance(Kind::Float, 0, vocab_size);
@@ -275,7 +276,7 @@ fn cross_entropy_trial(bench: &mut Bench) -> Result<()> {
 
 /// The squares of the gradients are summed in fp64.
 fn grad_norm_trial(bench: &mut Bench) -> Result<()> {
-    let grads = bench.twin_in(&Tensor::f_randn([70_001], FP64)?.f_mul_scalar(1e3)?, Kind::Float)?;
+    let grads = bench.twin_in(&Tensor::f_randn([70_001], FP64)?.f_times(1e3)?, Kind::Float)?;
     let judge = grads.judge.f_square()?.f_sum(Kind::Double)?;
     // Some 70,000 additions of 2^-53 each.
     bench.hold("grad_norm²", &torch::sum_of_squares(&grads.ours)?, &judge, 1e-11)
@@ -292,7 +293,7 @@ fn adamw_trial(bench: &mut Bench) -> Result<()> {
     let zeros = Tensor::f_zeros([n], FP64)?;
     let (exp_avg, exp_avg_sq) = (bench.twin_in(&zeros, Kind::Float)?, bench.twin_in(&zeros, Kind::Float)?);
     let (mut p, mut m, mut v) = (param.judge, exp_avg.judge, exp_avg_sq.judge);
-    let scalar = |value: f64, kind: Kind| Tensor::f_full([0i64; 0], value, (kind, bench.device));
+    let scalar = |value: f64, kind: Kind| filled(&[], value, (kind, bench.device));
     let lr = scalar(LR, if bench.device == Device::Cpu { Kind::Double } else { Kind::Float })?;
     let mut n_updates = 0;
     for (divisor, skip) in [(1.0, false), (4.0, true), (1024.0, false)] {
@@ -311,13 +312,13 @@ fn adamw_trial(bench: &mut Bench) -> Result<()> {
             continue;
         }
         n_updates += 1;
-        let g = grad.judge.f_div_scalar(divisor)?;
-        p = p.f_mul_scalar(1.0 - LR * DECAY)?;
-        m = m.f_mul_scalar(BETAS[0])?.f_add(&g.f_mul_scalar(1.0 - BETAS[0])?)?;
-        v = v.f_mul_scalar(BETAS[1])?.f_add(&g.f_square()?.f_mul_scalar(1.0 - BETAS[1])?)?;
-        let corrected = |moment: &Tensor, beta: f64| moment.f_div_scalar(1.0 - beta.powi(n_updates));
-        let step = corrected(&m, BETAS[0])?.f_div(&corrected(&v, BETAS[1])?.f_sqrt()?.f_add_scalar(EPS)?)?;
-        p = p.f_sub(&step.f_mul_scalar(LR)?)?;
+        let g = grad.judge.f_over(divisor)?;
+        p = p.f_times(1.0 - LR * DECAY)?;
+        m = m.f_times(BETAS[0])?.f_add(&g.f_times(1.0 - BETAS[0])?)?;
+        v = v.f_times(BETAS[1])?.f_add(&g.f_square()?.f_times(1.0 - BETAS[1])?)?;
+        let corrected = |moment: &Tensor, beta: f64| moment.f_over(1.0 - beta.powi(n_updates));
+        let step = corrected(&m, BETAS[0])?.f_div(&corrected(&v, BETAS[1])?.f_sqrt()?.f_plus(EPS)?)?;
+        p = p.f_sub(&step.f_times(LR)?)?;
     }
     // Some roundings to fp32 an update; 1 - beta, the bias corrections and the rate are fp64.
     let bound = tolerance(Kind::Float, 16, 0);

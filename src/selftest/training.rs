@@ -24,6 +24,7 @@ use crate::optim::scaler::LossScale;
 use crate::optim::schedule::{LrSchedule, Shape};
 use crate::selftest::judge::{Row, dtype_name, unit_roundoff};
 use crate::torch::cuda::set_numerics;
+use crate::torch::number::WithNumber;
 use crate::train::step::{StepSettings, Trainer};
 
 /// Steps of the run: enough that what AdamW wrote in the first is read, and read again.
@@ -189,7 +190,7 @@ fn lora() -> LoraSpec {
 fn tensors(shape: &LlamaConfig) -> Result<BTreeMap<String, Tensor>> {
     tch::manual_seed(SEED as i64);
     let draw = |dims: &[i64], mean: f64, std: f64| -> Result<Tensor> {
-        let drawn = Tensor::f_randn(dims, (Kind::Float, Device::Cpu))?.f_mul_scalar(std)?.f_add_scalar(mean)?;
+        let drawn = Tensor::f_randn(dims, (Kind::Float, Device::Cpu))?.f_times(std)?.f_plus(mean)?;
         Ok(drawn.f_to_kind(Kind::BFloat16)?)
     };
     let (d, std) = (shape.hidden_size, shape.initializer_range);

@@ -13,6 +13,7 @@
 #include <malloc.h>
 #include <map>
 #include <mutex>
+#include <utility>
 #include <sys/mman.h>
 
 namespace {
@@ -116,6 +117,10 @@ class Pages {
   uint64_t freed_ = 0;
 };
 
+// Of this thread, for tests of what happens when memory runs out: how often it allocated, and which time fails.
+thread_local int64_t n_allocations = 0;
+thread_local int64_t refused_allocation = 0;
+
 // Large tensors by pages, small ones by the C library, both aligned by hand: glibc's aligned allocation takes more room to
 // find than it keeps, and a freed piece never serves the next tensor of the same size.
 class TensorHeap final : public c10::Allocator {
@@ -123,7 +128,7 @@ class TensorHeap final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* data = nullptr;
     if (bytes > 0) {
-      data = bytes < kLarge ? small(bytes) : large(bytes);
+      data = ++n_allocations == refused_allocation ? nullptr : bytes < kLarge ? small(bytes) : large(bytes);
       TORCH_CHECK(data, "DefaultCPUAllocator: can't allocate memory: you tried to allocate ", bytes, " bytes.");
     }
     return {data, data, &release, c10::Device(c10::kCPU)};
@@ -201,6 +206,12 @@ void bellora_release_freed_memory() {
   TensorHeap::the().pages.release();
   malloc_trim(0);
 #endif
+}
+
+// Counts this thread's allocations of tensors in that heap anew, and has one of them fail; 0 is none. Returns how many there were.
+int64_t bellora_refuse_allocation(int64_t nth) {
+  refused_allocation = nth;
+  return std::exchange(n_allocations, 0);
 }
 
 }  // extern "C"

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 
 unsafe extern "C" {
     fn bellora_release_freed_memory();
+    fn bellora_refuse_allocation(nth: i64) -> i64;
     fn bellora_cuda_memory(device_index: c_int, out: *mut i64) -> c_int;
     fn bellora_cuda_reset_peak(device_index: c_int) -> c_int;
     fn bellora_cuda_release_cached() -> c_int;
@@ -101,6 +102,14 @@ pub fn release_cached(device: Device) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Has the `nth` allocation of a CPU tensor that this thread makes from now on fail (0: none), and gives how many it has made
+/// since the last call. For tests of what happens when memory runs out; it sees the allocations that
+/// [`keep_freed_memory`](super::keep_freed_memory) governs.
+pub fn refuse_allocation(nth: u64) -> u64 {
+    // SAFETY: it takes a number.
+    unsafe { bellora_refuse_allocation(nth.cast_signed()) }.cast_unsigned()
 }
 
 /// Waits until everything that was queued on a device is done.

@@ -6,6 +6,7 @@
 pub mod cuda;
 pub mod driver;
 pub mod memory;
+pub mod number;
 pub mod signal_mask;
 pub mod transfer;
 
@@ -14,6 +15,7 @@ use std::ffi::{CStr, c_char, c_int};
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
+use self::number::filled;
 use crate::error::{Error, Result};
 
 unsafe extern "C" {
@@ -306,8 +308,12 @@ const SQUARED_AT_ONCE: i64 = 1 << 24;
 /// Sums the squares of a contiguous fp32 tensor in fp64, the same on any number of threads; 0-d on its device.
 ///
 /// # Errors
-/// A tensor of another dtype.
+/// A tensor of another dtype; memory that runs out.
+///
+/// # Panics
+/// If the tensor is not contiguous: a defect of the caller.
 pub fn sum_of_squares(x: &Tensor) -> Result<Tensor> {
+    assert!(x.is_contiguous(), "squares of a contiguous tensor");
     if x.device() != Device::Cpu {
         let total = Tensor::f_zeros([0i64; 0], (Kind::Double, x.device()))?;
         for piece in x.f_split(SQUARED_AT_ONCE, 0)? {
@@ -316,9 +322,10 @@ pub fn sum_of_squares(x: &Tensor) -> Result<Tensor> {
         return Ok(total);
     }
     let mut sum = 0.0;
-    // SAFETY: `x` is a live tensor for the length of the call; `sum` is written on success.
+    // SAFETY: `x` is a live tensor for the length of the call, its elements side by side; the shim refuses another dtype
+    // than fp32; `sum` is written on success.
     check(unsafe { bellora_sum_of_squares(raw(x), &mut sum) })?;
-    Ok(Tensor::from(sum))
+    filled(&[], sum, (Kind::Double, Device::Cpu))
 }
 
 /// Where one input's dropout mask stands in the run, besides its rows' origin.
@@ -337,10 +344,20 @@ pub struct MaskDraw {
 /// Drops elements of `x` `[N, C]` (unit column stride) and scales the others up; `slot` and `token` are i64 `[N]`.
 ///
 /// # Errors
-/// Tensors that are not on the CPU.
+/// A dtype that is no float's; memory that runs out.
+///
+/// # Panics
+/// If the tensors do not have these shapes and strides or are not on the CPU: a defect of the caller.
 pub fn dropout(x: &Tensor, slot: &Tensor, token: &Tensor, draw: MaskDraw) -> Result<Tensor> {
+    let (n, c) = x.size2()?;
+    let stride = x.stride();
+    assert!(c <= 1 || stride[1] == 1, "columns side by side");
+    assert!(n <= 1 || stride[0] >= c, "rows that do not overlap");
+    assert!(x.device() == Device::Cpu, "dropout of a CPU tensor");
+    assert_rows(&[(slot, &[n]), (token, &[n])]);
     let mut out = std::ptr::null_mut();
-    // SAFETY: the three inputs are live tensors for the length of the call; `out` is written on success.
+    // SAFETY: the three inputs are live tensors for the length of the call, of the shapes and strides that the kernel
+    // reads by (the shim refuses other dtypes); `out` is written on success.
     let code = unsafe {
         bellora_dropout(raw(x), raw(slot), raw(token), draw.seed, draw.step, draw.site, draw.drop_below, &mut out)
     };

@@ -89,8 +89,8 @@ fn checksum(flat: &Tensor) -> Result<Tensor> {
     Ok(total)
 }
 
-/// Has every rank know a number of each.
-fn gather_number(ranks: &mut dyn Communicator, number: &Tensor) -> Result<Vec<i64>> {
+/// Has every rank know a number of each, 0-d i64. Every rank must call this together.
+pub(super) fn gather_number(ranks: &mut dyn Communicator, number: &Tensor) -> Result<Vec<i64>> {
     let all = Tensor::f_zeros([ranks.world_size() as i64], (Kind::Int64, number.device()))?;
     all.f_get(ranks.rank() as i64)?.f_copy_(number)?;
     ranks.all_gather(&all)?;

@@ -10,6 +10,7 @@ mod gather;
 mod identity;
 pub mod keep;
 mod lock;
+mod micro_batch_size;
 pub mod non_finite;
 mod parts;
 pub mod probe;

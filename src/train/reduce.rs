@@ -20,7 +20,6 @@ pub(super) struct Reducer<'a> {
     is_sharded: bool,
     /// The buckets that remain to be handed over, the next one last.
     remaining: &'a [Bucket],
-    has_begun: bool,
     /// The rows of the embedding table that this update's samples name, on every rank the same.
     touched: &'a [i64],
     /// Their gradients: where they belong, which rows, the sums.
@@ -36,12 +35,7 @@ impl<'a> Reducer<'a> {
         touched: &'a [i64],
     ) -> Self {
         let remaining = if ranks.world_size() > 1 { params.layout().buckets() } else { &[] };
-        Self { ranks, grads, is_sharded: params.is_sharded(), remaining, has_begun: false, touched, embed: None }
-    }
-
-    /// Whether other ranks wait for the rest by now.
-    pub(super) fn has_begun(&self) -> bool {
-        self.has_begun
+        Self { ranks, grads, is_sharded: params.is_sharded(), remaining, touched, embed: None }
     }
 
     /// Hands over what is complete.
@@ -52,7 +46,6 @@ impl<'a> Reducer<'a> {
             _ => false,
         };
         while let Some((bucket, rest)) = self.remaining.split_last().filter(|(last, _)| is_complete(last.holds)) {
-            self.has_begun = true;
             self.begin(bucket)?;
             self.remaining = rest;
         }
@@ -77,7 +70,7 @@ impl<'a> Reducer<'a> {
         }
     }
 
-    /// Hands over the rest and waits for all of it; `numbers` are summed besides.
+    /// Hands over the rest, complete or not, and waits for all of it; `numbers` are summed besides.
     pub(super) fn finish(mut self, numbers: Option<&Tensor>) -> Result<()> {
         self.completed(Done::Everything)?;
         if let Some(numbers) = numbers {

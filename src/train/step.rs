@@ -18,12 +18,9 @@ use crate::optim::adamw::AdamW;
 use crate::optim::control::{Asks, Outcome, Reading, StepControl};
 use crate::optim::scaler;
 use crate::optim::schedule::LrSchedule;
-use crate::plan::MemoryModel;
 use crate::progress::Work;
-use crate::torch::memory;
 use crate::train::gather::gather;
 use crate::train::non_finite::{NonFinite, SampleLoss};
-use crate::train::probe::{Probed, Trial, probe};
 use crate::train::reduce::{Reducer, touched_ids};
 
 /// What an update depends on besides its samples and the run's state.
@@ -109,7 +106,7 @@ pub struct Trainer {
     outstanding: VecDeque<Begun>,
     /// When the last outcome became known.
     last_known: Option<Instant>,
-    note: Option<String>,
+    pub(super) note: Option<String>,
     non_finite: Option<NonFinite>,
 }
 
@@ -123,17 +120,12 @@ struct Begun {
     reading: Option<Reading>,
 }
 
-/// Why the gradients of an update are not there.
-struct Stopped {
-    error: Error,
-    /// Whether no other rank waits for the rest of them yet.
-    may_repeat: bool,
-}
-
-impl From<Error> for Stopped {
-    fn from(error: Error) -> Self {
-        Self { error, may_repeat: false }
-    }
+/// What became of the gradients of an update, the same on every rank.
+enum Accumulated {
+    /// They are there, summed over the ranks.
+    Complete,
+    /// The memory of some rank ran out, and what there is of them is of no use; with the error where it was this one's.
+    OutOfMemory(Option<Error>),
 }
 
 impl Trainer {
@@ -215,13 +207,10 @@ impl Trainer {
         loop {
             let StepSettings { loss_average, micro_batch_tokens, .. } = self.settings;
             let batches = build_share(&self.samples, samples, loss_average, micro_batch_tokens, share);
-            match self.accumulate(samples, &batches, after) {
-                Ok(()) => break,
-                // Nothing has been applied yet: the update begins again.
-                Err(Stopped { error, may_repeat: true }) if error.is_out_of_memory() => {
-                    self.halve_micro_batches(&batches, &error)?;
-                }
-                Err(Stopped { error, .. }) => return Err(error),
+            match self.accumulate(samples, &batches, after)? {
+                Accumulated::Complete => break,
+                // Nothing has been applied yet: the update begins again, on every rank.
+                Accumulated::OutOfMemory(error) => self.halve_micro_batches(&batches, error)?,
             }
         }
         let outstanding = self.outstanding.len() as u64;
@@ -235,21 +224,25 @@ impl Trainer {
     }
 
     /// Loss, gradients and their norm over the micro-batches of this rank's share of an update, summed over the ranks.
+    ///
+    /// A rank whose memory runs out still hands over all that the others wait for, and so all of them learn of it.
     fn accumulate(
         &mut self,
         samples: &[u32],
         batches: &[PackedBatch],
         after: &mut dyn FnMut(Part) -> Result<()>,
-    ) -> std::result::Result<(), Stopped> {
+    ) -> Result<Accumulated> {
         let dropout = self.dropout(self.state.step);
         let step = &self.state.step;
         let Self { model, grads, control, ranks, params, settings, .. } = self;
+        let is_alone = ranks.world_size() == 1;
         grads.zero()?;
         control.begin(self.asks)?;
-        let touched = if ranks.world_size() > 1 { touched_ids(&self.samples, samples) } else { Vec::new() };
+        let touched = if is_alone { Vec::new() } else { touched_ids(&self.samples, samples) };
         let mut reducer = Reducer::new(&mut **ranks, params, grads, &touched);
         let n_tokens = |packed: &PackedBatch| packed.input_ids.len() as u64;
         let work = Work::begin(format!("step {}", *step + 1), "tokens", batches.iter().map(n_tokens).sum());
+        let mut ran_out = None;
         for (nth, packed) in (1..).zip(batches) {
             let mut pass = || -> Result<()> {
                 let mut completed = |done: Done| match nth == batches.len() {
@@ -267,8 +260,20 @@ impl Trainer {
                 model.backward(saved, dhidden_nd, &batch, grads, &mut completed)?;
                 after(Part::Backward)
             };
-            pass().map_err(|error| Stopped { error, may_repeat: !reducer.has_begun() })?;
+            match pass() {
+                Err(error) if error.is_out_of_memory() => {
+                    ran_out = Some(error);
+                    break;
+                }
+                passed => passed?,
+            }
             work.advance(n_tokens(packed));
+        }
+        if ran_out.is_some() {
+            if is_alone {
+                return Ok(Accumulated::OutOfMemory(ran_out));
+            }
+            control.note_out_of_memory()?;
         }
         // The norm of a shard is a part of the whole, and is summed; gradients that are whole have the same one everywhere.
         let is_sharded = params.is_sharded();
@@ -278,49 +283,8 @@ impl Trainer {
             ranks.all_reduce(&control.shared)?;
             ranks.wait()?;
         }
-        Ok(())
-    }
-
-    /// Tries a micro-batch of the greatest size before the first step, halving it while memory runs out.
-    ///
-    /// # Errors
-    /// Not even one document of `max_length` fits.
-    pub fn try_largest(&mut self, predicted: &MemoryModel, max_length: usize) -> Result<Probed> {
-        let device = self.params.device();
-        loop {
-            let StepSettings { micro_batch_tokens: tokens, recompute, dropout, .. } = self.settings;
-            let trial = Trial { tokens, max_length, recompute, dropout };
-            match probe(&self.model, &mut self.grads, predicted, trial, device) {
-                Err(error) if error.is_out_of_memory() && tokens / 2 >= max_length => {
-                    memory::release_cached(device)?;
-                    self.settings.micro_batch_tokens = tokens / 2;
-                    self.note = Some(format!(
-                        "out of memory on trial with a micro-batch of {tokens} tokens: they hold {} at most",
-                        tokens / 2
-                    ));
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-
-    /// Halves the micro-batches of an update that did not fit into memory, for the rest of the run.
-    fn halve_micro_batches(&mut self, batches: &[PackedBatch], error: &Error) -> Result<()> {
-        memory::release_cached(self.params.device())?;
-        let tokens = batches.iter().map(|batch| batch.input_ids.len()).max().unwrap_or_default();
-        if batches.iter().all(|batch| batch.slots.len() == 1) {
-            let what = format!("out of memory with one sample of {tokens} tokens at a time: {error}");
-            return Err(Error::failed(format!("step {}", self.state.step + 1), what)
-                .hint("set train.recompute = \"all\", or lower data.max_length or lora.r"));
-        }
-        self.settings.micro_batch_tokens = tokens / 2;
-        self.note = Some(format!(
-            "out of memory in step {} with micro-batches of {tokens} tokens: from here on they hold {} at most; the run is \
-             the same to rounding, no longer bit for bit",
-            self.state.step + 1,
-            tokens / 2
-        ));
-        Ok(())
+        let is_complete = is_alone || !control.is_out_of_memory()?;
+        Ok(if is_complete { Accumulated::Complete } else { Accumulated::OutOfMemory(ran_out) })
     }
 
     /// What the user should know of the last step, once.

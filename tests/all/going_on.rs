@@ -163,7 +163,8 @@ fn signals_that_come_together_are_one_request_to_stop_in_good_order() {
 #[test]
 fn a_later_interrupt_stops_at_once() {
     // A step takes minutes on the fastest of machines: over 20 TFLOP.
-    let shape = Shape { hidden: 256, intermediate: 1024, layers: 8, heads: 8, kv_heads: 8, head_dim: 32, ..Shape::default() };
+    let shape =
+        Shape { hidden: 256, intermediate: 1024, layers: 8, heads: 8, kv_heads: 8, head_dim: 32, ..Shape::default() };
     let lab = Lab::new(shape);
     lab.write_rows("rows.jsonl", &rows(6000, 4));
     let lab = lab.with(&["train.global_batch=6000", "train.max_steps=1"]);

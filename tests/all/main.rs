@@ -33,6 +33,7 @@ mod place;
 mod plan;
 mod ranges;
 mod ranks;
+mod refused_memory;
 mod replay;
 mod resume;
 mod rows;

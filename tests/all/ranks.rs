@@ -15,7 +15,9 @@ use serde_json::Value;
 use crate::resume::{
     assert_same_run, checkpoint_steps, copy_folder, ended, logged_steps, n_lines, signal, step_dir, wait_until,
 };
-use crate::support::{Lab, Ran, Rig, Shape, assert_tensors_close, bellora, metrics, read_tensors, run, trainer};
+use crate::support::{
+    Lab, Ran, Rig, Shape, assert_tensors_close, bellora, metrics, read_tensors, run, trainer_of_rank,
+};
 
 const SETS: [&str; 6] = [
     "lora.dropout=0.1",
@@ -138,14 +140,14 @@ fn a_sharded_optimizer_does_the_same_updates() {
 }
 
 /// Calls `each` with a rank's trainer and its number, on threads of this process; gives what they return in their order.
-fn on_ranks<R: Send>(lab: &Lab, n_ranks: usize, each: impl Fn(usize, &mut Rig) -> R + Sync) -> Vec<R> {
+pub(crate) fn on_ranks<R: Send>(lab: &Lab, n_ranks: usize, each: impl Fn(usize, &mut Rig) -> R + Sync) -> Vec<R> {
     let rendezvous = Rendezvous::listen(Place::LOOPBACK, n_ranks, b"token", MEET).unwrap();
     // What they begin with is drawn by a generator that a process has only one of.
     let turn = Mutex::new(());
     let rank = |rank: usize| {
         let mut trainer = {
             let _mine = turn.lock().unwrap();
-            trainer(lab.config(&[]))
+            trainer_of_rank(lab.config(&[]), rank, n_ranks)
         };
         let (address, interface, token) = (rendezvous.address().to_string(), Place::LOOPBACK, b"token".to_vec());
         let (world_size, deadline, timeout, link_timeout) = (n_ranks, MEET, MEET, MEET);
@@ -194,7 +196,6 @@ fn a_rank_with_other_parameters_is_found_before_anything_is_saved() {
     }
 }
 
-/// A rank that ran out of memory once has smaller micro-batches than the others from there on.
 #[test]
 fn an_evaluation_counts_every_sample_once_whatever_ranks_hold_at_a_time() {
     let lab = lab();

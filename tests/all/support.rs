@@ -371,17 +371,31 @@ pub(crate) fn trainer(config: Config) -> Rig {
     trainer_at(config, |_| {})
 }
 
+/// The trainer of one of several ranks, which are to meet yet, before its first step.
+pub(crate) fn trainer_of_rank(config: Config, rank: usize, n_ranks: usize) -> Rig {
+    trainer_of(config, rank, n_ranks, |_| {})
+}
+
 /// A trainer in a state of its own.
 ///
 /// On one thread: sums have one order then, and models this small are ten times quicker than on threads that wait for
 /// each other.
 pub(crate) fn trainer_at(config: Config, change: impl FnOnce(&mut RunState)) -> Rig {
+    trainer_of(config, 0, 1, change)
+}
+
+fn trainer_of(config: Config, rank: usize, n_ranks: usize, change: impl FnOnce(&mut RunState)) -> Rig {
     tch::set_num_threads(1);
-    let job = Job::inspect(config, CacheUse::Off, 1).unwrap();
-    let params = job.model.initial_params().unwrap();
+    let job = Job::inspect(config, CacheUse::Off, n_ranks).unwrap();
+    let mut params = job.model.initial_params().unwrap();
     let settings = &job.model.config.train;
     let adamw = AdamWConfig { betas: settings.betas, eps: settings.eps, weight_decay: settings.weight_decay };
-    let optimizer = AdamW::new(adamw, &params).unwrap();
+    let mut optimizer = AdamW::new(adamw, &params).unwrap();
+    if job.model.shards() {
+        let shard = params.layout().shard(rank, n_ranks);
+        optimizer.keep(&shard).unwrap();
+        params.keep(shard).unwrap();
+    }
     let scale = match job.model.config.model.dtype {
         Auto::Is(ComputeDtype::Fp16) => LossScale::dynamic(),
         _ => LossScale::none(),

@@ -179,6 +179,37 @@ fn only_the_command_line_prints_exits_and_reads_the_environment() {
     assert_none(&found_in_sources(&[".backward()", "f_backward", "requires_grad", "run_backward"], &[]));
 }
 
+/// tch's fallible methods that take a number as a `Scalar`, by the source of the version that is built.
+fn methods_with_a_scalar() -> Vec<String> {
+    // Without a platform cargo asks for crates of others, which are not there.
+    let platform = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let listed = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--offline", "--filter-platform", &platform])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let listed: serde_json::Value = serde_json::from_slice(&listed.stdout).unwrap();
+    let tch = listed["packages"].as_array().unwrap().iter().find(|package| package["name"] == "tch").unwrap();
+    let manifest = Path::new(tch["manifest_path"].as_str().unwrap());
+    let generated = manifest.with_file_name("src/wrappers/tensor_fallible_generated.rs");
+    let text = std::fs::read_to_string(generated).unwrap();
+    let with_a_scalar = text.split("pub fn ").filter(|it| it.split('{').next().unwrap().contains("Into<Scalar>"));
+    with_a_scalar.map(|it| it.split(['<', '(']).next().unwrap().to_string()).collect()
+}
+
+/// A `Scalar` that is dropped after a call that failed panics: memory that runs out would end the program.
+#[test]
+fn no_number_goes_to_libtorch_as_a_scalar() {
+    let methods = methods_with_a_scalar();
+    assert!(methods.len() > 100 && methods.contains(&"f_mul_scalar_".to_string()), "{methods:?}");
+    let calls: Vec<String> =
+        methods.iter().flat_map(|name| [format!(".{name}("), format!("::{name}("), format!("::{name}::")]).collect();
+    let calls: Vec<&str> = calls.iter().map(String::as_str).collect();
+    assert_none(&found_in_sources(&calls, &[]));
+    // These panic by themselves where they fail.
+    assert_none(&found_in_sources(&["Tensor::from(", "Tensor::from_slice(", ".copy()", "Tensor::zeros("], &[]));
+}
+
 #[test]
 fn nothing_is_left_to_do_and_no_machine_is_named() {
     let mut found = Vec::new();
