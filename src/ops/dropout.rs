@@ -104,7 +104,7 @@ fn philox(mut c: [Tensor; 4], seed: u64) -> Result<[Tensor; 4]> {
         let (from_c0, from_c2) = (c0.f_times(FACTORS[0])?, c2.f_times(FACTORS[1])?);
         let mixed = |product: &Tensor, other: Tensor, key: u32| -> Result<Tensor> {
             let high = product.f_bits_down(32)?;
-            Ok(high.f_bitwise_xor_tensor(&other)?.f_bits_xor(i64::from(key))?.f_bits_and(U32)?)
+            high.f_bitwise_xor_tensor(&other)?.f_bits_xor(i64::from(key))?.f_bits_and(U32)
         };
         c = [mixed(&from_c2, c1, key[0])?, from_c2, mixed(&from_c0, c3, key[1])?, from_c0];
         key = [key[0].wrapping_add(KEY_STEPS[0]), key[1].wrapping_add(KEY_STEPS[1])];

@@ -188,7 +188,7 @@ impl StepControl {
         if self.max_grad_norm == 0.0 {
             return Ok(norm.f_ones_like()?);
         }
-        Ok(norm.f_plus(1e-6)?.f_reciprocal()?.f_times(self.max_grad_norm)?.f_at_most(1.0)?)
+        norm.f_plus(1e-6)?.f_reciprocal()?.f_times(self.max_grad_norm)?.f_at_most(1.0)
     }
 
     /// Halves the loss scale after an overflow, doubles it after many good updates.

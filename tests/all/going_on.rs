@@ -1,5 +1,6 @@
 //! What a run that goes on may find changed, what is asked of it on the way, and who may go on with it.
 
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -170,13 +171,18 @@ fn a_later_interrupt_stops_at_once() {
     let lab = lab.with(&["train.global_batch=6000", "train.max_steps=1"]);
     let dir = lab.path("run");
     let mut child = lab.command("train", &[], &[]).stderr(Stdio::piped()).spawn().unwrap();
-    wait_until(&mut child, || dir.join("tensorboard").is_dir());
+    // It is said how far a long step is: from then on it has surely begun.
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut said = String::new();
+    while !said.contains("step 1: ") {
+        assert!(stderr.read_line(&mut said).unwrap() > 0, "it has ended: {said}");
+    }
     signal(&child, "INT");
     std::thread::sleep(std::time::Duration::from_millis(3500));
     assert!(child.try_wait().unwrap().is_none(), "the first one waits for the step");
     signal(&child, "INT");
-    let ran = ended(child);
-    assert_eq!(ran.code, Some(130), "{}", ran.stderr);
+    stderr.read_to_string(&mut said).unwrap();
+    assert_eq!(ended(child).code, Some(130), "{said}");
     assert_eq!(n_lines(&dir), 0, "the step was not waited for");
 }
 

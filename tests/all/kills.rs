@@ -33,7 +33,7 @@ fn kills_at_random_moments_change_nothing() {
     std::fs::rename(&run_dir, &straight).unwrap();
 
     let mut draws = Draws::new(11);
-    let (mut newest, mut n_in_a_save) = (0, 0);
+    let (mut newest, mut n_in_a_save, mut has_ended) = (0, 0, false);
     for kill in 0..N_KILLS {
         let mut child = lab.command("train", &["--resume"], &[]).stderr(Stdio::null()).spawn().unwrap();
         let share = draws.uniform();
@@ -52,7 +52,12 @@ fn kills_at_random_moments_change_nothing() {
         std::thread::sleep(Duration::from_micros(draws.below(4000) as u64));
         n_in_a_save += usize::from(is_saving(&run_dir));
         child.kill().unwrap();
-        assert_eq!(child.wait().unwrap().code(), None, "kill {kill}: the run had ended before");
+        if let Some(code) = child.wait().unwrap().code() {
+            // A save that the kill was to meet did not come by the end of the run: there is nothing left to kill.
+            assert!(code == 0 && kill >= N_KILLS / 2, "kill {kill}: the run had ended before, with {code}");
+            has_ended = true;
+            break;
+        }
 
         let checkpoints = run_dir.join("checkpoints");
         for name in names(&checkpoints).unwrap().iter().filter(|name| name.starts_with("step-")) {
@@ -63,7 +68,11 @@ fn kills_at_random_moments_change_nothing() {
         assert!(newest >= was, "kill {kill}: the checkpoint of step {was} is lost");
     }
     let ran = lab.run("train", &["--resume"], &[]).ok();
-    assert!(newest == 0 || ran.stderr.contains(&format!("goes on from step {newest} of 200")), "{}", ran.stderr);
+    assert!(
+        newest == 0 || has_ended || ran.stderr.contains(&format!("goes on from step {newest} of 200")),
+        "{}",
+        ran.stderr
+    );
     assert!(newest > 0 && n_in_a_save > 0, "no kill came late, or none in a save");
     assert_same_run("killed", &run_dir, &straight);
 }
