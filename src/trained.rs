@@ -15,6 +15,7 @@ use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{Layout, ParamBuffer, table_key};
 use crate::model::weights::{BaseWeights, TensorFiles};
+use crate::plan::MemoryModel;
 use crate::torch::cuda::set_numerics;
 use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run, verify_adapter};
 
@@ -141,31 +142,35 @@ impl Trained {
         if matches!(device::cuda(), Cuda::Usable(_)) { Device::Cuda(0) } else { Device::Cpu }
     }
 
-    /// The parameters with the adapter's values.
+    /// Where the trained parameters stand in a flat buffer.
+    pub fn layout(&self) -> Layout {
+        Layout::new(&self.base, &self.lora(), self.vocab_size())
+    }
+
+    /// The parameters with the adapter's values, as products read them.
     pub fn params(&self, kind: Kind, device: Device) -> Result<ParamBuffer> {
-        let layout = Layout::new(&self.base, &self.lora(), self.vocab_size());
-        let mut params = ParamBuffer::new(layout, kind, device)?;
+        let mut params = ParamBuffer::new(self.layout(), kind, device)?;
         if let Some(adapter) = &self.adapter {
             adapter_file::load_into(&adapter.files, &mut params)?;
         }
+        params.keep_for_reading()?;
         Ok(params)
     }
 
-    /// The dtype to compute in: the run's own, else the base's, where the device is quick in it; else another that is of
-    /// its width or more.
-    pub fn kind(&self, device: Device) -> Kind {
-        let stored = match self.base_files.main_dtype() {
-            safetensors::Dtype::BF16 => Some(Dtype::Bf16),
-            safetensors::Dtype::F16 => Some(Dtype::Fp16),
-            _ => None,
-        };
-        let has_bf16 = device.is_cuda() && device::capability() >= BF16_CAPABILITY;
-        match self.run_dtype.or(stored) {
-            Some(Dtype::Bf16) if device.is_cuda() && !has_bf16 => Kind::Half,
-            Some(Dtype::Bf16) if device.is_cuda() || self.run_dtype.is_some() || has_bf16_products() => Kind::BFloat16,
-            Some(Dtype::Fp16) if device.is_cuda() => Kind::Half,
-            _ => Kind::Float,
+    /// The dtype to compute in: the one that is asked for, else the run's own, else the one that the base is stored in. A GPU
+    /// without products in bf16 takes fp16 instead.
+    pub fn kind(&self, asked: Option<Dtype>, device: Device) -> Kind {
+        let has_bf16 = !device.is_cuda() || device::capability() >= BF16_CAPABILITY;
+        match asked.or(self.run_dtype).or_else(|| stored_dtype(&self.base_files)) {
+            Some(Dtype::Bf16) if has_bf16 => Kind::BFloat16,
+            Some(Dtype::Bf16 | Dtype::Fp16) => Kind::Half,
+            Some(Dtype::Fp32) | None => Kind::Float,
         }
+    }
+
+    /// The memory of the model.
+    pub fn memory_model(&self, kind: Kind, device: Device) -> MemoryModel {
+        MemoryModel::new(&self.base, &self.lora(), &self.layout(), kind, device, false)
     }
 
     /// Loads the model for texts of at most `max_positions` tokens, where its parameters are.
@@ -203,6 +208,15 @@ impl Trained {
     }
 }
 
+/// The half-precision dtype that most of a base is stored in, if it is one.
+pub fn stored_dtype(files: &TensorFiles) -> Option<Dtype> {
+    match files.main_dtype() {
+        safetensors::Dtype::BF16 => Some(Dtype::Bf16),
+        safetensors::Dtype::F16 => Some(Dtype::Fp16),
+        _ => None,
+    }
+}
+
 /// The folder of the base that an adapter is for: the one given, else the one that the adapter names.
 fn base_of(dir: &Path, config: &AdapterConfig, given: Option<&Path>) -> Result<PathBuf> {
     if let Some(base) = given {
@@ -233,11 +247,4 @@ fn newest_adapter(run_dir: &Path) -> Result<PathBuf> {
         None => Err(Error::invalid(run_dir.display().to_string(), "has neither an adapter nor a whole checkpoint yet")
             .hint(format!("go on with it: bellora resume {}", shell_quoted(run_dir)))),
     }
-}
-
-fn has_bf16_products() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return std::arch::is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
 }

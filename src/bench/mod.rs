@@ -25,7 +25,7 @@ use crate::model::weights::BaseWeights;
 use crate::optim::adamw::{AdamW, AdamWConfig};
 use crate::optim::scaler::LossScale;
 use crate::optim::schedule::{LrSchedule, Shape};
-use crate::plan::{MemoryModel, gib};
+use crate::plan::{MemoryModel, expect_to_fit};
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
 use crate::train::settle;
@@ -206,14 +206,8 @@ impl Subject {
 fn refuse_what_does_not_fit(config: &Config, shape: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<()> {
     let (device, recompute) = (settle::device(config), config.train.recompute == Auto::Is(Recompute::All));
     let model = MemoryModel::new(shape, lora, layout, settle::kind(config), device, recompute);
-    let needed = model.total(config.data.max_length as i64);
-    let free = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
-    if needed <= free {
-        return Ok(());
-    }
-    let what = format!("needs {} of memory, and {} are free", gib(needed), gib(free));
-    Err(Error::invalid("bellora bench", what)
-        .hint("measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory"))
+    let hint = "measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory";
+    expect_to_fit("bellora bench", model.total(config.data.max_length as i64), &memory::room(device)?, hint)
 }
 
 /// A trainer before its first step, with a learning rate that stays the same.

@@ -5,16 +5,20 @@ use std::sync::atomic::AtomicUsize;
 
 use clap::Args;
 
-use crate::cli::{print, say, signals};
+use crate::cli::generate::less_memory;
+use crate::cli::{DtypeArgs, expect_room, print, say, signals};
 use crate::comm::Solo;
-use crate::config::Config;
+use crate::config::{self, Auto, Config, Dtype};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::eval::{EvalResult, evaluate};
 use crate::log::show_progress;
+use crate::model::weights::TensorFiles;
+use crate::plan::memory::sum;
+use crate::torch::memory;
 use crate::train::run_dir::{CONFIG_FILE, holds_run};
 use crate::train::setup::{CacheUse, Job, ModelSetup};
-use crate::trained::Trained;
+use crate::trained::{Trained, stored_dtype};
 
 #[derive(Debug, Args)]
 pub(super) struct EvalArgs {
@@ -23,6 +27,8 @@ pub(super) struct EvalArgs {
     /// Override a key: section.key=value, such as data.validation=FILE [repeatable]
     #[arg(long = "set", value_name = "KEY=VALUE")]
     sets: Vec<String>,
+    #[command(flatten)]
+    dtype: DtypeArgs,
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
@@ -36,14 +42,20 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
              --set model.init_adapter=DIR",
         ));
     }
-    let config = match is_run {
+    let mut config = match is_run {
         true => Config::load_run_to_evaluate(&args.target, &args.sets)?,
         false => Config::load_to_read(&args.target, &args.sets)?,
     };
+    if let Some(dtype) = args.dtype.dtype.or_else(|| dtype_of_base(&config)) {
+        config.model.dtype = Auto::Is(dtype);
+    }
     let (model, samples) = validation(config)?;
     for warning in model.warnings.iter().chain(samples.warnings()) {
         say(&format!("warning: {}\n", warning.in_one_line()));
     }
+    let tokens = micro_batch_tokens(&model, &samples)?;
+    let needed = sum(&model.memory_model().evaluation(tokens as i64));
+    expect_room("bellora eval", needed, model.device(), less_memory(model.kind()))?;
     // Signals end the program: nothing would be lost.
     let stop = AtomicUsize::new(0);
     say(&format!("evaluating on {} samples\n", samples.len()));
@@ -52,12 +64,35 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             Trained::open(&args.target, Some(&model.config.model.base), &model.config.model.allow_config_keys)?;
         let params = trained.params(model.kind(), model.device())?;
         let llama = trained.load(&params, model.kind(), model.config.data.max_length as i64)?;
-        evaluate(&llama, &samples, model.micro_batch_tokens(), &mut Solo, &stop)?
+        evaluate(&llama, &samples, tokens, &mut Solo, &stop)?
     } else {
-        let params = model.initial_params()?;
-        evaluate(&model.load(&params)?, &samples, model.micro_batch_tokens(), &mut Solo, &stop)?
+        let mut params = model.initial_params()?;
+        params.keep_for_reading()?;
+        evaluate(&model.load(&params)?, &samples, tokens, &mut Solo, &stop)?
     };
     print_result(result)
+}
+
+/// The half-precision dtype that a base is stored in, where a config leaves the dtype to a CPU: its training would take fp32.
+fn dtype_of_base(config: &Config) -> Option<Dtype> {
+    let is_left = config.model.dtype == Auto::Auto && config.model.device != Auto::Is(config::Device::Cuda);
+    if !is_left || Trained::device().is_cuda() {
+        return None;
+    }
+    // A base with faults is told of where the model is set up.
+    stored_dtype(&TensorFiles::open_model(&config.model.base).ok()?)
+}
+
+/// Tokens that a micro-batch may hold: what training takes, or less where memory is short.
+fn micro_batch_tokens(model: &ModelSetup, samples: &Dataset) -> Result<usize> {
+    let free = i64::try_from(memory::free_bytes(model.device())?).unwrap_or(i64::MAX);
+    let needed = |tokens: usize| sum(&model.memory_model().evaluation(tokens as i64));
+    let stats = samples.stats();
+    let mut tokens = model.micro_batch_tokens().min(usize::try_from(stats.tokens).unwrap_or(usize::MAX));
+    while tokens / 2 >= stats.max_len && needed(tokens) > free {
+        tokens /= 2;
+    }
+    Ok(tokens)
 }
 
 /// The validation samples of a config: its files, or the share held out of the training samples.

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use tch::Device;
 
-use crate::cli::{ModelArgs, say, signals};
+use crate::cli::{ModelArgs, expect_room, say, signals};
 use crate::error::Result;
-use crate::export::{export_merged, export_peft};
+use crate::export::{export_merged, export_peft, merged_bytes};
 use crate::log::show_progress;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -37,7 +38,15 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
     let trained = args.model.open(&args.source)?;
     match args.format {
         Format::Peft => export_peft(&trained, &args.out, &stop)?,
-        Format::Merged => export_merged(&trained, &args.out, &stop)?,
+        Format::Merged => {
+            expect_room(
+                "bellora export",
+                merged_bytes(&trained),
+                Device::Cpu,
+                "use a machine with more memory, or --format peft",
+            )?;
+            export_merged(&trained, &args.out, &stop)?;
+        }
     }
     say(&format!("written to {}\n", args.out.display()));
     Ok(())

@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use tch::Kind;
 
-use crate::cli::{ModelArgs, print, say, signals};
+use crate::cli::{DtypeArgs, ModelArgs, expect_room, print, say, signals};
 use crate::data::{Record, Template, prompt_ids};
 use crate::error::{Error, Fault, Result};
 use crate::generate::{Sampling, generate};
 use crate::log::show_progress;
+use crate::plan::memory::sum;
 use crate::trained::Trained;
 
 /// Keys and values of more tokens would not fit in memory.
@@ -42,6 +44,8 @@ pub(super) struct GenerateArgs {
     /// The template where none travels with the model: alpaca, chinese-alpaca or a .toml file
     #[arg(long, default_value = "alpaca")]
     template: String,
+    #[command(flatten)]
+    dtype: DtypeArgs,
     #[command(flatten)]
     model: ModelArgs,
 }
@@ -97,7 +101,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         ));
     }
     let device = Trained::device();
-    let kind = trained.kind(device);
+    let kind = trained.kind(args.dtype.dtype, device);
+    let needed = sum(&trained.memory_model(kind, device).generation(prompt.len() as i64, n_positions as i64));
+    expect_room("bellora generate", needed, device, less_memory(kind))?;
     let params = trained.params(kind, device)?;
     let model = trained.load(&params, kind, n_positions as i64)?;
     let stop_strings: &[String] = if args.raw { &[] } else { &file.template.stop };
@@ -105,4 +111,12 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let stop_ids = &file.stop_token_ids;
     generate(&model, &tokenizer, &prompt, stop_ids, stop_strings, args.max_new_tokens, sampling, print)?;
     print("\n")
+}
+
+/// How a model takes less memory.
+pub(super) fn less_memory(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Float => "--dtype bf16 takes half as much for the weights; else a machine with more memory",
+        _ => "a smaller base, or a machine with more memory",
+    }
 }

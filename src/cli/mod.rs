@@ -22,9 +22,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use tch::Device;
 
-use crate::config::Config;
+use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
+use crate::plan::{expect_to_fit, gib};
+use crate::torch::memory;
 use crate::trained::Trained;
 
 /// LoRA fine-tuning of Llama-family language models
@@ -186,6 +189,22 @@ impl ModelArgs {
         }
         Ok(trained)
     }
+}
+
+#[derive(Debug, Args)]
+struct DtypeArgs {
+    /// Compute in fp32, bf16 or fp16 [default: the run's dtype, else the one the base is stored in]
+    #[arg(long)]
+    dtype: Option<Dtype>,
+}
+
+/// Says what memory a command will take, and refuses it where there is not as much.
+fn expect_room(place: &str, needed: i64, device: Device, hint: &str) -> Result<()> {
+    let room = memory::room(device)?;
+    expect_to_fit(place, needed, &room, hint)?;
+    let free = i64::try_from(room.bytes).unwrap_or(i64::MAX);
+    say(&format!("memory      about {} at the peak; {} are {}\n", gib(needed), gib(free), room.bound));
+    Ok(())
 }
 
 /// Runs the program and gives its exit code.

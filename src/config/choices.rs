@@ -38,6 +38,15 @@ choice! {
     }
 }
 
+impl std::str::FromStr for Dtype {
+    type Err = &'static str;
+
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        let found = Self::WORDS.iter().find(|(known, _)| *known == word);
+        found.map(|(_, dtype)| *dtype).ok_or("expected fp32, bf16 or fp16")
+    }
+}
+
 choice! {
     /// Where to compute.
     Device {

@@ -70,6 +70,21 @@ pub fn export_merged(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Resul
     Ok(())
 }
 
+/// Bytes of memory that the export takes at its peak: the largest tensor with what it is made of.
+pub fn merged_bytes(trained: &Trained) -> i64 {
+    let lora = trained.lora();
+    let fp32 = |shape: [i64; 2]| 4 * shape.iter().product::<i64>();
+    // The weight, the product, and the product times the scale.
+    let adapted = lora.target_modules.iter().map(|projection| 3 * fp32(projection.shape(&trained.base)));
+    // The table, and the same in the base's dtype.
+    let table = 2 * fp32([trained.vocab_size(), trained.base.hidden_size]);
+    let tables = Table::ALL.into_iter().filter(|table| lora.trains(*table)).map(|_| table);
+    adapted.chain(tables).max().unwrap_or_default() + PROCESS_BYTES
+}
+
+/// What the process takes besides tensors.
+const PROCESS_BYTES: i64 = 64 << 20;
+
 struct Merge<'a> {
     trained: &'a Trained,
     adapter: &'a OpenedAdapter,

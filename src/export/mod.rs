@@ -5,7 +5,7 @@ mod peft;
 
 use std::path::Path;
 
-pub use merged::export_merged;
+pub use merged::{export_merged, merged_bytes};
 pub use peft::export_peft;
 
 use crate::error::{Error, Result};

@@ -278,6 +278,15 @@ impl ParamBuffer {
         Ok(())
     }
 
+    /// Gives up the masters where products do not read them: nothing is to be trained.
+    pub fn keep_for_reading(&mut self) -> Result<()> {
+        if self.compute.kind() != Kind::Float {
+            self.master = Tensor::f_empty([0i64], (Kind::Float, self.device()))?;
+            self.shard = Shard { ranges: Vec::new() };
+        }
+        Ok(())
+    }
+
     /// What this rank updates.
     pub fn shard(&self) -> &Shard {
         &self.shard

@@ -1,4 +1,4 @@
-//! The frozen weights of a base model: safetensors files, memory-mapped and copied tensor by tensor.
+//! The frozen weights of a base model: safetensors files, copied tensor by tensor.
 #![expect(unsafe_code, reason = "the one place that maps files")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +12,8 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Fault, Result};
 use crate::model::config::LlamaConfig;
 use crate::model::lora::{Projection, Table};
+use crate::model::other_formats::no_weights;
+use crate::model::tensor_read;
 use crate::torch::number::WithNumber;
 
 /// Pages of a tensor by which it is told from another, and their size.
@@ -37,11 +39,19 @@ impl Located {
     }
 }
 
-/// A safetensors file in memory and the tensors of a set of such files.
+/// A set of safetensors files and the tensors in them.
 #[derive(Debug)]
 pub struct TensorFiles {
-    files: Vec<(PathBuf, Mmap)>,
+    files: Vec<Opened>,
     tensors: BTreeMap<String, Located>,
+}
+
+/// A file that is read piece by piece, and mapped where its bytes are wanted as they lie.
+#[derive(Debug)]
+struct Opened {
+    path: PathBuf,
+    file: File,
+    map: Mmap,
 }
 
 /// The libtorch dtype of a stored one, for those that are computed with.
@@ -101,7 +111,7 @@ impl TensorFiles {
         }
         let files = Self::open(&paths)?;
         for (tensor, name) in wanted {
-            let found = files.tensors.get(tensor).map(|t| files.files[t.file].0.as_path());
+            let found = files.tensors.get(tensor).map(|t| files.files[t.file].path.as_path());
             if found != Some(dir.join(name).as_path()) {
                 return Err(damaged(format!("says that {tensor} is in {name}, and it is not there")));
             }
@@ -123,6 +133,8 @@ impl TensorFiles {
             Error::invalid(path.display().to_string(), format!("cannot be read: {e}"))
                 .hint("is it there, and may you read it?")
         })?;
+        // From the first byte to the last: the system reads further ahead then. A hint, which may go unheard.
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
         // SAFETY: the map is only read. A file that another process truncates meanwhile is outside what we can guard.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
         let damaged = |why: String| {
@@ -148,12 +160,12 @@ impl TensorFiles {
                 end: data_start + info.data_offsets.1,
             };
             if let Some(first) = self.tensors.insert(name.clone(), located) {
-                let what = format!("this tensor is in {} as well", self.files[first.file].0.display());
+                let what = format!("this tensor is in {} as well", self.files[first.file].path.display());
                 let place = format!("{}: {name}", path.display());
                 return Err(Error::invalid(place, what).hint("these files are not of one model: download them again"));
             }
         }
-        self.files.push((path.to_path_buf(), map));
+        self.files.push(Opened { path: path.to_path_buf(), file, map });
         Ok(())
     }
 
@@ -165,9 +177,9 @@ impl TensorFiles {
     /// `file: tensor`, for messages; the folder of many files for a tensor that none of them has.
     pub fn place(&self, name: &str) -> String {
         let path = match (self.tensors.get(name), self.files.as_slice()) {
-            (Some(t), _) => &self.files[t.file].0,
-            (None, [(only, _)]) => only,
-            (None, files) => files.first().and_then(|(path, _)| path.parent()).unwrap_or(Path::new(".")),
+            (Some(t), _) => &self.files[t.file].path,
+            (None, [only]) => &only.path,
+            (None, files) => files.first().and_then(|first| first.path.parent()).unwrap_or(Path::new(".")),
         };
         format!("{}: {name}", path.display())
     }
@@ -179,10 +191,10 @@ impl TensorFiles {
     /// The stored bytes of a tensor.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let t = self.located(name)?;
-        Ok(&self.files[t.file].1[t.start..t.end])
+        Ok(&self.files[t.file].map[t.start..t.end])
     }
 
-    /// Copies a stored tensor over `to` (any float dtype, same shape), then lets go of the pages that were read.
+    /// Copies a stored tensor over `to` (any float dtype, same shape).
     pub fn copy_into(&self, name: &str, to: &Tensor) -> Result<()> {
         let t = self.located(name)?;
         let kind = kind_of(t.dtype)
@@ -192,7 +204,10 @@ impl TensorFiles {
             let what = format!("has shape {shape:?}, expected {:?}", to.size());
             return Err(Error::invalid(self.place(name), what));
         }
-        let (_, map) = &self.files[t.file];
+        let Opened { path, file, map } = &self.files[t.file];
+        if tensor_read::can_fill(to) {
+            return tensor_read::read_into(file, path, t.start, kind, to);
+        }
         let bytes = &map[t.start..t.end];
         let strides = contiguous_strides(&shape);
         // SAFETY: the bytes lie in the map, which outlives this view; they are only read; shape and dtype were checked
@@ -244,7 +259,7 @@ impl TensorFiles {
 
     /// Pages of a tensor, spread evenly from its first to its last.
     fn sampled_pages(&self, t: &Located) -> impl Iterator<Item = &[u8]> {
-        let bytes = &self.files[t.file].1[t.start..t.end];
+        let bytes = &self.files[t.file].map[t.start..t.end];
         let last_page = bytes.len().saturating_sub(PAGE_BYTES);
         (0..SAMPLED_PAGES).map(move |page| {
             let start = last_page * page / (SAMPLED_PAGES - 1);
@@ -397,61 +412,4 @@ fn expected_tensors(config: &LlamaConfig) -> Vec<(String, Vec<i64>)> {
         all.push((Table::Head.base_key().to_string(), vec![config.vocab_size, d]));
     }
     all
-}
-
-/// Says what lies in a directory that holds no safetensors model, and what to do about it.
-fn no_weights(dir: &Path) -> Error {
-    other_kind(dir).unwrap_or_else(|| {
-        let hint = match names(dir).iter().any(|name| name.ends_with(".safetensors")) {
-            true => "its parts need their index: download it too, or name a single file model.safetensors",
-            false => "a base is a folder of Hugging Face's kind; are all its files downloaded?",
-        };
-        Error::invalid(dir.display().to_string(), "has neither model.safetensors nor model.safetensors.index.json")
-            .hint(hint)
-    })
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
-}
-
-/// Names the kind of a directory that holds a model of another form, with the way to a form that is read.
-pub(super) fn other_kind(dir: &Path) -> Option<Error> {
-    let names = names(dir);
-    let has = |test: &dyn Fn(&str) -> bool| names.iter().any(|name| test(name));
-    let (what, hint) = if has(&|n| n.starts_with("pytorch_model") && n.contains(".bin")) {
-        (
-            "holds pytorch_model.bin (a Python pickle), which is not read",
-            "convert it once: python3 -c \"from transformers import AutoModelForCausalLM as M; \
-             M.from_pretrained('DIR', dtype='auto').save_pretrained('OUT', safe_serialization=True)\"",
-        )
-    } else if has(&|n| n.ends_with(".gguf")) {
-        (
-            "holds a GGUF file (quantised for llama.cpp), which is not read",
-            "use the original safetensors files of this model",
-        )
-    } else if has(&|n| n == "adapter_config.json") {
-        (
-            "is an adapter, not a base model",
-            "model.base is the model it was trained on; to start from the adapter, set model.init_adapter to this folder",
-        )
-    } else if has(&|n| n.starts_with("consolidated") || n == "params.json") {
-        (
-            "holds Meta's original files, which are not read",
-            "use the Hugging Face form of the model (config.json, model-00001-of-....safetensors)",
-        )
-    } else if has(&|n| n == "snapshots") {
-        (
-            "is a folder of the Hugging Face cache, not a model",
-            "name the folder below snapshots/ that holds config.json",
-        )
-    } else if has(&|n| n == "config.toml") {
-        ("is a run directory, not a base model", "export it first: bellora export RUN_DIR --format merged --out DIR")
-    } else if has(&|n| n == "tf_model.h5" || n == "flax_model.msgpack" || n.ends_with(".onnx")) {
-        ("holds weights of TensorFlow, Flax or ONNX, which are not read", "use the safetensors files of this model")
-    } else {
-        return None;
-    };
-    Some(Error::invalid(dir.display().to_string(), what).hint(hint))
 }

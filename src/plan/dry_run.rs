@@ -7,6 +7,7 @@
 //!
 //! Legend: `N` tokens, all of them learned; widths are elements a row.
 
+pub(super) mod inference;
 mod ops;
 
 use std::cell::Cell;
@@ -235,9 +236,6 @@ impl<'m> DryRun<'m> {
         let padding = dims.element() * dims.padding() * dims.hidden;
         let (frozen_padding, copy_padding) = if dims.trains_head { (0, padding) } else { (padding, 0) };
         let copy = if dims.is_half_precision() { dims.element() * dims.buffer_len + copy_padding } else { 0 };
-        let products = if dims.is_half_precision() { CPU_PRODUCTS.half } else { CPU_PRODUCTS.fp32 };
-        let on_cpu = CPU_PROCESS + products[usize::from(dims.sizes_differ)];
-        let workspaces = if dims.is_cuda { CUDA_WORKSPACES } else { on_cpu };
         // Cosines and sines of every position; no document is longer than the micro-batch.
         let rotations = FP32 * dims.head_dim * self.n.min(dims.max_positions);
         let shard_len = (dims.buffer_len + dims.n_shards - 1) / dims.n_shards;
@@ -249,9 +247,18 @@ impl<'m> DryRun<'m> {
             self.meter.hold(Part::Gradients, params(dims.buffer_len)),
             self.meter.hold(Part::Moments, 2 * params(shard_len)),
             self.meter.hold(Part::ComputeCopy, copy),
-            self.meter.hold(Part::Workspaces, workspaces),
+            self.meter.hold(Part::Workspaces, self.workspaces()),
             self.meter.hold(Part::Batch, rotations),
         ]
+    }
+
+    /// What the device's libraries hold for themselves.
+    fn workspaces(&self) -> i64 {
+        if self.dims.is_cuda {
+            return CUDA_WORKSPACES;
+        }
+        let products = if self.dims.is_half_precision() { CPU_PRODUCTS.half } else { CPU_PRODUCTS.fp32 };
+        CPU_PROCESS + products[usize::from(self.dims.sizes_differ)]
     }
 
     /// `Llama::batch`: five columns of i64, the weights, the rotations. On the CPU the plain numbers lie there too.

@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 use crate::model::config::LlamaConfig;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{INPUT_GROUPS, Layout, table_key};
-use crate::plan::dry_run::{self, Dims, InputGroup};
+use crate::plan::dry_run::{self, Dims, InputGroup, inference};
 
 /// What bytes are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -203,6 +203,21 @@ impl MemoryModel {
     /// The peak of a step, for micro-batches of so many tokens.
     pub fn total(&self, tokens: i64) -> i64 {
         sum(&self.by_part(tokens))
+    }
+
+    /// What an evaluation takes, by part, whose micro-batches hold so many tokens.
+    pub fn evaluation(&self, tokens: i64) -> Vec<PartBytes> {
+        inference::evaluation(&self.reading(), tokens)
+    }
+
+    /// What generation takes, by part, for a prompt of so many tokens in a text of at most `positions`.
+    pub fn generation(&self, prompt: i64, positions: i64) -> Vec<PartBytes> {
+        inference::generation(&self.reading(), prompt, positions)
+    }
+
+    /// The same without what training alone does.
+    fn reading(&self) -> Dims {
+        Dims { drops: false, ..self.dims.clone() }
     }
 
     /// What a run holds whatever its micro-batches are.

@@ -6,6 +6,7 @@ use std::path::Path;
 use tch::Device;
 
 use super::cuda::check_op;
+use super::host_memory::{self, Bound, Room, proc_bytes};
 use crate::error::{Error, Result};
 
 unsafe extern "C" {
@@ -73,19 +74,28 @@ pub fn reset_peak(device: Device) -> Result<()> {
     }
 }
 
-/// Bytes that can still be allocated: on a GPU what the device has free and what the allocator holds without using it;
-/// on a CPU what the system can spare.
+/// What can still be allocated: on a GPU what the device has free and what the allocator holds without using it; on a CPU
+/// what the process may still take.
 ///
 /// # Errors
 /// A GPU or system that does not say.
-pub fn free_bytes(device: Device) -> Result<u64> {
+pub fn room(device: Device) -> Result<Room> {
     match device {
         Device::Cuda(index) => {
             let memory = cuda_memory(index)?;
-            Ok(memory.free + memory.reserved.saturating_sub(memory.allocated))
+            let bytes = memory.free + memory.reserved.saturating_sub(memory.allocated);
+            Ok(Room { bytes, bound: Bound::Machine })
         }
-        _ => proc_bytes("/proc/meminfo", "MemAvailable:"),
+        _ => host_memory::room(),
     }
+}
+
+/// Its bytes, as [`room`].
+///
+/// # Errors
+/// As [`room`].
+pub fn free_bytes(device: Device) -> Result<u64> {
+    Ok(room(device)?.bytes)
 }
 
 /// Gives memory that the allocator keeps without using it back to the device, or to the system.
@@ -122,12 +132,4 @@ pub fn synchronize(device: Device) -> Result<()> {
         Device::Cuda(index) => check_op("CUDA device", unsafe { bellora_cuda_synchronize(index as c_int) }),
         _ => Ok(()),
     }
-}
-
-/// A line of one of Linux's files of `NAME: KILOBYTES kB`, in bytes.
-fn proc_bytes(path: &str, name: &str) -> Result<u64> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", Path::new(path)))?;
-    let kilobytes =
-        text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
-    kilobytes.map(|kb| kb << 10).ok_or_else(|| Error::failed(path, format!("has no number for {name}")))
 }

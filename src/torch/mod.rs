@@ -5,6 +5,7 @@
 
 pub mod cuda;
 pub mod driver;
+pub mod host_memory;
 pub mod memory;
 pub mod number;
 pub mod signal_mask;

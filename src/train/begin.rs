@@ -161,7 +161,9 @@ fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host, n_ranks: 
 }
 
 fn inspect(config: Config, n_ranks: usize) -> Result<Job> {
-    Job::inspect(config, CacheUse::Keep, n_ranks)
+    let job = Job::inspect(config, CacheUse::Keep, n_ranks)?;
+    job.expect_room()?;
+    Ok(job)
 }
 
 /// Refuses a config by which the run would be another one.

@@ -36,7 +36,8 @@ pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
     Ok(note)
 }
 
-/// Settles the size of micro-batches, recompute and sharding where they are `auto`: on a CPU fixed values, on a GPU by the
+/// Settles the size of micro-batches, recompute and sharding where they are `auto`: on a CPU a fixed size where that fits
+/// into memory and else a part of it, on a GPU by the
 /// memory model and the memory that is free. Whether the memory model chose the size is what comes back. Sharding stays
 /// `auto` on one rank, where there is nothing to choose.
 ///
@@ -52,16 +53,20 @@ pub fn settle_micro_batches(
     let (device, kind, max_length) = (device(config), kind(config), config.data.max_length);
     let (tokens, shard) = (config.train.micro_batch_tokens.settled(), config.train.shard.settled());
     let recompute = config.train.recompute.settled().map(|which| which == config::Recompute::All);
+    let model = |form: Form| {
+        let model = MemoryModel::new(base, lora, layout, kind, device, form.recompute);
+        if form.shard { model.sharded(n_ranks) } else { model }
+    };
     let solved = match device.is_cuda() {
-        false => Solved {
-            tokens: tokens.unwrap_or(CPU_MICRO_BATCH_TOKENS.max(max_length)) as i64,
-            form: Form { recompute: recompute == Some(true), shard: shard == Some(true) },
-        },
-        true => {
-            let model = |form: Form| {
-                let model = MemoryModel::new(base, lora, layout, kind, device, form.recompute);
-                if form.shard { model.sharded(n_ranks) } else { model }
+        false => {
+            let form = Form { recompute: recompute == Some(true), shard: shard == Some(true) };
+            let tokens = match tokens {
+                Some(given) => given,
+                None => most_on_cpu(&model(form), max_length)?,
             };
+            Solved { tokens: tokens as i64, form }
+        }
+        true => {
             let wanted =
                 Wanted { tokens: tokens.map(|tokens| tokens as i64), recompute, shard: shard.filter(|_| n_ranks > 1) };
             let share = config.train.global_batch.div_ceil(n_ranks);
@@ -77,6 +82,16 @@ pub fn settle_micro_batches(
         config.train.shard = Auto::Is(solved.form.shard);
     }
     Ok(device.is_cuda() && tokens.is_none())
+}
+
+/// Tokens of a micro-batch on a CPU: what is good for its caches, or less where memory is short, one sample at least.
+fn most_on_cpu(model: &MemoryModel, max_length: usize) -> Result<usize> {
+    let usable = solve::usable(i64::try_from(memory::free_bytes(Device::Cpu)?).unwrap_or(i64::MAX));
+    let mut tokens = CPU_MICRO_BATCH_TOKENS.max(max_length);
+    while tokens / 2 >= max_length && model.total(tokens as i64) > usable {
+        tokens /= 2;
+    }
+    Ok(tokens)
 }
 
 fn settle_device(config: &mut Config) -> Result<Option<String>> {

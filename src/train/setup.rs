@@ -19,8 +19,9 @@ use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
-use crate::plan::MemoryModel;
+use crate::plan::{MemoryModel, expect_to_fit};
 use crate::torch::cuda::set_numerics;
+use crate::torch::memory;
 use crate::train::disagreements::{attention_dropout, other_ends};
 use crate::train::parts::{open_init_adapter, open_tokenizer, vocab_size};
 use crate::train::settle;
@@ -287,6 +288,17 @@ impl ModelSetup {
 }
 
 impl Job {
+    /// Refuses a job of which not even the longest sample fits into memory by itself.
+    ///
+    /// # Errors
+    /// Both numbers.
+    pub fn expect_room(&self) -> Result<()> {
+        let needed = self.model.memory_model().total(self.train.stats().max_len as i64);
+        let hint = "lower data.max_length or lora.r, set train.recompute = \"all\" or model.dtype = \"bf16\", or use a \
+                    machine with more memory";
+        expect_to_fit("a step of one sample", needed, &memory::room(self.model.device())?, hint)
+    }
+
     /// Checks a whole job for so many ranks. Unless tokens may be kept no file is created.
     pub fn inspect(config: Config, cache_use: CacheUse, n_ranks: usize) -> Result<Self> {
         let mut model = ModelSetup::inspect(config, n_ranks)?;

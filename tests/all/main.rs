@@ -24,6 +24,7 @@ mod log;
 mod machines;
 mod manifest;
 mod meeting;
+mod memory_limits;
 mod model_gradcheck;
 mod moved_runs;
 mod nccl;

@@ -24,7 +24,7 @@ const SIBLINGS: [(&str, &[&str]); 9] = [
     ("checkpoint", &["optim"]),
     ("train", &["config", "log", "plan", "eval"]),
     // What is opened for use is what training wrote.
-    ("trained", &["config", "train"]),
+    ("trained", &["config", "plan", "train"]),
     ("export", &["trained"]),
     ("bench", &["config", "log", "plan", "train"]),
     ("selftest", &["train"]),

@@ -1,0 +1,78 @@
+//! A model that only reads: nothing is kept for backward, and there are neither gradients nor moments.
+
+use super::{Bytes, Dims, DryRun, FP32, Held, Meter};
+use crate::model::llama::rows_per_chunk;
+use crate::model::params::padded_head_rows;
+use crate::plan::memory::{Part, PartBytes};
+use tch::Device;
+
+/// Follows `Llama::nll` over a micro-batch of `tokens` tokens, all of them learned.
+pub(in crate::plan) fn evaluation(dims: &Dims, tokens: i64) -> Vec<PartBytes> {
+    let meter = Meter::default();
+    let dry = DryRun { dims, n: tokens, meter: &meter };
+    let _lasting = dry.for_reading(tokens);
+    let _batch = dry.batch();
+    let hidden = dry.hidden();
+    let _rows_md = dry.rows(Part::Head, dims.hidden);
+    drop(hidden);
+    dry.nll_chunk();
+    by_part(meter.take_peak())
+}
+
+/// Follows `generate`: a prompt, then one token at a time, over a cache of the keys and values of `positions` tokens.
+pub(in crate::plan) fn generation(dims: &Dims, prompt: i64, positions: i64) -> Vec<PartBytes> {
+    let meter = Meter::default();
+    let dry = DryRun { dims, n: prompt, meter: &meter };
+    let _lasting = dry.for_reading(positions);
+    let cached = 2 * dims.kv_width * dims.layers as i64 * positions;
+    let _cache = meter.hold(Part::KeptActivations, dims.element() * cached);
+    let hidden = dry.hidden();
+    drop(hidden);
+    drop(meter.hold(Part::Head, (dims.element() + 2 * FP32) * dims.vocab));
+    by_part(meter.take_peak())
+}
+
+fn by_part(bytes: Bytes) -> Vec<PartBytes> {
+    Part::ALL.into_iter().map(|part| PartBytes { part, bytes: bytes[part as usize] }).collect()
+}
+
+impl<'m> DryRun<'m> {
+    /// The weights, and the rotations of so many positions. In half precision the masters are dropped before the base is read.
+    fn for_reading(&self, positions: i64) -> Vec<Held<'m>> {
+        let dims = self.dims;
+        let is_half = dims.is_half_precision();
+        let padding = if dims.trains_head { 0 } else { dims.element() * dims.padding() * dims.hidden };
+        let copy_padding = if dims.trains_head { dims.element() * dims.padding() * dims.hidden } else { 0 };
+        let (masters, copy) = match is_half {
+            true => (0, dims.element() * dims.buffer_len + copy_padding),
+            false => (FP32 * dims.buffer_len, 0),
+        };
+        vec![
+            self.meter.hold(Part::FrozenWeights, dims.element() * dims.frozen_params + padding),
+            self.meter.hold(Part::Masters, masters),
+            self.meter.hold(Part::ComputeCopy, copy),
+            self.meter.hold(Part::Workspaces, self.workspaces()),
+            self.meter.hold(Part::Batch, FP32 * dims.head_dim * positions.min(dims.max_positions)),
+        ]
+    }
+
+    /// `Llama::hidden`: what each block would keep goes with the block.
+    fn hidden(&self) -> Held<'m> {
+        let x_nd = self.rows(Part::Temporaries, self.dims.hidden);
+        self.block_forward(x_nd).0
+    }
+
+    /// One chunk of `Llama::nll`: the normed rows, their logits, the softmax in fp32.
+    fn nll_chunk(&self) {
+        let dims = self.dims;
+        let device = if dims.is_cuda { Device::Cuda(0) } else { Device::Cpu };
+        let chunk = rows_per_chunk(dims.vocab, device).min(self.n);
+        let padded = padded_head_rows(dims.vocab, dims.kind);
+        let hold = |bytes: i64| self.meter.hold(Part::Head, bytes);
+        let _h_md = hold(dims.element() * dims.hidden * chunk);
+        let _logits = hold(dims.element() * padded * chunk);
+        let is_copied = dims.is_half_precision() || padded > dims.vocab;
+        let _copy = hold(FP32 * i64::from(is_copied) * dims.vocab * chunk);
+        let _log_softmax = hold(FP32 * dims.vocab * chunk);
+    }
+}
