@@ -7,7 +7,7 @@ use tch::Device;
 
 use crate::cli::{ModelArgs, expect_room, say, signals};
 use crate::error::Result;
-use crate::export::{export_merged, export_peft, merged_bytes};
+use crate::export::{expect_possible, export_merged, export_peft, merged_bytes};
 use crate::log::show_progress;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -36,6 +36,7 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
     let stop = signals::listen()?;
     show_progress();
     let trained = args.model.open(&args.source)?;
+    expect_possible(&trained, &args.out)?;
     match args.format {
         Format::Peft => export_peft(&trained, &args.out, &stop)?,
         Format::Merged => {

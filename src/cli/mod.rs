@@ -198,14 +198,19 @@ struct DtypeArgs {
     dtype: Option<Dtype>,
 }
 
-/// Says what memory a command will take, and refuses it where there is not as much.
+/// Refuses a command that takes more memory than there is, and says what one takes that needs a good part of a machine.
 fn expect_room(place: &str, needed: i64, device: Device, hint: &str) -> Result<()> {
     let room = memory::room(device)?;
     expect_to_fit(place, needed, &room, hint)?;
-    let free = i64::try_from(room.bytes).unwrap_or(i64::MAX);
-    say(&format!("memory      about {} at the peak; {} are {}\n", gib(needed), gib(free), room.bound));
+    if needed >= SAID_FROM {
+        let free = i64::try_from(room.bytes).unwrap_or(i64::MAX);
+        say(&format!("memory      about {} at the peak; {} are {}\n", gib(needed), gib(free), room.bound));
+    }
     Ok(())
 }
+
+/// A command that needs as much memory says so, in bytes.
+const SAID_FROM: i64 = 1 << 30;
 
 /// Runs the program and gives its exit code.
 pub fn main() -> ExitCode {

@@ -32,7 +32,7 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 /// # Errors
 /// An output folder that is taken; a write that fails, a signal (nothing is left then).
 pub fn export_merged(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Result<()> {
-    let adapter = super::checked(trained, out)?;
+    let adapter = super::expect_possible(trained, out)?;
     let lora = &adapter.config.lora;
     let is_tied = trained.base.tie_word_embeddings && lora.modules_to_save.is_empty();
     let tokenizer = trained.tokenizer()?;

@@ -11,8 +11,11 @@ pub use peft::export_peft;
 use crate::error::{Error, Result};
 use crate::trained::{OpenedAdapter, Trained};
 
-/// The adapter to export, and an output folder that is free.
-fn checked<'a>(trained: &'a Trained, out: &Path) -> Result<&'a OpenedAdapter> {
+/// The adapter to export into an output folder that is free.
+///
+/// # Errors
+/// A folder that is taken or cannot be, a model without an adapter.
+pub fn expect_possible<'a>(trained: &'a Trained, out: &Path) -> Result<&'a OpenedAdapter> {
     let taken = |what: String, hint: &str| Err(Error::invalid("--out", what).hint(hint));
     if std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file() {
         return taken(

@@ -19,7 +19,7 @@ use crate::trained::Trained;
 /// # Errors
 /// An output folder that is taken; a write that fails, a signal (nothing is left then).
 pub fn export_peft(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Result<()> {
-    let adapter = super::checked(trained, out)?;
+    let adapter = super::expect_possible(trained, out)?;
     let base = std::path::absolute(&trained.base_dir).map_err(Error::io("resolve", &trained.base_dir))?;
     write_whole(&LocalDisk, out, |folder| {
         let of_the_run = [MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE, CONFIG_FILE];
