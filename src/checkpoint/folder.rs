@@ -1,7 +1,8 @@
 //! Writing folders that are whole or absent: under another name at first, described by a manifest, renamed when complete.
 //!
 //! A run that is killed on the way leaves only folders whose names begin with `.incomplete-`. [`sweep_incomplete`] removes
-//! them at the next start, but for a whole one that was about to be replaced: that one is put back.
+//! them at the next start, but for a whole one that was about to be replaced: that one is put back. One that cannot be
+//! read stays where it is, and ends the start.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Write};
@@ -54,8 +55,9 @@ pub fn replace_whole(
     final_dir: &Path,
     write: impl FnOnce(&mut NewFolder<'_>) -> Result<()>,
 ) -> Result<Manifest> {
-    let prepared = prepare(disk, final_dir, write)?;
     let old = sibling(final_dir, REPLACED)?;
+    put_back(disk, &old, final_dir)?;
+    let prepared = prepare(disk, final_dir, write)?;
     remove_tree(disk, &old)?;
     let replaces = final_dir.exists();
     if replaces {
@@ -99,16 +101,33 @@ pub fn sweep_incomplete(disk: &dyn Disk, parent: &Path) -> Result<()> {
             continue;
         }
         if let Some(name) = name.strip_prefix(REPLACED) {
-            let final_dir = parent.join(name);
-            if !final_dir.exists() && verify(&left).is_ok() {
-                disk.rename(&left, &final_dir).map_err(Error::io("rename", &left))?;
-                sync_parent(disk, &final_dir)?;
-                continue;
-            }
+            put_back(disk, &left, &parent.join(name))?;
         }
         remove_tree(disk, &left)?;
     }
     Ok(())
+}
+
+/// Gives a folder that was about to be replaced its name back where its successor never came and it is whole.
+///
+/// # Errors
+/// [`Error::Failed`] where it cannot be read: it may be the only copy, so nobody may delete it then; [`Error::Io`].
+fn put_back(disk: &dyn Disk, old: &Path, final_dir: &Path) -> Result<()> {
+    let is_there = |path: &Path| path.try_exists().map_err(Error::io("read", path));
+    if !is_there(old)? || is_there(final_dir)? {
+        return Ok(());
+    }
+    match verify(old) {
+        Ok(_) => {
+            disk.rename(old, final_dir).map_err(Error::io("rename", old))?;
+            sync_parent(disk, final_dir)
+        }
+        Err(Error::Invalid(_)) => Ok(()),
+        Err(error) => {
+            let what = format!("cannot be read, and may be the only copy of {}: {error}", final_dir.display());
+            Err(Error::failed(old.display().to_string(), what).hint("see whether the disk is sound, or move this folder away"))
+        }
+    }
 }
 
 /// Whether a name is that of a folder that was being written, replaced or deleted.

@@ -65,7 +65,7 @@ enum Command {
     ///
     /// Example: bellora resume runs/mine
     Resume(train::ResumeArgs),
-    /// Do an update of a run again and say what each of its samples lost
+    /// Do an update of a run again and say the loss of each of its samples
     ///
     /// From the nearest checkpoint before it. Prints one JSON line a sample {step, place, slot, tokens, label_tokens, loss}:
     /// the mean over its label tokens, alone, under the dropout of that step, before the update; then the update's line of

@@ -32,7 +32,7 @@ pub(super) fn run(args: &PrepareArgs) -> Result<()> {
     let model = ModelSetup::inspect(config, 1)?;
     let data = &model.config.data;
     // Without a dump, tokens that cannot be kept would be made for nothing.
-    let CacheDir { folder, is_required, unwritable } = model.config.cache_dir()?;
+    let CacheDir { folder, max_bytes, is_required, unwritable } = model.config.cache_dir()?;
     let is_required = is_required || args.dump.is_none();
     let cache = match unwritable {
         Some(fault) if is_required => return Err(Error::Invalid(vec![fault])),
@@ -40,7 +40,7 @@ pub(super) fn run(args: &PrepareArgs) -> Result<()> {
             say(&format!("warning: {}\n", fault.in_one_line()));
             TokenCache::Read(folder)
         }
-        None => TokenCache::Keep { folder, is_required },
+        None => TokenCache::Keep { folder, is_required, max_bytes },
     };
     let dataset = model.dataset(&data.train, cache)?;
     for warning in model.warnings.iter().chain(dataset.warnings()) {

@@ -115,6 +115,8 @@ pub struct DataConfig {
     pub max_bad_rows: u64,
     /// Where tokenised data is kept between runs.
     pub cache_dir: PathBuf,
+    /// Bytes that everything in that folder may take.
+    pub cache_max_bytes: u64,
 }
 
 /// `[train]`.
@@ -273,11 +275,12 @@ const ROUNDING_KEYS: [&str; 5] =
     ["model.device", "train.micro_batch_tokens", "train.recompute", "train.shard", "train.deterministic"];
 
 /// The keys that only say where, when, and what is kept.
-const EXECUTION_KEYS: [&str; 14] = [
+const EXECUTION_KEYS: [&str; 15] = [
     "model.allow_config_keys",
     "data.validation",
     "data.max_bad_rows",
     "data.cache_dir",
+    "data.cache_max_gb",
     "train.output",
     "train.non_finite",
     "train.max_non_finite",

@@ -84,6 +84,7 @@ impl Config {
             Some((_, fault)) if *cache_is_wished => Err(Error::Invalid(vec![fault.clone()])),
             fault => Ok(CacheDir {
                 folder: &self.data.cache_dir,
+                max_bytes: self.data.cache_max_bytes,
                 is_required: *cache_is_wished,
                 unwritable: fault.clone().map(|(_, fault)| fault.hint(hint)),
             }),
@@ -96,6 +97,8 @@ impl Config {
 pub struct CacheDir<'a> {
     /// The folder.
     pub folder: &'a Path,
+    /// Bytes that everything in it may take.
+    pub max_bytes: u64,
     /// Whether the user asked for it, so that a fault there is a fault of the command.
     pub is_required: bool,
     /// Why nothing can be written there, where that costs time alone.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
+use super::resolve::GB;
 use super::{Auto, Config, Duration, TemplateChoice, Warmup};
 
 impl Config {
@@ -64,6 +65,7 @@ impl Config {
             ("data.shuffle", data.shuffle.to_string()),
             ("data.max_bad_rows", data.max_bad_rows.to_string()),
             ("data.cache_dir", path(&data.cache_dir)),
+            ("data.cache_max_gb", (data.cache_max_bytes / GB).to_string()),
             ("train.output", path(&train.output)),
             match train.duration {
                 Duration::Epochs(epochs) => ("train.epochs", epochs.to_string()),

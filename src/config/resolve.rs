@@ -22,6 +22,9 @@ const MOST_STEPS: u64 = 1 << 40;
 const MOST_EPOCHS: u64 = 1 << 20;
 const MOST_SAMPLES: u64 = 1 << 30;
 const MOST_CHECKPOINTS: u64 = 1 << 20;
+const MOST_GB: u64 = 1 << 20;
+/// Bytes of a gigabyte.
+pub(super) const GB: u64 = 1_000_000_000;
 
 /// Makes the config; what is at fault is replaced by its default, so that the rest can be judged too.
 pub(super) fn resolve(raw: Raw, file_keys: FileKeys, faults: &mut Faults) -> Config {
@@ -107,6 +110,7 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
         shuffle: reader.bool("data.shuffle").unwrap_or(true),
         max_bad_rows: reader.integer_up_to("data.max_bad_rows", 0, MOST_STEPS).unwrap_or(0),
         cache_dir: reader.path("data.cache_dir", paths::place).unwrap_or_else(paths::user_cache_dir),
+        cache_max_bytes: GB * reader.integer_up_to("data.cache_max_gb", 1, MOST_GB).unwrap_or(50),
     }
 }
 

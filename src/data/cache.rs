@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memmap2::Mmap;
 use xxhash_rust::xxh3::Xxh3;
 
+use super::cache_room::{TEMPORARY, TOKENS};
 use crate::error::{Error, Result};
 
 /// How a command may use the token cache.
@@ -31,6 +32,8 @@ pub enum TokenCache<'a> {
         folder: &'a Path,
         /// Whether it is an error that they cannot be; else it is a warning.
         is_required: bool,
+        /// Bytes that all files of the folder may take together; those that were unused for longest are deleted.
+        max_bytes: u64,
     },
 }
 
@@ -99,7 +102,7 @@ const CHECKSUM_BYTES: usize = 16;
 
 /// Where the samples of a key are kept.
 pub(super) fn path(folder: &Path, key: u128) -> PathBuf {
-    folder.join(format!("{key:032x}.tokens"))
+    folder.join(format!("{key:032x}.{TOKENS}"))
 }
 
 /// Writes a table under its key.
@@ -114,7 +117,7 @@ pub(super) fn write(folder: &Path, key: u128, table: &Table) -> Result<()> {
     };
     std::fs::create_dir_all(folder).map_err(unwritable)?;
     let unique = WRITES.fetch_add(1, Ordering::Relaxed);
-    let temporary = folder.join(format!(".{key:032x}.{}.{unique}.tmp", std::process::id()));
+    let temporary = folder.join(format!(".{key:032x}.{}.{unique}.{TEMPORARY}", std::process::id()));
     let written = write_file(&temporary, key, table)
         .and_then(|()| std::fs::rename(&temporary, path(folder, key)))
         .and_then(|()| File::open(folder)?.sync_all());
@@ -126,7 +129,10 @@ pub(super) fn write(folder: &Path, key: u128, table: &Table) -> Result<()> {
 }
 
 fn write_file(path: &Path, key: u128, table: &Table) -> std::io::Result<()> {
-    let mut out = Summing { out: BufWriter::with_capacity(1 << 20, File::create(path)?), sum: Xxh3::new() };
+    let file = File::create(path)?;
+    // Held until the file has its name: without it others take the file for abandoned. A file system without locks has none.
+    let _ = file.try_lock();
+    let mut out = Summing { out: BufWriter::with_capacity(1 << 20, file), sum: Xxh3::new() };
     out.put(MAGIC)?;
     out.put_words(&[BYTE_ORDER, VERSION])?;
     out.put(&key.to_le_bytes())?;

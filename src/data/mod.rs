@@ -16,6 +16,7 @@ pub mod encode;
 
 mod brackets;
 mod cache;
+mod cache_room;
 mod json;
 mod learned;
 mod samples;

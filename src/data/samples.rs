@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::cache::{self, Ids, Table, TokenCache};
+use super::cache_room::{make_room, note_use};
 use super::dataset::DataSpec;
 use super::encode::{Encoder, Failure, Truncation};
 use super::record::{Reason, Record, place, row_fault};
@@ -84,7 +85,11 @@ pub(super) struct Loaded {
 pub(super) fn load(spec: &DataSpec, encoder: &Encoder<'_>, token_cache: TokenCache<'_>) -> Result<Loaded> {
     let cached = token_cache.folder().and_then(|folder| {
         let sums: Option<Vec<u128>> = spec.files.iter().map(|path| sum_file(path).ok()).collect();
-        let table = cache::open(folder, key(encoder, &sums?))?;
+        let key = key(encoder, &sums?);
+        let table = cache::open(folder, key)?;
+        if matches!(token_cache, TokenCache::Keep { .. }) {
+            note_use(&cache::path(folder, key));
+        }
         let summary: Summary = serde_json::from_str(&table.summary).ok()?;
         Some((table, summary))
     });
@@ -151,13 +156,16 @@ fn build(
     refuse(spec, &summary, faults)?;
     table.summary = serde_json::to_string(&summary).expect("strings and numbers make JSON");
     let mut unkept = None;
-    if let TokenCache::Keep { folder, is_required } = token_cache
+    if let TokenCache::Keep { folder, is_required, max_bytes } = token_cache
         && !table.lengths.is_empty()
     {
         let key = key(encoder, &sums);
         match cache::write(folder, key, &table) {
             // From here on the samples are read from the file, and their memory is free.
-            Ok(()) => table = cache::open(folder, key).unwrap_or(table),
+            Ok(()) => {
+                table = cache::open(folder, key).unwrap_or(table);
+                make_room(folder, &cache::path(folder, key), max_bytes);
+            }
             Err(error) if is_required => return Err(error),
             Err(error) => unkept = error.faults().first().cloned(),
         }

@@ -251,7 +251,7 @@ impl Task<'_> {
     /// Tokens of a micro-batch and what they cost.
     fn micro_batch(&self, machine: &Machine) -> Result<Solved> {
         let share = (self.global_batch + machine.n_gpus - 1) / machine.n_gpus.max(1);
-        let bounds = Bounds { max_length: self.max_length, update: share * self.samples.longest };
+        let bounds = Bounds { max_length: self.max_length, samples: share };
         let wanted = Wanted { tokens: self.micro_batch_tokens, recompute: self.recompute, shard: self.shard };
         settle(|form| self.memory(machine, form), wanted, machine.n_gpus as usize, machine.available, bounds)
     }

@@ -43,13 +43,13 @@ pub struct Solved {
 pub struct Bounds {
     /// `data.max_length`: one sample must fit.
     pub max_length: i64,
-    /// The tokens of the largest update there can be: more are never needed.
-    pub update: i64,
+    /// Samples of an update on each device: more of that length are never needed.
+    pub samples: i64,
 }
 
 impl Bounds {
     fn most(&self) -> i64 {
-        self.update.clamp(self.max_length, MOST_TOKENS.max(self.max_length))
+        self.samples.saturating_mul(self.max_length).clamp(self.max_length, MOST_TOKENS.max(self.max_length))
     }
 }
 

@@ -1,4 +1,4 @@
-//! An update of a run once more, from the nearest checkpoint before it: what each of its samples lost, and whether it comes
+//! An update of a run once more, from the nearest checkpoint before it: the loss of each of its samples, and whether it comes
 //! out as `metrics.jsonl` has it. Nothing in the run's folder is changed, and the run may go on meanwhile.
 
 use std::path::{Path, PathBuf};

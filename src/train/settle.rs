@@ -37,8 +37,7 @@ pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
 }
 
 /// Settles the size of micro-batches, recompute and sharding where they are `auto`: on a CPU a fixed size where that fits
-/// into memory and else a part of it, on a GPU by the
-/// memory model and the memory that is free. Whether the memory model chose the size is what comes back. Sharding stays
+/// into memory and else a part of it, on a GPU by the memory model and the memory that is free. Whether the memory model chose the size is what comes back. Sharding stays
 /// `auto` on one rank, where there is nothing to choose.
 ///
 /// # Errors
@@ -69,9 +68,8 @@ pub fn settle_micro_batches(
         true => {
             let wanted =
                 Wanted { tokens: tokens.map(|tokens| tokens as i64), recompute, shard: shard.filter(|_| n_ranks > 1) };
-            let share = config.train.global_batch.div_ceil(n_ranks);
-            let update = share.saturating_mul(max_length) as i64;
-            let bounds = Bounds { max_length: max_length as i64, update };
+            let samples = config.train.global_batch.div_ceil(n_ranks) as i64;
+            let bounds = Bounds { max_length: max_length as i64, samples };
             solve::settle(model, wanted, n_ranks, memory::free_bytes(device)? as i64, bounds)?
         }
     };

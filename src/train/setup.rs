@@ -308,11 +308,11 @@ impl Job {
             CacheUse::Read => TokenCache::Read(&model.config.data.cache_dir),
             CacheUse::Judge | CacheUse::Keep => faults.take(model.config.cache_dir())?.map_or(
                 TokenCache::Off,
-                |CacheDir { folder, is_required, unwritable }| {
+                |CacheDir { folder, max_bytes, is_required, unwritable }| {
                     let is_usable = unwritable.is_none();
                     model.warnings.extend(unwritable);
                     match cache_use == CacheUse::Keep && is_usable {
-                        true => TokenCache::Keep { folder, is_required },
+                        true => TokenCache::Keep { folder, is_required, max_bytes },
                         false => TokenCache::Read(folder),
                     }
                 },

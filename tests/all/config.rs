@@ -105,6 +105,7 @@ special_tokens = "special"
 shuffle = true
 max_bad_rows = 0
 cache_dir = "{}"
+cache_max_gb = 50
 
 [train]
 output = "{dir}/run"
@@ -163,7 +164,8 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
         "r = 7\nalpha = 3\ndropout = 0\ntarget_modules = [\"v_proj\", \"q_proj\"]\n\
          modules_to_save = [\"lm_head\", \"embed_tokens\"]\nuse_rslora = true",
         "validation = [\"DIR/v[1].jsonl\", \"DIR/more/*.json\"]\ntemplate = \"DIR/my.toml\"\nmax_length = 100\n\
-         truncation = \"cut\"\nspecial_tokens = \"text\"\nshuffle = false\nmax_bad_rows = 5\ncache_dir = \"DIR/cache\"",
+         truncation = \"cut\"\nspecial_tokens = \"text\"\nshuffle = false\nmax_bad_rows = 5\ncache_dir = \"DIR/cache\"\n\
+         cache_max_gb = 7",
         "max_steps = 9\nglobal_batch = 3\nmicro_batch_tokens = 100\nlearning_rate = 1.2345678901234567e-5\n\
          schedule = \"constant\"\nwarmup_steps = 2\nweight_decay = 1\nbetas = [0, 0.5]\neps = 1e-300\n\
          max_grad_norm = 0\n\

@@ -72,7 +72,7 @@ fn keys_that_are_passed_over_are_counted() {
     let cache = folder.path().join("cache");
     for _ in ["made", "read from the cache"] {
         let spec = spec(vec![folder.path().join("rows.jsonl")]);
-        let keep = TokenCache::Keep { folder: &cache, is_required: true };
+        let keep = TokenCache::Keep { folder: &cache, is_required: true, max_bytes: u64::MAX };
         let stats = Dataset::load(&spec, &tiny(), &bare(), keep).unwrap().stats();
         let counted: Vec<(&str, usize)> = stats.passed_over.iter().map(|(key, rows)| (key.as_str(), *rows)).collect();
         assert_eq!(counted, [("id", 2), ("source", 1)]);
@@ -348,7 +348,7 @@ fn bad_rows_are_counted_and_named_and_nothing_is_kept_beyond_the_allowed() {
     let cache = files.path().join("cache");
     let load = |names: &[&str], max_bad_rows| {
         let spec = DataSpec { max_bad_rows, ..spec(paths(names)) };
-        Dataset::load(&spec, &tiny(), &bare(), TokenCache::Keep { folder: &cache, is_required: true })
+        Dataset::load(&spec, &tiny(), &bare(), TokenCache::Keep { folder: &cache, is_required: true, max_bytes: u64::MAX })
     };
     let error = load(&["good.jsonl", "bad.jsonl", "x.csv"], 29).err().unwrap();
     let faults = error.faults();
@@ -361,6 +361,48 @@ fn bad_rows_are_counted_and_named_and_nothing_is_kept_beyond_the_allowed() {
     assert!(load(&["good.jsonl", "bad.jsonl"], 29).is_err());
     let stats = load(&["good.jsonl", "bad.jsonl"], 30).unwrap().stats();
     assert_eq!((stats.from_cache, stats.bad_row_faults.len(), stats.samples), (true, 20, 1));
+}
+
+#[test]
+fn the_cache_deletes_what_is_abandoned_and_what_was_unused_for_longest() {
+    let files = folder(&[]);
+    let cache = files.path().join("cache");
+    let keep = |name: &str, answer: &str, max_bytes: u64| {
+        let path = files.path().join(name);
+        std::fs::write(&path, rows(&[("question", answer)])).unwrap();
+        let keep = TokenCache::Keep { folder: &cache, is_required: true, max_bytes };
+        Dataset::load(&spec(vec![path]), &tiny(), &bare(), keep).unwrap().stats().from_cache
+    };
+    let kept = || {
+        let paths = std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().path());
+        paths.filter(|path| path.extension().is_some_and(|end| end == "tokens")).collect::<Vec<_>>()
+    };
+    let one = |paths: &[PathBuf]| std::fs::metadata(&paths[0]).unwrap().len();
+    keep("a.jsonl", "a", u64::MAX);
+    let [a] = &kept()[..] else { panic!("{:?}", kept()) };
+    keep("b.jsonl", "b", u64::MAX);
+    let room_for_two = 2 * one(&kept()) + 16;
+
+    // Both were used long ago, and then the first again.
+    for path in kept() {
+        std::fs::File::open(path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    }
+    assert!(keep("a.jsonl", "a", room_for_two), "it is in the cache");
+    // What nobody writes any more, what another process is writing, and what is somebody else's.
+    let held = std::fs::File::create(cache.join(".1.2.0.tmp")).unwrap();
+    held.lock().unwrap();
+    for name in [".1.1.0.tmp", "notes.tmp", "notes.txt"] {
+        std::fs::write(cache.join(name), "half").unwrap();
+    }
+    keep("c.jsonl", "c", room_for_two);
+    assert!(kept().len() == 2 && kept().contains(a), "{:?}", kept());
+    for (name, stays) in [(".1.1.0.tmp", false), (".1.2.0.tmp", true), ("notes.tmp", true), ("notes.txt", true)] {
+        assert_eq!(cache.join(name).exists(), stays, "{name}");
+    }
+    // What was just written stays, whatever it takes.
+    keep("d.jsonl", "d", 1);
+    assert_eq!(kept().len(), 1);
+    assert!(keep("d.jsonl", "d", 1));
 }
 
 fn dump(dataset: &Dataset) -> Vec<u8> {
@@ -378,7 +420,7 @@ fn the_token_cache_is_used_when_it_is_right_and_rebuilt_when_it_is_not() {
     let load = |change: &dyn Fn(&mut DataSpec), template: &Template, tokenizer: &Tokenizer| {
         let mut spec = spec(vec![rows.clone()]);
         change(&mut spec);
-        Dataset::load(&spec, tokenizer, template, TokenCache::Keep { folder: &cache, is_required: true }).unwrap()
+        Dataset::load(&spec, tokenizer, template, TokenCache::Keep { folder: &cache, is_required: true, max_bytes: u64::MAX }).unwrap()
     };
     let same = || load(&|_| {}, &bare(), &tokenizer);
     let n_files = || std::fs::read_dir(&cache).unwrap().count();
@@ -421,7 +463,7 @@ fn the_token_cache_is_used_when_it_is_right_and_rebuilt_when_it_is_not() {
             &spec(vec![rows.clone()]),
             &tokenizer,
             &bare(),
-            TokenCache::Keep { folder: &folder_of_one, is_required: true },
+            TokenCache::Keep { folder: &folder_of_one, is_required: true, max_bytes: u64::MAX },
         )
         .unwrap()
     };
@@ -561,7 +603,7 @@ fn what_was_read_leniently_is_said_and_a_broken_file_is_never_passed_over() {
             &spec(vec![files.path().join("rows.jsonl")]),
             &tiny(),
             &bare(),
-            TokenCache::Keep { folder: &cache, is_required: true },
+            TokenCache::Keep { folder: &cache, is_required: true, max_bytes: u64::MAX },
         )
         .unwrap();
         assert_eq!((dataset.len(), dataset.stats().from_cache), (4, is_again));

@@ -171,6 +171,36 @@ fn a_folder_whose_replacement_never_came_is_put_back() {
     assert_eq!(listing(root.path()), [""; 0]);
 }
 
+/// An error of the disk says nothing about what a folder holds: it may be the only copy.
+#[test]
+fn a_replaced_folder_that_cannot_be_read_is_never_deleted() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = step_dir(root.path(), 7);
+    write_whole(&LocalDisk, &dir, |folder| folder.put("weights", b"")).unwrap();
+    let aside = root.path().join(".incomplete-old-step-00000007");
+    std::fs::rename(&dir, &aside).unwrap();
+    std::fs::remove_file(aside.join("weights")).unwrap();
+    // Empty by its size, and every read of it ends in EIO.
+    std::os::unix::fs::symlink("/proc/self/mem", aside.join("weights")).unwrap();
+    let of_sweep = sweep_incomplete(&LocalDisk, root.path()).unwrap_err();
+    let of_replacement = replace_whole(&LocalDisk, &dir, |folder| folder.put("new", b"1")).unwrap_err();
+    for error in [of_sweep, of_replacement] {
+        let said = error.to_string();
+        assert!(said.contains("the only copy of") && said.contains("Input/output error"), "{said}");
+        assert_eq!(listing(root.path()), [".incomplete-old-step-00000007"]);
+    }
+    // Once it can be read it is put back, and replaced only by a whole one.
+    std::fs::remove_file(aside.join("weights")).unwrap();
+    std::fs::write(aside.join("weights"), b"").unwrap();
+    replace_whole(&LocalDisk, &dir, |_| Err(Error::failed("here", "disk full"))).unwrap_err();
+    replace_whole(&LocalDisk, &dir, |folder| {
+        assert_eq!(listing(root.path()), [".incomplete-step-00000007", "step-00000007"]);
+        folder.put("new", b"1")
+    })
+    .unwrap();
+    assert_eq!(listing(&dir), [MANIFEST_FILE, "new"]);
+}
+
 fn newest(count: usize) -> Keep {
     Keep { newest: count, best: 0, steps: Vec::new() }
 }

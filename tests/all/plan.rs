@@ -107,7 +107,7 @@ fn memory_grows_in_straight_lines() {
 fn the_largest_micro_batch_fills_the_memory_and_recomputes_only_where_it_must() {
     let lora = reference_lora();
     let shape = reference_shape("llama-2-7b");
-    let bounds = Bounds { max_length: 512, update: 64 * 512 };
+    let bounds = Bounds { max_length: 512, samples: 64 };
     let model = |form: Form| {
         let model = model_of(&shape, &lora, Kind::Half, GPU, form.recompute);
         if form.shard { model.sharded(8) } else { model }
@@ -122,7 +122,7 @@ fn the_largest_micro_batch_fills_the_memory_and_recomputes_only_where_it_must() 
         let model = model(form);
         assert!(model.total(tokens) <= usable(available), "{gb} GB: {tokens} tokens do not fit");
         assert!(
-            tokens == bounds.update || model.total(tokens + 64) > usable(available),
+            tokens == 64 * 512 || model.total(tokens + 64) > usable(available),
             "{gb} GB: {tokens} is too few"
         );
         assert!(tokens >= bounds.max_length);
@@ -134,7 +134,7 @@ fn the_largest_micro_batch_fills_the_memory_and_recomputes_only_where_it_must() 
     assert_eq!(solve(33).unwrap().form, nothing);
     assert_eq!(solve(80).unwrap().form, nothing);
     // The whole update fits: no more is taken.
-    assert_eq!(solve(400).unwrap(), Solved { tokens: bounds.update, form: nothing });
+    assert_eq!(solve(400).unwrap(), Solved { tokens: 64 * 512, form: nothing });
     // Among ranks sharding comes before recompute, and only where it must.
     let among_8 = |gb: i64| solve_for(gb, Wanted::default(), 8).unwrap();
     assert_eq!(among_8(28).form, shard);

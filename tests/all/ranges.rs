@@ -26,13 +26,14 @@ const VALUES: [&str; 14] = [
 ];
 
 /// Every key that takes a number.
-const KEYS: [&str; 29] = [
+const KEYS: [&str; 30] = [
     "lora.r",
     "lora.alpha",
     "lora.dropout",
     "data.validation_fraction",
     "data.max_length",
     "data.max_bad_rows",
+    "data.cache_max_gb",
     "train.epochs",
     "train.max_steps",
     "train.global_batch",
