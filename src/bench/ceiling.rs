@@ -14,9 +14,8 @@ const SIZE_ON_GPU: i64 = 8192;
 const SIZE_ON_CPU: i64 = 1024;
 /// Products before those that count.
 const WARMUP: u32 = 3;
-/// Products that count, at least, and for how long more of them are made.
+/// Products that count, at least.
 const REPEATS: u32 = 5;
-const TIME: Duration = Duration::from_millis(400);
 
 /// The fastest product that was measured.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -29,10 +28,10 @@ pub struct Ceiling {
     pub repeats: u32,
 }
 
-/// Times square products of a dtype on a device.
+/// Times square products of a dtype on a device for so long.
 ///
 /// The operands are drawn: a GPU is faster on zeros than it can ever be on real numbers.
-pub(super) fn measure(kind: Kind, device: Device) -> Result<Ceiling> {
+pub(super) fn measure(kind: Kind, device: Device, time: Duration) -> Result<Ceiling> {
     let size = if device.is_cuda() { SIZE_ON_GPU } else { SIZE_ON_CPU };
     let operand = || -> Result<Tensor> { Ok(Tensor::f_empty([size, size], (kind, device))?.f_normal_(0.0, 1.0)?) };
     let (a, b) = (operand()?, operand()?);
@@ -41,7 +40,7 @@ pub(super) fn measure(kind: Kind, device: Device) -> Result<Ceiling> {
     }
     synchronize(device)?;
     let (begun, mut best, mut repeats) = (Instant::now(), f64::INFINITY, 0);
-    while repeats < REPEATS || begun.elapsed() < TIME {
+    while repeats < REPEATS || begun.elapsed() < time {
         let started = Instant::now();
         let _ = gemm::nt(&a, &b)?;
         synchronize(device)?;

@@ -5,9 +5,11 @@
 
 mod ceiling;
 mod clock;
+pub mod dtypes;
 pub mod report;
 
 use std::ops::Range;
+use std::time::Duration;
 
 use tch::{Device, Kind};
 
@@ -35,6 +37,8 @@ use report::{Measured, MemoryReport, Report};
 
 /// Samples that are drawn, at most; more updates than they last for begin with them again.
 const MOST_SAMPLES: usize = 1 << 20;
+/// For how long products are timed.
+const CEILING_TIME: Duration = Duration::from_millis(400);
 /// Updates whose parts are timed, at most.
 const UPDATES_BY_PART: u64 = 3;
 
@@ -87,7 +91,7 @@ impl Bench {
         let Subject { kind, device, .. } = subject;
         set_numerics(subject.config.train.deterministic)?;
         tell("measuring the fastest product");
-        let ceiling = ceiling::measure(kind, device)?;
+        let ceiling = ceiling::measure(kind, device, CEILING_TIME)?;
         memory::release_cached(device)?;
 
         tell("making the model");
@@ -103,6 +107,12 @@ impl Bench {
         };
         let (warmup, updates) = (self.warmup, self.updates);
         let mut trainer = trainer(&subject, params, model, samples, warmup + updates)?;
+        let recompute = trainer.settings.recompute;
+        let model = MemoryModel::new(&subject.shape, &subject.lora, &subject.layout, kind, device, recompute);
+        if device.is_cuda() {
+            // As a run does before its first step.
+            trainer.try_largest(&model, subject.config.data.max_length)?;
+        }
         let is_warming_up = |done| tell(&format!("update {done} of {warmup} before those that count"));
         clock::time_updates(&mut trainer, warmup, device, &is_warming_up)?;
         let is_timed = |done| tell(&format!("update {done} of {updates}"));
@@ -116,8 +126,6 @@ impl Bench {
 
         let (mix, _) = batches_of(&trainer, warmup..warmup + updates);
         let (_, (smallest, largest)) = batches_of(&trainer, 0..warmup + updates);
-        let recompute = trainer.settings.recompute;
-        let model = MemoryModel::new(&subject.shape, &subject.lora, &subject.layout, kind, device, recompute);
         let model = if smallest == largest { model.of_equal_micro_batches() } else { model };
         let predicted = model.by_part(largest as i64);
         let predicted_bytes = predicted.iter().map(|part| part.bytes).sum();

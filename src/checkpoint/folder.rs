@@ -125,7 +125,8 @@ fn put_back(disk: &dyn Disk, old: &Path, final_dir: &Path) -> Result<()> {
         Err(Error::Invalid(_)) => Ok(()),
         Err(error) => {
             let what = format!("cannot be read, and may be the only copy of {}: {error}", final_dir.display());
-            Err(Error::failed(old.display().to_string(), what).hint("see whether the disk is sound, or move this folder away"))
+            Err(Error::failed(old.display().to_string(), what)
+                .hint("see whether the disk is sound, or move this folder away"))
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::bench::Bench;
+use crate::bench::dtypes::{self, DtypeSpeed};
 use crate::cli::{print, say, signals};
 use crate::config::{Auto, Config};
 use crate::data::Lengths;
@@ -37,6 +38,9 @@ pub(super) struct BenchArgs {
     /// Tokens a micro-batch may hold [default: train.micro_batch_tokens]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 31))]
     micro_batch_tokens: Option<u64>,
+    /// Time the products of each dtype for a tenth of a second, print the fastest dtype first, and do nothing else
+    #[arg(long, conflicts_with_all = ["config", "shape", "lengths"])]
+    dtypes: bool,
     /// Print one line of JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -45,6 +49,9 @@ pub(super) struct BenchArgs {
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     signals::end_at_once()?;
     show_progress();
+    if args.dtypes {
+        return compare_dtypes(args);
+    }
     let shape = match &args.shape {
         Some(name) => Some((name.clone(), shapes::open(name, args.vocab_size, &[])?)),
         None => None,
@@ -64,4 +71,15 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let bench = Bench { config, shape, lengths, updates: args.updates, warmup: args.warmup };
     let report = bench.run(&|doing| say(&format!("{doing}\n")))?;
     if args.json { print(&(report.to_json() + "\n")) } else { print(&report.to_table()) }
+}
+
+fn compare_dtypes(args: &BenchArgs) -> Result<()> {
+    let speeds = dtypes::by_speed(Config::load_without_files(None, &args.sets)?)?;
+    if args.json {
+        return print(&(serde_json::to_string(&speeds).expect("names and numbers make JSON") + "\n"));
+    }
+    for DtypeSpeed { dtype, tflops } in speeds {
+        print(&format!("{dtype}  {tflops:.3} TFLOP/s\n"))?;
+    }
+    Ok(())
 }

@@ -121,7 +121,7 @@ impl Command {
 }
 
 /// Variables that libraries read once, as they are loaded, before any code of ours; those that the user has set stay.
-const READ_AT_START: [(&str, &str); 4] = [
+const READ_AT_START: [(&str, &str); 5] = [
     // OpenMP's threads sleep, and do not spin, while they wait for each other. Spinning threads are ruinous as soon as
     // anything else wants the processors: the one that would end the wait is kept from running.
     ("OMP_WAIT_POLICY", "passive"),
@@ -131,11 +131,20 @@ const READ_AT_START: [(&str, &str); 4] = [
     // size, both fill with products of sizes that hardly come again, at up to 1 MiB for both. A step has some forty.
     ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64"),
     ("LRU_CACHE_CAPACITY", "64"),
+    // libtorch's allocator of GPU memory grows its segments in place, so that micro-batches of other sizes leave no holes.
+    (GPU_ALLOCATOR, "expandable_segments:True"),
 ];
+
+/// What sets libtorch's allocator of GPU memory, and the newer name of the same.
+const GPU_ALLOCATOR: &str = "PYTORCH_CUDA_ALLOC_CONF";
+const GPU_ALLOCATOR_TOO: &str = "PYTORCH_ALLOC_CONF";
 
 /// Starts the program again with the variables that libraries read at their start.
 fn set_what_libraries_read() {
-    let unset = READ_AT_START.into_iter().filter(|(name, _)| std::env::var_os(name).is_none());
+    let is_set = |name: &str| std::env::var_os(name).is_some();
+    let unset = READ_AT_START
+        .into_iter()
+        .filter(|(name, _)| !is_set(name) && !(*name == GPU_ALLOCATOR && is_set(GPU_ALLOCATOR_TOO)));
     let mut missing: Vec<_> = unset.map(|(name, value)| (name, value.to_owned())).collect();
     missing.extend(ranks::own_gpu().map(|gpu| (ranks::VISIBLE_GPUS, gpu)));
     if missing.is_empty() {

@@ -20,7 +20,9 @@ pub(super) fn make_room(folder: &Path, used: &Path, max_bytes: u64) {
         let Some((name, end)) = path.file_name().and_then(|name| name.to_str()?.rsplit_once('.')) else { continue };
         if end == TEMPORARY && name.starts_with('.') && is_abandoned(&path) {
             let _ = fs::remove_file(&path);
-        } else if end == TOKENS && let Ok(found) = fs::metadata(&path) {
+        } else if end == TOKENS
+            && let Ok(found) = fs::metadata(&path)
+        {
             kept.push((found.modified().unwrap_or(SystemTime::UNIX_EPOCH), found.len(), path));
         }
     }

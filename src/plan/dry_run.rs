@@ -314,9 +314,11 @@ impl<'m> DryRun<'m> {
                 let copy = hold(copied * dims.vocab * chunk);
                 let log_softmax = hold(FP32 * dims.vocab * chunk);
                 drop(copy);
-                let dlogits = hold(dims.element() * padded * chunk);
-                drop((log_softmax, logits));
-                dlogits
+                // In fp32 the softmax becomes the gradient, unless the head has padding.
+                let dlogits =
+                    (dims.is_half_precision() || padded > dims.vocab).then(|| hold(dims.element() * padded * chunk));
+                drop(logits);
+                dlogits.unwrap_or(log_softmax)
             }
         };
         drop(hold(dims.element() * dims.hidden * chunk));

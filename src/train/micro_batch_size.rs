@@ -31,15 +31,18 @@ enum Agreement {
 const NO_ROOM_FOR_ONE: &str = "set train.recompute = \"all\", or lower data.max_length or lora.r";
 
 impl Trainer {
-    /// Tries a micro-batch of the greatest size before the first step, halving it while memory runs out on any rank. Every
-    /// rank must call this together.
+    /// Tries a micro-batch of the greatest size that an update can have before the first step, halving it while memory runs out
+    /// on any rank. Every rank must call this together.
     ///
     /// # Errors
     /// Not even one document of `max_length` fits.
     pub fn try_largest(&mut self, predicted: &MemoryModel, max_length: usize) -> Result<Probed> {
         let device = self.params.device();
         loop {
-            let StepSettings { micro_batch_tokens: tokens, recompute, dropout, .. } = self.settings;
+            let StepSettings { micro_batch_tokens, global_batch, recompute, dropout, .. } = self.settings;
+            // A longer sample is alone, and no update has more.
+            let most = global_batch.div_ceil(self.ranks.world_size()).saturating_mul(max_length);
+            let tokens = micro_batch_tokens.clamp(max_length, most.max(max_length));
             let trial = Trial { tokens, max_length, recompute, dropout };
             let outcome = probe(&self.model, &mut self.grads, predicted, trial, device);
             let wanted = match &outcome {

@@ -165,13 +165,13 @@ impl<'a> Run<'a> {
             evaluation_is_due,
             _lock: lock,
         };
-        if run.job.model.micro_batch_is_solved {
+        if run.job.model.device().is_cuda() {
             run.try_largest_micro_batch()?;
         }
         Ok(run)
     }
 
-    /// Holds the memory model against this GPU, and has its allocator take what the run will need.
+    /// Holds the memory model against this GPU, and has its allocator take what the run will need, whoever chose the size.
     fn try_largest_micro_batch(&mut self) -> Result<()> {
         let model = &self.job.model;
         let probed = self.trainer.try_largest(&model.memory_model(), model.config.data.max_length)?;

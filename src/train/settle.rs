@@ -37,8 +37,8 @@ pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
 }
 
 /// Settles the size of micro-batches, recompute and sharding where they are `auto`: on a CPU a fixed size where that fits
-/// into memory and else a part of it, on a GPU by the memory model and the memory that is free. Whether the memory model chose the size is what comes back. Sharding stays
-/// `auto` on one rank, where there is nothing to choose.
+/// into memory and else a part of it, on a GPU by the memory model and the memory that is free. Sharding stays `auto` on one rank, where there is
+/// nothing to choose.
 ///
 /// # Errors
 /// A GPU that has no room for a sample of `data.max_length`.
@@ -48,7 +48,7 @@ pub fn settle_micro_batches(
     lora: &LoraSpec,
     layout: &Layout,
     n_ranks: usize,
-) -> Result<bool> {
+) -> Result<()> {
     let (device, kind, max_length) = (device(config), kind(config), config.data.max_length);
     let (tokens, shard) = (config.train.micro_batch_tokens.settled(), config.train.shard.settled());
     let recompute = config.train.recompute.settled().map(|which| which == config::Recompute::All);
@@ -79,7 +79,7 @@ pub fn settle_micro_batches(
     if n_ranks > 1 {
         config.train.shard = Auto::Is(solved.form.shard);
     }
-    Ok(device.is_cuda() && tokens.is_none())
+    Ok(())
 }
 
 /// Tokens of a micro-batch on a CPU: what is good for its caches, or less where memory is short, one sample at least.

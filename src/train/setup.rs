@@ -51,8 +51,6 @@ pub struct ModelSetup {
     pub warnings: Vec<Fault>,
     /// What is worth a word about the device: the GPU that is used, or why one is not.
     pub device_note: Option<String>,
-    /// Whether the memory model chose the size of micro-batches for this GPU, so that it is worth a trial.
-    pub micro_batch_is_solved: bool,
     /// The adapter to start from.
     init: Option<TensorFiles>,
 }
@@ -144,11 +142,9 @@ impl ModelSetup {
         if let (Some(base), Some(tokenizer)) = (&base, &tokenizer) {
             warnings.extend(other_ends(&config.model.base, base, tokenizer));
         }
-        let mut micro_batch_is_solved = false;
         // Without a device there is no memory to ask for.
         if let (Some(base), Some(layout), true) = (&base, &layout, faults.0.is_empty()) {
-            let solved = settle::settle_micro_batches(&mut config, base, &lora, layout, n_ranks);
-            micro_batch_is_solved = faults.take(solved)?.unwrap_or_default();
+            faults.take(settle::settle_micro_batches(&mut config, base, &lora, layout, n_ranks))?;
         }
         let mut init = None;
         if let (Some(dir), Some(layout)) = (&config.model.init_adapter, &layout) {
@@ -168,7 +164,6 @@ impl ModelSetup {
                 template,
                 warnings,
                 device_note,
-                micro_batch_is_solved,
                 init,
             }),
             _ => Err(Error::failed("setup", "a part is missing though no fault was found")),

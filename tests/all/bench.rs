@@ -1,5 +1,7 @@
 //! `bellora bench` and what it stands on: shapes, drawn weights, lengths, the counting of operations.
 
+use std::collections::BTreeSet;
+
 use bellora::data::Dataset;
 use bellora::data::lengths::{Length, Lengths};
 use bellora::model::config::LlamaConfig;
@@ -11,6 +13,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind};
 
 use crate::place::{Place, golden};
+use crate::support::{bellora, run};
 
 /// Parameters of a base, tables counted once where they are one.
 fn n_params(shape: &LlamaConfig) -> i64 {
@@ -333,4 +336,19 @@ fn what_cannot_be_measured_is_refused_with_a_hint() {
     lengths(&with("[5, -1, 1]"), &["lengths[0]"]);
     lengths(&with("[5, 3, 0]"), &["lengths[0]", "at least one sample"]);
     lengths(&with("[5, 3, 9999999], [5, 3, 2]"), &["lengths[1]", "10000000 in all"]);
+}
+
+#[test]
+fn the_dtype_of_the_fastest_products_comes_first() {
+    let bench = |more: &[&str]| run(bellora().args(["bench", "--dtypes", "--set", "model.device=cpu"]).args(more));
+    let speeds: Vec<Value> = serde_json::from_str(&bench(&["--json"]).ok().stdout).unwrap();
+    let number = |speed: &Value| speed["tflops"].as_f64().unwrap();
+    let names: BTreeSet<_> = speeds.iter().map(|speed| speed["dtype"].as_str().unwrap()).collect();
+    assert_eq!(names, BTreeSet::from(["bf16", "fp32"]));
+    assert!(speeds.len() == 2 && number(&speeds[0]) >= number(&speeds[1]) && number(&speeds[1]) > 0.0, "{speeds:?}");
+    // What scripts/quickstart.sh takes is the first word.
+    let first = bench(&[]).ok().stdout;
+    assert!(names.contains(first.split(' ').next().unwrap()), "{first}");
+    let refused = bench(&["--shape", "tiny"]);
+    assert!(refused.code == Some(2) && refused.stderr.contains("--shape"), "{}", refused.stderr);
 }

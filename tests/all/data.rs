@@ -348,7 +348,12 @@ fn bad_rows_are_counted_and_named_and_nothing_is_kept_beyond_the_allowed() {
     let cache = files.path().join("cache");
     let load = |names: &[&str], max_bad_rows| {
         let spec = DataSpec { max_bad_rows, ..spec(paths(names)) };
-        Dataset::load(&spec, &tiny(), &bare(), TokenCache::Keep { folder: &cache, is_required: true, max_bytes: u64::MAX })
+        Dataset::load(
+            &spec,
+            &tiny(),
+            &bare(),
+            TokenCache::Keep { folder: &cache, is_required: true, max_bytes: u64::MAX },
+        )
     };
     let error = load(&["good.jsonl", "bad.jsonl", "x.csv"], 29).err().unwrap();
     let faults = error.faults();
@@ -420,7 +425,13 @@ fn the_token_cache_is_used_when_it_is_right_and_rebuilt_when_it_is_not() {
     let load = |change: &dyn Fn(&mut DataSpec), template: &Template, tokenizer: &Tokenizer| {
         let mut spec = spec(vec![rows.clone()]);
         change(&mut spec);
-        Dataset::load(&spec, tokenizer, template, TokenCache::Keep { folder: &cache, is_required: true, max_bytes: u64::MAX }).unwrap()
+        Dataset::load(
+            &spec,
+            tokenizer,
+            template,
+            TokenCache::Keep { folder: &cache, is_required: true, max_bytes: u64::MAX },
+        )
+        .unwrap()
     };
     let same = || load(&|_| {}, &bare(), &tokenizer);
     let n_files = || std::fs::read_dir(&cache).unwrap().count();

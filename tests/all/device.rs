@@ -333,6 +333,7 @@ fn the_program_has_what_libraries_read_at_their_start() {
     let mut process = lab.command("train", &[], &["train.max_steps=400000", "train.log_every=0"]);
     let mut child = process
         .env_remove("OMP_WAIT_POLICY")
+        .env_remove("PYTORCH_CUDA_ALLOC_CONF")
         .env("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -353,6 +354,7 @@ fn the_program_has_what_libraries_read_at_their_start() {
     child.wait().unwrap();
     assert!(found.contains("OMP_WAIT_POLICY=passive\n"), "{found}");
     assert!(found.contains("CUBLAS_WORKSPACE_CONFIG=:16:8\n"), "what the user has set stays: {found}");
+    assert!(found.contains("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n"), "{found}");
 }
 
 /// Runs a copy of the set-up script where nothing can be downloaded: `nvidia-smi` answers as told, and pip writes its

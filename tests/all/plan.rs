@@ -121,10 +121,7 @@ fn the_largest_micro_batch_fills_the_memory_and_recomputes_only_where_it_must() 
         let Solved { tokens, form } = solve(gb).unwrap();
         let model = model(form);
         assert!(model.total(tokens) <= usable(available), "{gb} GB: {tokens} tokens do not fit");
-        assert!(
-            tokens == 64 * 512 || model.total(tokens + 64) > usable(available),
-            "{gb} GB: {tokens} is too few"
-        );
+        assert!(tokens == 64 * 512 || model.total(tokens + 64) > usable(available), "{gb} GB: {tokens} is too few");
         assert!(tokens >= bounds.max_length);
     }
     // 28 GB hold 512 tokens without recompute, but many more with it.
