@@ -26,7 +26,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
         return print(&config.print_with_defaults_marked());
     }
     let job = Job::inspect(config, CacheUse::Judge, 1)?;
-    job.expect_room()?;
+    job.expect_room(1)?;
     run_dir::refuse_taken_output(&job.model.config)?;
     job.run_bytes().fit(&LocalDisk, &job.model.config.train.output, 0)?;
     for line in banner::lines(&job)? {

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 pub(super) mod told {
     pub(crate) const RANK: &str = "BELLORA_RANK";
     pub(crate) const WORLD_SIZE: &str = "BELLORA_WORLD_SIZE";
+    pub(crate) const LOCAL_WORLD_SIZE: &str = "BELLORA_LOCAL_WORLD_SIZE";
     pub(crate) const RENDEZVOUS: &str = "BELLORA_RENDEZVOUS";
     pub(crate) const INTERFACE: &str = "BELLORA_INTERFACE";
     pub(crate) const MEET_TIMEOUT: &str = "BELLORA_MEET_TIMEOUT";
@@ -329,6 +330,21 @@ pub(super) fn own_gpu() -> Option<String> {
     let local = variable("LOCAL_RANK")?.parse().ok()?;
     let is_kept_to_one = std::env::var(VISIBLE_GPUS).is_ok_and(|visible| !visible.contains(','));
     if is_kept_to_one { None } else { gpu_of(local) }
+}
+
+/// How many of so many ranks run on this machine, this one included, as far as what started them says so.
+pub(super) fn on_this_machine(world_size: usize) -> usize {
+    const NAMES: [&str; 5] = [
+        told::LOCAL_WORLD_SIZE,
+        "LOCAL_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "MPI_LOCALNRANKS",
+        // "2(x3),1": of the first machine, where rank 0 is.
+        "SLURM_TASKS_PER_NODE",
+    ];
+    let said = NAMES.into_iter().find_map(variable).unwrap_or_default();
+    let digits = said.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
+    digits.parse().unwrap_or(1).clamp(1, world_size)
 }
 
 /// Whether a supervisor has started this process and watches it.

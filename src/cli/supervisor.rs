@@ -137,6 +137,7 @@ impl Job {
             command
                 .env(told::RANK, rank.to_string())
                 .env(told::WORLD_SIZE, world_size.to_string())
+                .env(told::LOCAL_WORLD_SIZE, nproc.to_string())
                 .env(told::RENDEZVOUS, &address)
                 .env(told::INTERFACE, interface.to_string())
                 .env(told::MEET_TIMEOUT, args.meet_timeout.to_string())

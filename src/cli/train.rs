@@ -74,7 +74,8 @@ fn host(ranks: &dyn Communicator) -> Result<Host> {
     if ranks.rank() == 0 {
         show_progress();
     }
-    Ok(Host { disk: LocalDisk::shared(), requests: signals::listen_for_run()?, tell })
+    let n_local_ranks = ranks::on_this_machine(ranks.world_size());
+    Ok(Host { disk: LocalDisk::shared(), requests: signals::listen_for_run()?, tell, n_local_ranks })
 }
 
 /// Tells the supervisor, by a line on standard output, how far this rank is.

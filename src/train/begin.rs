@@ -28,6 +28,8 @@ pub struct Host {
     pub requests: Requests,
     /// Told how far the run is, where somebody watches it.
     pub tell: Option<fn(&str)>,
+    /// Ranks of the job that share this machine's memory, this one included.
+    pub n_local_ranks: usize,
 }
 
 /// A run that may begin.
@@ -61,7 +63,7 @@ fn start_or_go_on(config: Config, resume: bool, host: &Host, n_ranks: usize) -> 
         return go_on(config, dir, lock, host, n_ranks);
     }
     refuse_taken_output(&config)?;
-    let job = inspect(config, n_ranks)?;
+    let job = inspect(config, n_ranks, host.n_local_ranks)?;
     job.run_bytes().fit(&*host.disk, &dir, 0)?;
     Ok(Some(Start { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() }))
 }
@@ -104,7 +106,8 @@ fn together(
 impl Start {
     /// The same job on another rank, which neither writes nor judges.
     fn beside_rank_0(settled: &str, n_ranks: usize) -> Result<Self> {
-        let job = inspect(Config::parse_to_read(settled, "the config of rank 0", &[])?, n_ranks)?;
+        // Rank 0 has looked for all on its machine, and takes its own part meanwhile.
+        let job = inspect(Config::parse_to_read(settled, "the config of rank 0", &[])?, n_ranks, 1)?;
         let dir = job.model.config.train.output.clone();
         Ok(Self { job, dir, lock: None, from: None, notes: Vec::new(), damaged: Vec::new() })
     }
@@ -143,7 +146,7 @@ fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host, n_ranks: 
                 .hint("start a new run with model.init_adapter = its adapter"));
         }
     }
-    let job = inspect(config, n_ranks)?;
+    let job = inspect(config, n_ranks, host.n_local_ranks)?;
     let mut notes = Vec::new();
     if let Some((_, record)) = &from {
         same_identity(&job, record, &changes, &dir)?;
@@ -160,9 +163,9 @@ fn go_on(mut config: Config, dir: PathBuf, lock: RunLock, host: &Host, n_ranks: 
     Ok(Some(Start { job, dir, lock: Some(lock), from, notes, damaged }))
 }
 
-fn inspect(config: Config, n_ranks: usize) -> Result<Job> {
+fn inspect(config: Config, n_ranks: usize, n_local_ranks: usize) -> Result<Job> {
     let job = Job::inspect(config, CacheUse::Keep, n_ranks)?;
-    job.expect_room()?;
+    job.expect_room(n_local_ranks)?;
     Ok(job)
 }
 

@@ -283,15 +283,21 @@ impl ModelSetup {
 }
 
 impl Job {
-    /// Refuses a job of which not even the longest sample fits into memory by itself.
+    /// Refuses a job of which not even the longest sample fits into memory by itself, on a CPU on each of the ranks that share it.
     ///
     /// # Errors
     /// Both numbers.
-    pub fn expect_room(&self) -> Result<()> {
-        let needed = self.model.memory_model().total(self.train.stats().max_len as i64);
-        let hint = "lower data.max_length or lora.r, set train.recompute = \"all\" or model.dtype = \"bf16\", or use a \
-                    machine with more memory";
-        expect_to_fit("a step of one sample", needed, &memory::room(self.model.device())?, hint)
+    pub fn expect_room(&self, n_local_ranks: usize) -> Result<()> {
+        let device = self.model.device();
+        let n_beside = if device.is_cuda() { 1 } else { n_local_ranks as i64 };
+        let needed = n_beside.saturating_mul(self.model.memory_model().total(self.train.stats().max_len as i64));
+        let place = match n_beside {
+            1 => "a step of one sample".to_owned(),
+            _ => format!("a step of one sample on each of {n_beside} ranks of this machine"),
+        };
+        let hint = "lower data.max_length or lora.r, set train.recompute = \"all\" or model.dtype = \"bf16\", or use fewer \
+                    ranks or a machine with more memory";
+        expect_to_fit(&place, needed, &memory::room(device)?, hint)
     }
 
     /// Checks a whole job for so many ranks. Unless tokens may be kept no file is created.

@@ -71,7 +71,7 @@ impl Bench {
     }
 
     fn train(&self, disk: &FaultyDisk, resume: bool) -> Result<Outcome> {
-        let host = Host { disk: disk.shared(), requests: Requests::default(), tell: None };
+        let host = Host { disk: disk.shared(), requests: Requests::default(), tell: None, n_local_ranks: 1 };
         begin::train(self.lab.config(&[]), resume, &host, Box::new(Solo))
     }
 

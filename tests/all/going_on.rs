@@ -416,7 +416,8 @@ fn a_run_that_cannot_fit_on_its_disk_is_refused() {
         .n_params() as u64;
     // Two that stay, one that is being written, the adapter, and 16 MiB for what is small.
     let needed = (3 * 12 + 4) * params + (16 << 20);
-    let host = |bytes| Host { disk: Arc::new(Small(bytes)), requests: Requests::default(), tell: None };
+    let host =
+        |bytes| Host { disk: Arc::new(Small(bytes)), requests: Requests::default(), tell: None, n_local_ranks: 1 };
     let error = train(lab.config(&[]), false, &host(needed - 1), Box::new(Solo)).unwrap_err();
     assert_eq!(error.exit_code(), 2);
     let [fault] = error.faults() else { panic!("{error}") };

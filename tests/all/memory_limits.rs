@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use bellora::torch::host_memory;
 use serde_json::{Map, Value, json};
 
 use crate::support::{Lab, Ran, Shape, bellora, run};
@@ -88,6 +89,19 @@ fn a_model_beyond_this_machine_is_refused_with_both_numbers() {
     );
     let in_fp32 = run(&mut generate(&lab.path("base"), &["--dtype", "fp32"]));
     refused(&in_fp32, &["bellora generate: needs ", "--dtype bf16"]);
+}
+
+#[test]
+fn ranks_that_share_a_machine_need_its_memory_together() {
+    let lab = Lab::new(Shape::default()).with(&["model.dtype=bf16"]);
+    // A third of this machine's memory: there is room for one and not for four.
+    let bytes = host_memory::room().unwrap().bytes / 3;
+    let layers = bytes / hollow_base(&lab, 2048, 1);
+    hollow_base(&lab, 2048, layers);
+    lab.run("check", &[], &[]).ok();
+    let ran = lab.run("train", &["--nproc", "4"], &[]);
+    refused(&ran, &["a step of one sample on each of 4 ranks of this machine: needs ", "fewer ranks"]);
+    assert!(!lab.path("run").exists());
 }
 
 #[test]
