@@ -23,6 +23,8 @@ use crate::train::requests::Requests;
 const LOOK: Duration = Duration::from_millis(100);
 /// How long ranks that were asked to stop because another one failed may take.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long the rank that others have lost may take to end by itself.
+const CAUSE: Duration = Duration::from_secs(1);
 /// What even a slow disk, or a network's, takes in a second; a checkpoint that is being written has so much time.
 const SLOWEST_BYTES_A_SEC: u64 = 20_000_000;
 /// Lines of a rank that are kept for the report.
@@ -169,6 +171,7 @@ impl Job {
     fn watch(&mut self, args: &RankArgs, requests: &Requests) -> Result<()> {
         let (mut handed_on, mut stopping, mut progress) = (0, None::<Instant>, Instant::now());
         let mut verdict: Option<Error> = None;
+        let mut to_stop_at = None::<Instant>;
         while self.ranks.iter().any(|rank| rank.ended.is_none()) {
             match self.events.recv_timeout(LOOK) {
                 Ok(Event::Line(rank, line)) => self.line(rank, line),
@@ -180,13 +183,19 @@ impl Job {
                     progress = Instant::now();
                     self.rank(rank).ended = Some(status);
                     // One that was asked to stop leaves the others as it found them: at the end of the same step.
-                    if !status.success() && stop_of(status).is_none() && stopping.is_none() {
-                        self.signal(Signal::TERM);
-                        stopping = Some(progress);
+                    if !status.success() && stop_of(status).is_none() {
+                        // One that has lost another is ahead of the cause, which may be about to end by itself.
+                        let is_cause = !self.rank(rank).follows_another;
+                        let at = if is_cause { progress } else { progress + CAUSE };
+                        to_stop_at = Some(to_stop_at.map_or(at, |before| before.min(at)));
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
+            }
+            if stopping.is_none() && to_stop_at.is_some_and(|at| at <= Instant::now()) {
+                self.signal(Signal::TERM);
+                stopping = Some(Instant::now());
             }
             let asked = requests.stop.load(Ordering::SeqCst);
             if asked != handed_on {

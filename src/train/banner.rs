@@ -2,13 +2,11 @@
 
 use std::fmt::Write as _;
 
-use tch::Device;
-
-use crate::checkpoint::save::BYTES_PER_PARAM;
 use crate::config::Auto;
 use crate::error::Result;
 use crate::plan::memory::{frozen_params, sum};
 use crate::plan::{Part, gib};
+use crate::train::settle::copied_bytes;
 use crate::train::setup::Job;
 
 /// Describes a job: base, parameters, samples, updates, memory, and the first sample with its learned part marked.
@@ -81,9 +79,10 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
         settings.learning_rate,
     ));
     lines.push(memory_line(job));
-    if model.device() == Device::Cpu && settings.checkpoint_every > 0 {
-        let copy = gib(BYTES_PER_PARAM as i64 * trainable);
-        lines.push(format!("            and {copy} while a checkpoint is written: what is saved is copied first"));
+    let copied = copied_bytes(&model.config, &model.layout);
+    if copied > 0 {
+        let copied = gib(copied);
+        lines.push(format!("            and {copied} while a checkpoint is written: what is saved is copied first"));
     }
     if !job.train.is_empty() {
         lines.push("first sample, with what is learned between ⟦ and ⟧:".to_string());

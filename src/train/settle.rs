@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind};
 
+use crate::checkpoint::save::BYTES_PER_PARAM;
 use crate::config::{self, Auto, Config};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Result};
@@ -61,7 +62,7 @@ pub fn settle_micro_batches(
             let form = Form { recompute: recompute == Some(true), shard: shard == Some(true) };
             let tokens = match tokens {
                 Some(given) => given,
-                None => most_on_cpu(&model(form), max_length)?,
+                None => most_on_cpu(&model(form), copied_bytes(config, layout), max_length)?,
             };
             Solved { tokens: tokens as i64, form }
         }
@@ -82,11 +83,17 @@ pub fn settle_micro_batches(
     Ok(())
 }
 
+/// Bytes of memory that a checkpoint takes until it is written: what is saved is copied first. On a GPU that is not its own.
+pub fn copied_bytes(config: &Config, layout: &Layout) -> i64 {
+    let is_copied = !device(config).is_cuda() && config.train.checkpoint_every > 0;
+    if is_copied { BYTES_PER_PARAM as i64 * layout.n_params() } else { 0 }
+}
+
 /// Tokens of a micro-batch on a CPU: what is good for its caches, or less where memory is short, one sample at least.
-fn most_on_cpu(model: &MemoryModel, max_length: usize) -> Result<usize> {
+fn most_on_cpu(model: &MemoryModel, copied_bytes: i64, max_length: usize) -> Result<usize> {
     let usable = solve::usable(i64::try_from(memory::free_bytes(Device::Cpu)?).unwrap_or(i64::MAX));
     let mut tokens = CPU_MICRO_BATCH_TOKENS.max(max_length);
-    while tokens / 2 >= max_length && model.total(tokens as i64) > usable {
+    while tokens / 2 >= max_length && model.total(tokens as i64) + copied_bytes > usable {
         tokens /= 2;
     }
     Ok(tokens)
