@@ -30,7 +30,7 @@ def way_of(result):
 
 def row_of_bench(bench):
     recompute = "recompute" if bench["recompute"] else "no recompute"
-    way = f"bellora {bench['version']}, {bench['dtype']}, {recompute}"
+    way = f"bellora {bench['version']}, {bench['dtype']}, {recompute}, dropout {bench['lora']['dropout']:g}"
     return [way, bench["tokens_per_s"], bench["mfu"], bench["memory"]["peak_bytes"], bench["micro_batch_tokens"], ""]
 
 
@@ -63,15 +63,59 @@ def selftest_lines(selftest):
     return lines
 
 
+# The bits of NVML's reasons for lower clocks that mean trouble; 1 is an idle GPU, 2 a clock that was asked for.
+REASONS = {4: "power cap", 8: "hardware slowdown", 32: "software thermal", 64: "hardware thermal", 128: "power brake"}
+
+
+def clock_lines(folder):
+    """What nvidia-smi sampled once a second: of the SM clock the range while at work, and why it was lower."""
+    try:
+        rows = [line.split(", ") for line in (folder / "clocks.csv").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return ["clocks: not sampled, there is no nvidia-smi"]
+    clocks, masks = [], []
+    for row in rows:
+        try:
+            clock, mask = float(row[1]), int(row[6], 16)
+        except (IndexError, ValueError):  # a field that this GPU does not have, or half a line
+            continue
+        masks.append(mask)
+        if not mask & 1:
+            clocks.append(clock)
+    if not clocks:
+        return [f"clocks: none of {len(rows)} samples is of a GPU at work"]
+    reasons = [f"{name} in {n} s" for bit, name in REASONS.items() if (n := sum(1 for mask in masks if mask & bit))]
+    said = ", ".join(reasons) or "nothing held them down"
+    return [f"clocks: {min(clocks):.0f} to {max(clocks):.0f} MHz in {len(clocks)} samples at work; {said}"]
+
+
+def piece_lines(report):
+    """The pieces of a step as a table."""
+    if report is None:
+        return ["pieces: no result"]
+    if report["skipped"]:
+        return [f"pieces: skipped, {report['skipped']}"]
+    lines = [f"| piece, by torch {report['torch']} | library | ms | TFLOP/s | GB/s |", "|---|---|---:|---:|---:|"]
+    for piece in report["pieces"]:
+        if "median_s" not in piece:
+            lines.append(f"| {piece['name']} | {piece['library']} | - | - | {piece['not_available']} |")
+            continue
+        rate = lambda key, unit: f"{piece[key] / unit:,.2f}" if key in piece else "-"
+        columns = [piece["name"], piece["library"], f"{1e3 * piece['median_s']:.3f}"]
+        lines.append(f"| {' | '.join([*columns, rate('flops_per_s', 1e12), rate('bytes_per_s', 1e9)])} |")
+    return lines
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__.strip())
     folder = pathlib.Path(sys.argv[1])
-    names = ["machine", "parts", "selftest", "bench-bf16", "bench-fp16", "peers", "repeat"]
+    benches = ["bench-bf16", "bench-again", "bench-dropout0", "bench-fp16"]
+    names = ["machine", "parts", "selftest", "pieces", *benches, "peers", "peers-again", "repeat", "read-ahead"]
     found = {name: read(folder, name) for name in names}
     machine, peers, repeat = found["machine"] or {}, found["peers"], found["repeat"]
 
-    rows = [row_of_bench(found[name]) for name in ("bench-bf16", "bench-fp16") if found[name]]
+    rows = [row_of_bench(found[name]) for name in benches if found[name]]
     ratio, best = None, None
     if peers and peers["results"]:
         rows += [row_of_peer(result, peers["settings"]["dtype"]) for result in peers["results"]]
@@ -92,9 +136,17 @@ def main():
         lines.append(f"bellora in {found['bench-bf16']['dtype']} is {ratio:.2f} times the fastest of PEFT ({way_of(best)}).")
     if peers and peers["skipped"]:
         lines.append(f"peers: skipped, {peers['skipped']}")
+    again = found["peers-again"]
+    if again and again["results"]:
+        at = 1 + max(i for i, row in enumerate(lines) if row.startswith("| PEFT") or row.startswith("| bellora"))
+        lines[at:at] = table([row_of_peer(result, again["settings"]["dtype"]) for result in again["results"]])[2:]
     if repeat:
         same = lambda key: "bit for bit the same" if repeat[key] else "NOT THE SAME"
         lines += ["", f"repeated run: {same('repeated_is_identical')}; resumed run: {same('resumed_is_identical')}"]
+    lines += ["", *clock_lines(folder)]
+    if found["read-ahead"]:
+        lines.append(f"read ahead: {gib(found['read-ahead']['bytes'])} GiB in {found['read-ahead']['seconds']} s")
+    lines += ["", *piece_lines(found["pieces"])]
     bad = [part for part in found["parts"] or [] if part["outcome"] != "done"]
     lines += [""] * bool(bad) + [f"{part['part']}: {part['outcome']} ({part['seconds']} s)" for part in bad]
 

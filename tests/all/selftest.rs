@@ -157,8 +157,14 @@ fn the_check_on_a_gpu_is_rehearsed_from_end_to_end() {
     let json =
         |name: &str| -> Value { serde_json::from_slice(&std::fs::read(out.path().join(name)).unwrap()).unwrap() };
     assert_eq!(json("selftest.json")["ok"], true);
-    for (name, dtype) in [("bench-bf16.json", "bf16"), ("bench-fp16.json", "fp16")] {
+    for (name, dtype, dropout) in [
+        ("bench-bf16.json", "bf16", 0.05),
+        ("bench-again.json", "bf16", 0.05),
+        ("bench-dropout0.json", "bf16", 0.0),
+        ("bench-fp16.json", "fp16", 0.05),
+    ] {
         assert_eq!(json(name)["dtype"], dtype);
+        assert_eq!(json(name)["lora"]["dropout"], dropout);
         assert!(json(name)["tokens_per_s"].as_f64().unwrap() > 0.0);
     }
     let repeat = json("repeat.json");
@@ -166,7 +172,20 @@ fn the_check_on_a_gpu_is_rehearsed_from_end_to_end() {
     assert_eq!(repeat["losses"].as_array().unwrap().len(), 8);
     let parts = json("parts.json");
     let done: Vec<_> = parts.as_array().unwrap().iter().map(|part| part["part"].as_str().unwrap()).collect();
-    assert_eq!(done, ["selftest", "bench-bf16", "bench-fp16", "repeat"]);
+    let parts = ["selftest", "pieces", "bench-bf16", "bench-again", "bench-dropout0", "bench-fp16", "repeat"];
+    assert_eq!(done, parts);
+    // Where this Python has no torch, the part says so and the others go on.
+    let pieces = json("pieces.json");
+    let timed = pieces["pieces"].as_array().unwrap().iter().any(|piece| piece["median_s"].as_f64() > Some(0.0));
+    assert!(pieces["skipped"].is_string() || timed, "{pieces}");
+    assert!(stdout.contains("\nclocks: "), "{stdout}");
+    // One file to carry away, with every part's figures.
+    let tar = out.path().join("gpu-check.tar.gz");
+    assert!(std::fs::metadata(&tar).unwrap().len() < 16_000_000);
+    let held = run(Command::new("tar").arg("-tzf").arg(&tar)).ok().stdout;
+    for name in done.iter().copied().chain(["parts", "machine", "summary"]) {
+        assert!(held.lines().any(|line| line == format!("gpu-check/{name}.json")), "no {name} in {held}");
+    }
     assert!(stdout.starts_with("# A rehearsal on the CPU: no claim\n"), "{stdout}");
     assert_eq!(std::fs::read_to_string(out.path().join("summary.md")).unwrap(), stdout);
 }
