@@ -18,15 +18,22 @@ pub(super) struct SelftestArgs {
     /// Where to compute [default: cuda where there is a usable GPU, else cpu]
     #[arg(long, value_enum)]
     device: Option<Where>,
-    /// Print JSON instead of a table
+    /// Print JSON instead of a table, and on standard error each row as soon as it is known
     #[arg(long)]
     json: bool,
 }
 
+/// Columns of a result's name where the longest is not known yet.
+const ROW_WIDTH: usize = 32;
+
 pub(super) fn run(args: &SelftestArgs) -> Result<()> {
     signals::end_at_once()?;
     let target = target(args.device)?;
-    let report = selftest::run(target)?;
+    let report = selftest::run(target, &|row| {
+        if args.json {
+            say(&table_line(row, ROW_WIDTH));
+        }
+    })?;
     if args.json {
         print(&(serde_json::to_string_pretty(&report).expect("numbers and strings make JSON") + "\n"))?;
     } else {
@@ -74,7 +81,7 @@ fn text(report: &Report) -> String {
 }
 
 fn table_line(row: &Row, width: usize) -> String {
-    let pad = width - row.op.chars().count();
+    let pad = width.saturating_sub(row.op.chars().count());
     let verdict = if row.ok { "ok" } else { "NOT IN ORDER" };
     let number = |x: f64| if x == 0.0 { "0".to_string() } else { format!("{x:.1e}") };
     let measured = match row.fault.as_str() {

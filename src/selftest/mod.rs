@@ -124,17 +124,20 @@ impl Target<'_> {
     }
 }
 
-/// Tries everything on a device.
+/// Tries everything on a device; `tell` hears each row as soon as it is known.
 ///
 /// # Errors
 /// Only where the judge itself, or the look at the machine, fails: an op that cannot run is a row that is not in order.
-pub fn run(target: Target<'_>) -> Result<Report> {
+pub fn run(target: Target<'_>, tell: &dyn Fn(&Row)) -> Result<Report> {
     set_numerics(false)?;
     let (device, kinds) = (target.device(), target.kinds());
     let machine = target.machine()?;
-    let mut rows: Vec<Row> = kinds.iter().flat_map(|&kind| ops::try_all(kind, device)).collect();
+    let mut rows: Vec<Row> = kinds.iter().flat_map(|&kind| ops::try_all(kind, device, tell)).collect();
     let (training, training_rows) = training::try_all(&kinds, device)?;
+    training_rows.iter().for_each(tell);
     rows.extend(training_rows);
-    rows.extend(collectives::try_all(device));
+    let of_ranks = collectives::try_all(device);
+    of_ranks.iter().for_each(tell);
+    rows.extend(of_ranks);
     Ok(Report::new(machine, rows, training))
 }

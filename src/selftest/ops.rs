@@ -34,16 +34,19 @@ const TRIALS: [(&str, Trial); 8] = [
 const FP32_TRIALS: [(&str, Trial); 2] = [("grad_norm", grad_norm_trial), ("adamw", adamw_trial)];
 
 /// Tries all ops in one dtype on one device. An op that cannot run is a row that is not in order, and the others go on.
-pub(super) fn try_all(kind: Kind, device: Device) -> Vec<Row> {
+/// `tell` hears the rows of an op once it is done.
+pub(super) fn try_all(kind: Kind, device: Device, tell: &dyn Fn(&Row)) -> Vec<Row> {
     let mut rows = Vec::new();
     let fp32_trials = if kind == Kind::Float { &FP32_TRIALS[..] } else { &[] };
     for (op, trial) in TRIALS.iter().chain(fp32_trials) {
         let mut bench = Bench::new(kind, device);
         let result = trial(&mut bench);
-        rows.extend(bench.into_rows());
+        let mut found = bench.into_rows();
         if let Err(error) = result {
-            rows.push(Row::without_result(op, kind, error.to_string()));
+            found.push(Row::without_result(op, kind, error.to_string()));
         }
+        found.iter().for_each(tell);
+        rows.extend(found);
     }
     rows
 }

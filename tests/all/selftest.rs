@@ -28,6 +28,10 @@ fn the_cpu_is_in_order_in_all_its_dtypes() {
     assert_eq!(report["machine"]["device"], "cpu");
     assert!(report["machine"]["free_bytes"].as_u64().unwrap() > 1 << 20);
     let rows = report["rows"].as_array().unwrap();
+    // A device that hangs shows where: every row was told before, in the same order.
+    let told: Vec<&str> = stderr.lines().filter(|line| line.ends_with("  ok")).collect();
+    assert_eq!(told.len(), rows.len(), "{stderr}");
+    assert!(told.iter().zip(rows).all(|(line, row)| line.starts_with(row["op"].as_str().unwrap())), "{stderr}");
     let of_dtype = |dtype: &str| rows.iter().filter(|row| row["dtype"] == dtype).collect::<Vec<_>>();
     for dtype in ["fp32", "bf16", "fp16"] {
         let rows = of_dtype(dtype);
