@@ -142,9 +142,8 @@ const GPU_ALLOCATOR_TOO: &str = "PYTORCH_ALLOC_CONF";
 /// Starts the program again with the variables that libraries read at their start.
 fn set_what_libraries_read() {
     let is_set = |name: &str| std::env::var_os(name).is_some();
-    let unset = READ_AT_START
-        .into_iter()
-        .filter(|(name, _)| !is_set(name) && !(*name == GPU_ALLOCATOR && is_set(GPU_ALLOCATOR_TOO)));
+    let is_settled = |name: &str| is_set(name) || name == GPU_ALLOCATOR && is_set(GPU_ALLOCATOR_TOO);
+    let unset = READ_AT_START.into_iter().filter(|(name, _)| !is_settled(name));
     let mut missing: Vec<_> = unset.map(|(name, value)| (name, value.to_owned())).collect();
     missing.extend(ranks::own_gpu().map(|gpu| (ranks::VISIBLE_GPUS, gpu)));
     if missing.is_empty() {
