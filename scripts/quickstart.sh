@@ -5,9 +5,9 @@
 #   scripts/quickstart.sh --fresh    trains again
 #
 # Fetches libtorch, builds bellora, makes a small real base model (SmolLM2-135M), fine-tunes it by configs/quickstart.toml
-# on data/quickstart.jsonl (a few minutes on two CPU cores) in the dtype that this machine multiplies fastest in, and shows on standard output what that changed: the loss, the
-# loss on held-out rows, and the answer to a question that is not in the data. An interrupted training is continued from
-# its last checkpoint. Ends with exit code 1 if the loss did not fall.
+# on data/quickstart.jsonl (a few minutes on two CPU cores) in the dtype that this machine multiplies fastest in, and shows on
+# standard output what that changed: the loss, the loss on held-out rows, and the answer to a question that is not in the data.
+# An interrupted training is continued from its last checkpoint. Ends with exit code 1 if the loss did not fall.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -52,8 +52,8 @@ if dtype=$(sed -nE 's/^dtype = "([a-z0-9]+)".*/\1/p' "$RUN/config.toml" 2>/dev/n
 else
     speeds=$("$bellora" bench --dtypes)
     dtype=${speeds%% *}
-    say "products here, fastest first:" $speeds
-    say "so the run computes in $dtype"
+    say "products here: ${speeds//$'\n'/, }"
+    say "the fastest are those in $dtype, so the run computes in it"
 fi
 "$bellora" train "$CONFIG" --resume --set "model.dtype=$dtype" >&2
 say "[5/5] what it changed"

@@ -26,7 +26,7 @@ pub struct DtypeSpeed {
 }
 
 /// Times products in fp32 and in the half-precision dtype that a run would take on the config's device, the fastest first.
-/// The other dtypes are never faster: a CPU has no products in fp16, and a GPU has both kinds at one speed.
+/// fp16 is left out where there is bf16, which needs no loss scale.
 ///
 /// # Errors
 /// A device that is asked for and is not there; whatever libtorch says.

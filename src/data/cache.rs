@@ -118,9 +118,14 @@ pub(super) fn write(folder: &Path, key: u128, table: &Table) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(unwritable)?;
     let unique = WRITES.fetch_add(1, Ordering::Relaxed);
     let temporary = folder.join(format!(".{key:032x}.{}.{unique}.{TEMPORARY}", std::process::id()));
-    let written = write_file(&temporary, key, table)
-        .and_then(|()| std::fs::rename(&temporary, path(folder, key)))
-        .and_then(|()| File::open(folder)?.sync_all());
+    let written = File::create(&temporary).and_then(|file| {
+        // Held until the file has its name: without it others may take the file for abandoned. Where the file system has no
+        // locks, nobody does.
+        let _ = file.try_lock();
+        write_file(&file, key, table)?;
+        std::fs::rename(&temporary, path(folder, key))?;
+        File::open(folder)?.sync_all()
+    });
     written.map_err(|error| {
         // Whether this works or not, the failure to report is the first one.
         let _ = std::fs::remove_file(&temporary);
@@ -128,10 +133,7 @@ pub(super) fn write(folder: &Path, key: u128, table: &Table) -> Result<()> {
     })
 }
 
-fn write_file(path: &Path, key: u128, table: &Table) -> std::io::Result<()> {
-    let file = File::create(path)?;
-    // Held until the file has its name: without it others take the file for abandoned. A file system without locks has none.
-    let _ = file.try_lock();
+fn write_file(file: &File, key: u128, table: &Table) -> std::io::Result<()> {
     let mut out = Summing { out: BufWriter::with_capacity(1 << 20, file), sum: Xxh3::new() };
     out.put(MAGIC)?;
     out.put_words(&[BYTE_ORDER, VERSION])?;
@@ -150,12 +152,12 @@ fn write_file(path: &Path, key: u128, table: &Table) -> std::io::Result<()> {
 }
 
 /// Writes and sums up what it writes.
-struct Summing {
-    out: BufWriter<File>,
+struct Summing<'a> {
+    out: BufWriter<&'a File>,
     sum: Xxh3,
 }
 
-impl Summing {
+impl Summing<'_> {
     fn put(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.sum.update(bytes);
         self.out.write_all(bytes)

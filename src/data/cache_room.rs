@@ -1,6 +1,6 @@
 //! The room that the token cache takes: what interrupted writes left goes, and the files that were unused for longest.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -38,9 +38,11 @@ pub(super) fn make_room(folder: &Path, used: &Path, max_bytes: u64) {
     }
 }
 
-/// Whether nobody holds the lock of a file that is being written.
+/// Whether a file that was being written has no writer: nobody holds its lock. An empty one may be about to be locked.
 fn is_abandoned(path: &Path) -> bool {
-    File::open(path).is_ok_and(|file| !matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
+    let is_unlocked =
+        |file: &File| -> std::io::Result<bool> { Ok(file.metadata()?.len() > 0 && file.try_lock().is_ok()) };
+    File::open(path).and_then(|file| is_unlocked(&file)).unwrap_or(false)
 }
 
 /// Notes that a file is in use, by its time of modification. A file of another user stays as it is.

@@ -8,11 +8,12 @@
 //! Legend: `N` tokens, all of them learned; widths are elements a row.
 
 pub(super) mod inference;
+mod meter;
 mod ops;
 
-use std::cell::Cell;
-
 use tch::{Device, Kind};
+
+use meter::{Bytes, Held, Meter};
 
 use crate::model::llama::rows_per_chunk;
 use crate::model::params::padded_head_rows;
@@ -109,67 +110,18 @@ impl Dims {
     }
 }
 
-/// Bytes by part; the index is the part's own.
-type Bytes = [i64; Part::ALL.len()];
-
-/// Counts what is held, and remembers the most.
-#[derive(Debug, Default)]
-struct Meter {
-    live: Cell<Bytes>,
-    peak: Cell<Bytes>,
-}
-
-impl Meter {
-    fn change(&self, part: Part, bytes: i64) {
-        let mut live = self.live.get();
-        live[part as usize] += bytes;
-        self.live.set(live);
-        if total(&live) > total(&self.peak.get()) {
-            self.peak.set(live);
-        }
-    }
-
-    fn hold(&self, part: Part, bytes: i64) -> Held<'_> {
-        self.change(part, bytes);
-        Held { meter: self, part, bytes }
-    }
-
-    /// The most since the last call.
-    fn take_peak(&self) -> Bytes {
-        self.peak.replace(self.live.get())
-    }
-}
-
-fn total(bytes: &Bytes) -> i64 {
-    bytes.iter().sum()
-}
-
-/// A tensor of which only the size is known.
-#[derive(Debug)]
-struct Held<'m> {
-    meter: &'m Meter,
-    part: Part,
-    bytes: i64,
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.meter.change(self.part, -self.bytes);
-    }
-}
-
 /// Follows one micro-batch of `tokens` tokens.
 pub(super) fn passes(dims: &Dims, tokens: i64) -> Passes {
     let meter = Meter::default();
     let dry = DryRun { dims, n: tokens, meter: &meter };
     let _lasting = dry.lasting();
-    let lasting = total(&meter.live.get());
+    let lasting = meter.live();
     let _batch = dry.batch();
     meter.take_peak();
 
     let (hidden, saved) = dry.forward();
     let forward = meter.take_peak();
-    let kept = total(&meter.live.get());
+    let kept = meter.live();
     let dhidden = dry.head_loss();
     drop(hidden);
     let head = meter.take_peak();

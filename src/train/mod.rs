@@ -17,6 +17,7 @@ pub mod probe;
 mod reduce;
 pub mod replay;
 pub mod requests;
+mod room;
 pub mod run;
 pub mod run_dir;
 pub mod settle;

@@ -19,9 +19,8 @@ use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
-use crate::plan::{MemoryModel, expect_to_fit};
+use crate::plan::MemoryModel;
 use crate::torch::cuda::set_numerics;
-use crate::torch::memory;
 use crate::train::disagreements::{attention_dropout, other_ends};
 use crate::train::parts::{open_init_adapter, open_tokenizer, vocab_size};
 use crate::train::settle;
@@ -283,28 +282,6 @@ impl ModelSetup {
 }
 
 impl Job {
-    /// Refuses a job of which not even the longest sample fits into memory by itself, on a CPU on each of the ranks that share it.
-    ///
-    /// # Errors
-    /// Both numbers.
-    pub fn expect_room(&self, n_local_ranks: usize) -> Result<()> {
-        let device = self.model.device();
-        let n_beside = if device.is_cuda() { 1 } else { n_local_ranks as i64 };
-        let a_step = self.model.memory_model().total(self.train.stats().max_len as i64);
-        let copied = settle::copied_bytes(&self.model.config, &self.model.layout);
-        let needed = n_beside.saturating_mul(a_step).saturating_add(copied);
-        let mut place = "a step of one sample".to_owned();
-        if n_beside > 1 {
-            place += &format!(" on each of {n_beside} ranks of this machine");
-        }
-        if copied > 0 {
-            place += " with a checkpoint in flight";
-        }
-        let hint = "lower data.max_length or lora.r, set train.recompute = \"all\" or model.dtype = \"bf16\", or use fewer \
-                    ranks or a machine with more memory";
-        expect_to_fit(&place, needed, &memory::room(device)?, hint)
-    }
-
     /// Checks a whole job for so many ranks. Unless tokens may be kept no file is created.
     pub fn inspect(config: Config, cache_use: CacheUse, n_ranks: usize) -> Result<Self> {
         let mut model = ModelSetup::inspect(config, n_ranks)?;

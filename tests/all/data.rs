@@ -394,11 +394,11 @@ fn the_cache_deletes_what_is_abandoned_and_what_was_unused_for_longest() {
     }
     assert!(keep("a.jsonl", "a", room_for_two), "it is in the cache");
     // What nobody writes any more, what another process is writing, and what is somebody else's.
-    let held = std::fs::File::create(cache.join(".1.2.0.tmp")).unwrap();
-    held.lock().unwrap();
-    for name in [".1.1.0.tmp", "notes.tmp", "notes.txt"] {
+    for name in [".1.1.0.tmp", ".1.2.0.tmp", "notes.tmp", "notes.txt"] {
         std::fs::write(cache.join(name), "half").unwrap();
     }
+    let held = std::fs::File::open(cache.join(".1.2.0.tmp")).unwrap();
+    held.lock().unwrap();
     keep("c.jsonl", "c", room_for_two);
     assert!(kept().len() == 2 && kept().contains(a), "{:?}", kept());
     for (name, stays) in [(".1.1.0.tmp", false), (".1.2.0.tmp", true), ("notes.tmp", true), ("notes.txt", true)] {

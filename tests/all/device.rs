@@ -334,6 +334,7 @@ fn the_program_has_what_libraries_read_at_their_start() {
     let mut child = process
         .env_remove("OMP_WAIT_POLICY")
         .env_remove("PYTORCH_CUDA_ALLOC_CONF")
+        .env_remove("PYTORCH_ALLOC_CONF")
         .env("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         .stdout(Stdio::null())
         .stderr(Stdio::null())

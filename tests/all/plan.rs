@@ -430,6 +430,20 @@ fn a_probe_leaves_everything_as_it_was() {
     assert!(probed.lines().iter().any(|line| line.contains("kept for backward")), "{:?}", probed.lines());
 }
 
+/// Whatever size is given: a longer sample is alone in its micro-batch, and no update has more than all of its samples.
+#[test]
+fn the_largest_micro_batch_that_an_update_can_have_is_tried() {
+    let lab = Lab::new(Shape::default());
+    let job_lora = LoraSpec { r: 4, modules_to_save: Vec::new(), ..reference_lora() };
+    for (given, tried) in [(1 << 30, 3 * 64), (100, 100), (5, 64)] {
+        let mut trainer = trainer(lab.config(&["train.global_batch=3"]));
+        trainer.settings.micro_batch_tokens = given;
+        let predicted = model_of(trainer.model.config(), &job_lora, Kind::Float, Device::Cpu, false);
+        assert_eq!(trainer.try_largest(&predicted, 64).unwrap().tokens, tried, "{given} given");
+        assert_eq!(trainer.settings.micro_batch_tokens, given, "it fits, and stays");
+    }
+}
+
 /// The reference job's config, without files.
 const REFERENCE: &str = r#"
 [lora]
