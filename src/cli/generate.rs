@@ -116,7 +116,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
 /// How a model takes less memory.
 pub(super) fn less_memory(kind: Kind) -> &'static str {
     match kind {
-        Kind::Float => "--dtype bf16 takes half as much for the weights; else a machine with more memory",
-        _ => "a smaller base, or a machine with more memory",
+        Kind::Float => {
+            "give --dtype bf16, which takes half as much for the weights, raise the limit, or use a machine with more memory"
+        }
+        _ => "raise the limit, or use a smaller base or a machine with more memory",
     }
 }

@@ -136,7 +136,14 @@ impl TensorFiles {
         // From the first byte to the last: the system reads further ahead then. A hint, which may go unheard.
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
         // SAFETY: the map is only read. A file that another process truncates meanwhile is outside what we can guard.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| {
+            if error.kind() != std::io::ErrorKind::OutOfMemory {
+                return Error::io("map", path)(error);
+            }
+            let n_bytes = file.metadata().map_or(0, |found| found.len());
+            Error::invalid(path.display().to_string(), format!("its {n_bytes} bytes do not fit into the address space"))
+                .hint("raise the limit on it: ulimit -v unlimited")
+        })?;
         let damaged = |why: String| {
             if map.starts_with(b"version https://git-lfs") {
                 return Error::invalid(path.display().to_string(), "is only a pointer of git-lfs")
@@ -215,10 +222,17 @@ impl TensorFiles {
         let stored = unsafe { Tensor::f_from_blob(bytes.as_ptr(), &shape, &strides, kind, Device::Cpu) }?;
         to.shallow_clone().f_copy_(&stored)?;
         drop(stored);
+        self.let_go(t);
+        Ok(())
+    }
+
+    /// Takes a tensor's pages off this process's memory.
+    fn let_go(&self, t: &Located) {
         // SAFETY: the mapping is file-backed and read-only: dropped pages come back from the file.
         // Failing to release pages is harmless.
-        let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, t.start, t.end - t.start) };
-        Ok(())
+        let _ = unsafe {
+            self.files[t.file].map.unchecked_advise_range(UncheckedAdvice::DontNeed, t.start, t.end - t.start)
+        };
     }
 
     /// Copies a stored matrix or vector into a new tensor.
@@ -310,6 +324,8 @@ impl TensorFiles {
         for (name, t) in &self.tensors {
             hasher.update(format!("{name} {:?} {:?}", t.dtype, t.shape).as_bytes());
             self.sampled_pages(t).for_each(|page| hasher.update(page));
+            // The system has mapped what lies around a page too: two gigabytes of a base of 13.
+            self.let_go(t);
         }
         format!("{:032x}", hasher.digest128())
     }

@@ -130,6 +130,8 @@ fn a_limit_on_the_address_space_counts() {
         limited.args(["-c", &format!("ulimit -v {}; exec \"$0\" \"$@\"", limit >> 10)]);
         run(limited.arg(unlimited.get_program()).args(unlimited.get_args()))
     };
+    // Not even the file can be mapped.
+    refused(&within(taken + bytes / 2), &["model.safetensors", "do not fit into the address space", "ulimit -v"]);
     // The file is mapped; then there is room for a third of the weights.
     refused(
         &within(taken + bytes + bytes / 3),
@@ -141,9 +143,15 @@ fn a_limit_on_the_address_space_counts() {
 #[test]
 fn a_base_is_computed_in_the_dtype_that_it_is_stored_in() {
     let lab = Lab::new(Shape::default());
-    hollow_base(&lab, 64, 2);
-    let of = |more: &[&str]| run(&mut generate(&lab.path("base"), more)).ok().stderr;
-    assert_eq!(of(&[]), of(&["--dtype", "fp16"]));
+    // Large enough that the command says what it takes.
+    let bytes = hollow_base(&lab, 2048, 9);
+    assert!(bytes > 1 << 30);
+    let said = |more: &[&str]| {
+        let stderr = run(&mut generate(&lab.path("base"), more)).ok().stderr;
+        stderr.split_once(" at the peak").unwrap_or_else(|| panic!("no memory is named: {stderr}")).0.to_owned()
+    };
+    assert_eq!(said(&[]), said(&["--dtype", "fp16"]));
+    assert_ne!(said(&[]), said(&["--dtype", "fp32"]));
     let bad = run(&mut generate(&lab.path("base"), &["--dtype", "fp8"]));
     refused(&bad, &["fp8", "expected fp32, bf16 or fp16"]);
 }
