@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tch::Device;
 
 use crate::cli::say;
-use crate::comm::{Communicator, Nccl, Place, Solo, Tcp};
+use crate::comm::{Arrivals, Communicator, Nccl, Place, Solo, Tcp};
 use crate::device;
 use crate::error::{Error, Result};
 
@@ -383,7 +383,7 @@ fn meet(place: &Place, made_by: &str, patience: Duration, meet: fn(&Place) -> Re
 
 fn who_waits(place: &Place, made_by: &str, waited: Duration) -> String {
     let Place { rank, world_size, address, deadline, came, .. } = place;
-    let came = came.lock().map_or_else(|_| Vec::new(), |came| came.clone());
+    let Arrivals { ranks: came, n_strangers } = came.lock().map(|came| came.clone()).unwrap_or_default();
     let missing: Vec<String> =
         (0..*world_size).filter(|other| other != rank && !came.contains(other)).map(|r| r.to_string()).collect();
     let whom = match (*rank, missing.len()) {
@@ -393,8 +393,14 @@ fn who_waits(place: &Place, made_by: &str, waited: Duration) -> String {
         (0, n) => format!("{n} other ranks"),
         _ => format!("the other {}", world_size - 1),
     };
+    let strangers = match n_strangers {
+        0 => String::new(),
+        n => format!(
+            "; {n} connections did not prove that they belong to the job: is BELLORA_TOKEN the same everywhere?"
+        ),
+    };
     format!(
-        "rank {rank} of {world_size} waits at {address} for {whom}: {} s so far, {} s at most ({made_by} made this process a rank)",
+        "rank {rank} of {world_size} waits at {address} for {whom}: {} s so far, {} s at most ({made_by} made this process a rank){strangers}",
         waited.as_secs(),
         deadline.as_secs()
     )

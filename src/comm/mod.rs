@@ -22,7 +22,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use handshake::fresh_token;
 pub use nccl::Nccl;
-pub use rendezvous::{Place, Rendezvous};
+pub use rendezvous::{Arrivals, Place, Rendezvous};
 pub use solo::Solo;
 pub use tcp::Tcp;
 

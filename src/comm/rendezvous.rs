@@ -43,8 +43,17 @@ pub struct Place {
     pub timeout: Duration,
     /// How long nothing may come from another rank's machine, be it a word of its system alone; zero: for ever.
     pub link_timeout: Duration,
-    /// The ranks that have come so far, where this process listens for them.
-    pub came: Arc<Mutex<Vec<usize>>>,
+    /// Who has come so far, where this process listens for them.
+    pub came: Arc<Mutex<Arrivals>>,
+}
+
+/// Who has come to a meeting.
+#[derive(Debug, Clone, Default)]
+pub struct Arrivals {
+    /// Ranks that are there.
+    pub ranks: Vec<usize>,
+    /// Connections that ended without a proof that they belong to the job.
+    pub n_strangers: usize,
 }
 
 impl Place {
@@ -98,7 +107,7 @@ impl Rendezvous {
         world_size: usize,
         token: &[u8],
         deadline: Duration,
-        came: Arc<Mutex<Vec<usize>>>,
+        came: Arc<Mutex<Arrivals>>,
     ) -> Result<Self> {
         let key = Key::new(token)?;
         let listener = bind(at)?;
@@ -159,7 +168,7 @@ struct Meeting {
     /// Ranks that came and went again.
     gone: BTreeSet<usize>,
     /// Those who are there, for others to see.
-    came: Arc<Mutex<Vec<usize>>>,
+    came: Arc<Mutex<Arrivals>>,
     is_called_off: Arc<AtomicBool>,
 }
 
@@ -195,7 +204,8 @@ impl Meeting {
     fn gather(&mut self) -> Result<Option<Refusal>> {
         loop {
             self.miss_those_who_left();
-            *self.came.lock().unwrap_or_else(PoisonError::into_inner) = self.guests.keys().copied().collect();
+            *self.came.lock().unwrap_or_else(PoisonError::into_inner) =
+                Arrivals { ranks: self.guests.keys().copied().collect(), n_strangers: self.door.n_strangers() };
             if self.guests.len() == self.world_size {
                 return Ok(None);
             }

@@ -111,6 +111,10 @@ pub(super) fn data_files(text: &str) -> Checked<globs::Found> {
         };
         return problem(format!("there is no file {text:?}"), hint);
     }
+    if text.ends_with('/') {
+        let hint = format!("name the files in them: {:?}", format!("{text}*.jsonl"));
+        return problem(format!("expected files, and {text:?} stands for folders"), hint);
+    }
     // Not the absolute path: brackets in the name of the working folder are no pattern.
     let mut found = globs::find(&expand_home(text))?;
     for file in &mut found.files {

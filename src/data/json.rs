@@ -161,9 +161,10 @@ fn known_fault<'a>(said: &'a str, text: &str, at: usize) -> (std::borrow::Cow<'a
         () if here == b'}' && said.contains("trailing characters") => {
             ("there is a `}` that closes nothing".into(), "remove it, or open what it closes")
         }
-        () if said.contains("trailing characters") => {
-            ("more follows after the end of the object".into(), "write one JSON object a line")
-        }
+        () if said.contains("trailing characters") => (
+            "more follows after the end of the object".into(),
+            "write one object a line, or in an array a comma between two",
+        ),
         () if is_outside && (around.contains(&0xef) && text.contains('\u{feff}')) => (
             "a byte-order mark stands within the row".into(),
             "remove it: it belongs at the start of a file, if anywhere",

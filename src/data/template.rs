@@ -232,7 +232,7 @@ impl TemplateFile {
     /// [`Error::Invalid`] for a file that cannot be read or says something else.
     pub fn load(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join(Self::NAME);
-        if !path.exists() {
+        if !path.exists() && !path.is_symlink() {
             return Ok(None);
         }
         let place = path.display().to_string();

@@ -43,6 +43,12 @@ pub fn warnings(template: &Template, path: &Path, tokenizer: &Tokenizer) -> Vec<
             let what = format!("holds a backslash and `{}` as two characters, not {}", &escape[1..], name(escape));
             warn(key, what, "in TOML write such texts in double quotes; single quotes keep every backslash".to_owned());
         }
+        if let Some(placeholder) = placeholder(text) {
+            let what =
+                format!("holds {placeholder}, which stands in every prompt as it is: nothing is put in its place");
+            let hint = format!("{key} = [what stands before the text, what stands behind it]");
+            warn(key, what, hint);
+        }
         for form in token_forms(text).filter(|form| !is_token(tokenizer, form)) {
             if !spelled_out.insert(form.to_owned()) {
                 continue;
@@ -87,6 +93,35 @@ fn name(escape: &str) -> &'static str {
         "\\t" => "a tab",
         _ => "a carriage return",
     }
+}
+
+/// What stands for a text in other programs' templates: `{instruction}`, `{{content}}`, `{{ message.content }}`, `{% if ...`.
+fn placeholder(text: &str) -> Option<&str> {
+    const NAMES: [&str; 14] = [
+        "instruction",
+        "input",
+        "output",
+        "question",
+        "query",
+        "answer",
+        "response",
+        "prompt",
+        "content",
+        "system",
+        "system_message",
+        "user",
+        "assistant",
+        "text",
+    ];
+    text.match_indices('{').find_map(|(at, _)| {
+        let inner = &text[at + 1..];
+        if inner.starts_with(['{', '%']) {
+            let length = inner.find("}}").or_else(|| inner.find("%}"))?;
+            return Some(&text[at..at + length + 3]);
+        }
+        let length = inner.find('}')?;
+        NAMES.contains(&inner[..length].trim()).then_some(&text[at..at + length + 2])
+    })
 }
 
 /// The parts of a text that are written as special tokens are: `<|im_start|>`, `<s>`, `</s>`, `<start_of_turn>`.

@@ -74,7 +74,7 @@ impl LlamaConfig {
         }
         let mut read = Self::read(&path, allowed)?;
         let generation = base.join(GENERATION_CONFIG.file);
-        if generation.exists() {
+        if generation.exists() || generation.is_symlink() {
             let (map, place) = object(&generation)?;
             let mut reader = Reader { map: &map, place, allowed, faults: Vec::new(), warnings: Vec::new() };
             read.config.eos_token_ids.extend(reader.token_ids("eos_token_id"));

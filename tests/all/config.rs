@@ -574,6 +574,7 @@ fn a_glob_takes_what_a_shell_takes_each_file_once_and_says_so() {
     for (patterns, what, hint) in [
         ("\"DIR/d [1]/h[y].jsonl\"", "no file matches", "h[[]y].jsonl"),
         ("\"DIR/e[1]*.jsonl\"", "no file matches", "e[[]1]*.jsonl"),
+        ("\"DIR/data/*/\"", "stands for folders", "data/*/*.jsonl"),
         ("\"DIR/data/.ipynb*\"", "no file matches", "is matched and is a folder"),
         ("\"DIR/data/[.jsonl\"", "is not a pattern", "[[]"),
         ("\"DIR/data/**/*.jsonl\"", "z.jsonl is matched and cannot be opened", "what it links to"),

@@ -650,9 +650,12 @@ fn what_a_template_file_may_not_mean_is_said() {
             &["user: holds <|im_start|>, which is no token", "user: holds <|im_end|>, which is no token"],
         ),
         (format!("user = [\"<start_of_turn>\", \"\"]\n{}", plain.1), &["user: holds <start_of_turn>"]),
+        (format!("user = [\"Q: {{question}}\\n\", \"\"]\n{}", plain.1), &["user: holds {question}, which stands in every prompt as it is"]),
+        (format!("{}reply = [\"A: {{{{ message.content }}}}\", \"\"]\n", plain.0), &["reply: holds {{ message.content }}, which"]),
         (format!("stop = [\"<|eot_id|>\"]\n{}{}", plain.0, plain.1), &["stop: holds <|eot_id|>"]),
         // What is as it should be: an earlier answer's end is the template's own, and other brackets are text.
         ("start = \"S <b> |x|\"\nuser = [\"[INST] \", \" [/INST] <sep>\"]\nreply = [\"\", \"</s><s>\"]\n".to_owned(), &[]),
+        ("user = [\"{ \\\"q\\\": \", \" }\"]\nreply = [\"{x}\", \"{}\"]\n".to_owned(), &[]),
         (format!("{}{}", plain.0, plain.1), &[]),
     ] {
         let files = folder(&[("t 1.toml", content.as_bytes())]);

@@ -208,12 +208,17 @@ fn keys_that_are_not_honoured_are_named_and_those_of_public_folders_are_known() 
             "auto_map: names the Python code tokenization_x.X",
         ),
         (json!({"added_tokens_decoder": {"400": {"content": "<x>", "special": true}}}), "number `<x>` as 400"),
+        (json!({"eos_token": null}), "eos_token: is null, and answers are trained to end in a token: </s> is taken"),
     ] {
         assert!(said(changes).contains(expected), "no warning: {expected}");
     }
     // A token that only the vocabulary holds is special under any key of the model's own.
     let tokenizer = with_config(&golden, json!({"middle_token": "tool"})).unwrap();
     assert!(tokenizer.special_tokens().values().any(|token| token == "tool"));
+
+    // As Transformers has it, 5.23: a name that is null is no name, and one that is absent is the usual one.
+    let bos = |token: Value| with_config(&golden, json!({"bos_token": token})).unwrap().bos();
+    assert_eq!((bos(json!("<s>")), bos(Value::Null)), (Some(1), None));
 
     for table in [&TOKENIZER_CONFIG, &SPECIAL_TOKENS_MAP, &ADDED_TOKENS, &TOKENIZER_JSON] as [&KeyTable; 4] {
         let mut names: Vec<&str> = table.keys.iter().map(|key| key.name).collect();
@@ -291,6 +296,17 @@ fn what_lies_beside_a_tokenizer_travels_but_decides_no_ids() {
         assert_eq!(warnings(&after), "");
         std::fs::create_dir(made.path().join("additional_chat_templates")).unwrap();
         assert!(warnings(&open()).contains("additional_chat_templates"));
+    }
+}
+
+#[test]
+fn a_link_to_a_file_that_is_gone_is_a_fault_of_the_folder() {
+    let golden = golden();
+    for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        let made = folder_of(&golden, &json!({}), true);
+        std::os::unix::fs::symlink("gone", made.path().join(name)).unwrap();
+        let error = Tokenizer::open(made.path()).err().unwrap().to_string();
+        assert!(error.contains(name) && error.contains("is a link to a file that is not there"), "{error}");
     }
 }
 

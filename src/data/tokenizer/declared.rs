@@ -23,7 +23,11 @@ pub(super) struct Declared {
     /// Tokens under keys of the model's own, with their places: special where the vocabulary holds them.
     pub(super) if_known: Vec<(String, Added)>,
     pub(super) bos: Option<String>,
+    /// The place where `bos_token` is null, if no file names one: nothing stands before a text then.
+    pub(super) null_bos: Option<String>,
     pub(super) eos: Option<String>,
+    /// The place where `eos_token` is null, if no file names one.
+    pub(super) null_eos: Option<String>,
     pub(super) pad: Option<String>,
     /// `add_bos_token`, where it is said.
     pub(super) add_bos: Option<bool>,
@@ -127,9 +131,16 @@ impl Declared {
         }
 
         let text = |key| named.get(key).map(|token: &Added| token.text.clone());
+        let null = |key: &str| {
+            let is_null = |values: &Map<String, Value>| values.get(key).is_some_and(Value::is_null);
+            let at = order.iter().find(|(_, values)| is_null(values)).filter(|_| !named.contains_key(key));
+            at.map(|(file, _)| format!("{place}/{file}: {key}"))
+        };
         let mut declared = Self {
             bos: text("bos_token"),
+            null_bos: null("bos_token"),
             eos: text("eos_token"),
+            null_eos: null("eos_token"),
             pad: text("pad_token"),
             if_known,
             ..Self::default()

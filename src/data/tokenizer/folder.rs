@@ -27,7 +27,8 @@ pub(super) fn read_files(folder: &Path) -> Result<Vec<TokenizerFile>> {
     let mut files = Vec::new();
     for name in DECIDING.iter().chain(&BESIDE).copied() {
         let path = folder.join(name);
-        if path.is_file() {
+        // A link to a file that is gone is no file that was never there.
+        if path.is_file() || path.is_symlink() {
             files.push(TokenizerFile { name: name.to_owned(), bytes: read(&path)? });
         }
     }
@@ -62,6 +63,10 @@ pub(super) fn not_read_beside(model: &Path, folder: &Path) -> Option<Fault> {
 /// Reads a file of a tokenizer.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let place = path.display().to_string();
+    if path.is_symlink() && !path.exists() {
+        return Err(Error::invalid(&place, "is a link to a file that is not there")
+            .hint("put that file back, or remove the link"));
+    }
     let unreadable = |error: std::io::Error| Error::invalid(&place, format!("cannot be read: {error}"));
     if std::fs::metadata(path).map_err(unreadable)?.len() > MAX_BYTES {
         return Err(Error::invalid(&place, "is too large to be a tokenizer's file"));

@@ -142,8 +142,11 @@ impl Tokenizer {
         let named = |name: &Option<String>, piece: &str| {
             name.as_deref().and_then(|name| ids.get(name).copied()).or_else(|| model.control(piece))
         };
-        let bos = named(&declared.bos, &model.bos_piece).filter(|_| declared.add_bos != Some(false));
+        let bos = named(&declared.bos, &model.bos_piece)
+            .filter(|_| declared.add_bos != Some(false) && declared.null_bos.is_none());
         let eos = named(&declared.eos, &model.eos_piece).ok_or_else(|| no_eos(&place))?;
+        let eos_text = tokens.get(&eos).map_or("", |token| &*token.text);
+        declared.warnings.extend(declared.null_eos.as_deref().map(|at| taken_for_null(at, eos_text)));
         let pad_piece = if ids.contains_key("[PAD]") { &Some("[PAD]".to_owned()) } else { &None };
         let pad = named(declared.pad.as_ref().map_or(pad_piece, |_| &declared.pad), &model.pad_piece);
         let vocab_size = past_pieces.last_key_value().map_or(model.n_pieces(), |(&last, _)| last + 1) as usize;
@@ -218,6 +221,8 @@ impl Tokenizer {
                 }
             }
         };
+        let eos_text = hf.token(eos).unwrap_or_default();
+        declared.warnings.extend(declared.null_eos.as_deref().map(|at| taken_for_null(at, &eos_text)));
         let specials: Vec<(Added, u32)> = hf.specials().collect();
         Ok(Self {
             place,
@@ -244,6 +249,12 @@ fn no_tokenizer(folder: &Path) -> Error {
         "name the folder, the tokenizer.json or the .model file in model.tokenizer"
     };
     Error::invalid(folder.display().to_string(), "holds neither a tokenizer.model nor a tokenizer.json").hint(hint)
+}
+
+/// Says which token ends answers where the file says that none does.
+fn taken_for_null(place: &str, eos: &str) -> Fault {
+    Fault::new(place, format!("is null, and answers are trained to end in a token: {eos} is taken"))
+        .hint("name the token that ends a text there, or what serves the model may not stop at it")
 }
 
 fn no_eos(place: &str) -> Error {
