@@ -82,6 +82,12 @@ pub enum Error {
         /// What was saved and how to go on.
         note: String,
     },
+    /// What another rank of the job says already (this rank's exit code).
+    #[error("another rank says why")]
+    SaidByAnother {
+        /// The exit code of what is wrong.
+        exit_code: u8,
+    },
 }
 
 /// The exit code of a process that lost another one of its job: the same command may well succeed later (`EX_TEMPFAIL` of
@@ -183,7 +189,7 @@ impl Error {
             Self::Invalid(_) => 2,
             Self::Failed(_) | Self::Io { .. } | Self::Torch(_) => 1,
             Self::Lost(_) => LOST_PEER,
-            Self::Job { exit_code, .. } => *exit_code,
+            Self::Job { exit_code, .. } | Self::SaidByAnother { exit_code } => *exit_code,
             Self::Interrupted { signal, .. } => 128u8.saturating_add(*signal as u8),
         }
     }
@@ -207,7 +213,8 @@ impl Error {
     pub fn advice(&self) -> &'static str {
         use std::io::ErrorKind;
         match self {
-            Self::Invalid(_) | Self::Failed(_) | Self::Lost(_) | Self::Job { .. } | Self::Interrupted { .. } => "",
+            Self::Invalid(_) | Self::Failed(_) | Self::Lost(_) | Self::Job { .. } => "",
+            Self::Interrupted { .. } | Self::SaidByAnother { .. } => "",
             Self::Io { source, .. } => match source.kind() {
                 ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room there, or name another place",
                 ErrorKind::FileTooLarge => "raise the limit on the size of a file: ulimit -f unlimited",

@@ -26,6 +26,7 @@ use tch::Device;
 
 use crate::config::{Config, Dtype};
 use crate::error::{Error, Result};
+use crate::log::say;
 use crate::plan::{expect_to_fit, gib};
 use crate::torch::memory;
 use crate::trained::Trained;
@@ -251,7 +252,9 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&error);
+            if !matches!(error, Error::SaidByAnother { .. }) {
+                report(&error);
+            }
             ExitCode::from(error.exit_code())
         }
     }
@@ -273,11 +276,6 @@ fn report(error: &Error) {
         add(fault, &fault.hint);
     }
     say(&text);
-}
-
-/// Writes to standard error; a console that is gone is no reason to fail.
-fn say(text: &str) {
-    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 /// Writes data to standard output.

@@ -10,10 +10,10 @@ use clap::{Args, value_parser};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tch::Device;
 
-use crate::cli::say;
 use crate::comm::{Arrivals, Communicator, Nccl, Place, Solo, Tcp};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::log::{say, speak_as_rank};
 
 /// What the supervisor tells a rank of its place.
 pub(super) mod told {
@@ -99,7 +99,9 @@ impl RankArgs {
             )?));
         }
         if self.nproc.is_none() && self.nnodes == 1 {
-            let Some((place, claim)) = self.told_by_environment()? else { return Ok(Role::Rank(Box::new(Solo))) };
+            let Some((place, claim)) = self.said_once(self.told_by_environment())? else {
+                return Ok(Role::Rank(Box::new(Solo)));
+            };
             let by = format!("{} and {}", claim.rank_name, claim.world_name);
             // Nobody else listens.
             let tcp = meet(&place, &by, AT_ONCE, if place.rank == 0 { Tcp::lead } else { Tcp::join })?;
@@ -122,6 +124,30 @@ impl RankArgs {
             return Ok(Role::Rank(Box::new(Solo)));
         }
         Ok(Role::Supervisor(nproc))
+    }
+
+    /// Has all that this process says carry its rank, where no supervisor sees to that.
+    pub(super) fn introduce(&self) {
+        if let Some(claim) = self.claim() {
+            speak_as_rank(claim.rank);
+        }
+    }
+
+    /// Leaves it to the first rank of this machine to say what is wrong with what all of them are given.
+    pub(super) fn said_once<T>(&self, given: Result<T>) -> Result<T> {
+        given.map_err(|error| match error {
+            Error::Invalid(_) if self.claim().is_some_and(|claim| !claim.is_first_of_machine()) => {
+                Error::SaidByAnother { exit_code: error.exit_code() }
+            }
+            error => error,
+        })
+    }
+
+    /// What another program than a supervisor of ours says of this process's place among several.
+    fn claim(&self) -> Option<Claim> {
+        let is_asked = !is_supervised() && self.nproc.is_none() && self.nnodes == 1;
+        let claim = if is_asked { Claim::of_environment().ok().flatten() } else { None };
+        claim.filter(|claim| claim.world_size > 1)
     }
 
     fn count(&self) -> Result<usize> {
@@ -223,16 +249,17 @@ struct Claim {
     rank: usize,
     world_name: &'static str,
     world_size: usize,
+    local_name: &'static str,
 }
 
 impl Claim {
-    /// The variables of a rank and of the world's size: torchrun's (or set by hand), Open MPI's, those of PMI (MPICH, Intel
+    /// The variables of a rank, of the world's size and of the rank among those of its machine: torchrun's (or set by hand), Open MPI's, those of PMI (MPICH, Intel
     /// MPI), SLURM's. The innermost program comes first: mpirun and torchrun run within an allocation of SLURM.
-    const NAMES: [(&'static str, &'static str); 4] = [
-        ("RANK", "WORLD_SIZE"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("PMI_RANK", "PMI_SIZE"),
-        ("SLURM_PROCID", "SLURM_NTASKS"),
+    const NAMES: [[&'static str; 3]; 4] = [
+        ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+        ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
+        ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"],
+        ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
     ];
 
     /// The innermost claim there is.
@@ -240,7 +267,7 @@ impl Claim {
     /// # Errors
     /// Variables that hold no numbers or ranks out of range; two programs of which each says that the job is its own.
     fn of_environment() -> Result<Option<Self>> {
-        let claims = Self::NAMES.into_iter().filter_map(|(rank, world)| Self::read(rank, world).transpose());
+        let claims = Self::NAMES.into_iter().filter_map(|names| Self::read(names).transpose());
         let claims = claims.collect::<Result<Vec<Self>>>()?;
         let Some((first, others)) = claims.split_first() else {
             return Self::is_not_half().map(|()| None);
@@ -277,7 +304,7 @@ impl Claim {
 
     /// Refuses one variable of the pair that people set by hand without the other.
     fn is_not_half() -> Result<()> {
-        let (rank, world) = Self::NAMES[0];
+        let [rank, world, _] = Self::NAMES[0];
         let (given, missing) = match (variable(rank), variable(world)) {
             (Some(_), None) => (rank, world),
             (None, Some(size)) if size != "1" => (world, rank),
@@ -287,7 +314,12 @@ impl Claim {
         Err(Error::invalid(missing, what).hint(format!("set both, or unset {given}")))
     }
 
-    fn read(rank_name: &'static str, world_name: &'static str) -> Result<Option<Self>> {
+    /// Whether no other rank of the job runs on this machine before it, as far as what started them says so.
+    fn is_first_of_machine(&self) -> bool {
+        variable(self.local_name).is_none_or(|local| local == "0")
+    }
+
+    fn read([rank_name, world_name, local_name]: [&'static str; 3]) -> Result<Option<Self>> {
         let Some((rank, world_size)) = variable(rank_name).zip(variable(world_name)) else { return Ok(None) };
         let number = |name: &str, text: &str| -> Result<usize> {
             text.parse().map_err(|_| {
@@ -300,7 +332,7 @@ impl Claim {
             let what = format!("expected less than {world_name} {world_size}, found {rank}");
             return Err(Error::invalid(rank_name, what).hint("ranks count from 0: see what starts them"));
         }
-        Ok(Some(Self { rank_name, rank, world_name, world_size }))
+        Ok(Some(Self { rank_name, rank, world_name, world_size, local_name }))
     }
 }
 

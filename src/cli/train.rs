@@ -43,20 +43,22 @@ pub(super) struct ResumeArgs {
 }
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
-    let config = args.config.load()?;
+    args.ranks.introduce();
+    let config = args.ranks.said_once(args.config.load())?;
     match args.ranks.role(on_gpus(&config))? {
         Role::Supervisor(nproc) => supervise(&args.ranks, nproc, !args.resume),
-        Role::Rank(ranks) => end(begin::train(config, args.resume, &host(&*ranks)?, ranks)),
+        Role::Rank(ranks) => end(ranks.rank(), begin::train(config, args.resume, &host(&*ranks)?, ranks)),
     }
 }
 
 pub(super) fn resume(args: &ResumeArgs) -> Result<()> {
+    args.ranks.introduce();
     let run_dir = std::path::absolute(&args.run_dir).map_err(Error::io("resolve", &args.run_dir))?;
-    expect_run(&run_dir)?;
-    let config = Config::load_run(&run_dir, &args.sets)?;
+    args.ranks.said_once(expect_run(&run_dir))?;
+    let config = args.ranks.said_once(Config::load_run(&run_dir, &args.sets))?;
     match args.ranks.role(on_gpus(&config))? {
         Role::Supervisor(nproc) => supervise(&args.ranks, nproc, false),
-        Role::Rank(ranks) => end(begin::resume(&run_dir, &args.sets, &host(&*ranks)?, ranks)),
+        Role::Rank(ranks) => end(ranks.rank(), begin::resume(&run_dir, &args.sets, &host(&*ranks)?, ranks)),
     }
 }
 
@@ -94,10 +96,14 @@ fn tell_of_work(work: &progress::State) {
     }
 }
 
-fn end(outcome: Result<Outcome>) -> Result<()> {
+fn end(rank: usize, outcome: Result<Outcome>) -> Result<()> {
     match outcome {
         Ok(Outcome::AlreadyFinished) => say("the run is finished already: nothing to do\n"),
         Ok(Outcome::Trained) => {}
+        // All have stopped after the same step, and rank 0 has saved it.
+        Err(error @ Error::Interrupted { .. }) if rank != 0 => {
+            return Err(Error::SaidByAnother { exit_code: error.exit_code() });
+        }
         Err(error) => {
             if ranks::is_supervised() && matches!(error, Error::Lost(_)) {
                 tell(FOLLOWS_ANOTHER);

@@ -26,7 +26,7 @@ fn show() {
         loop {
             std::thread::sleep(LINE_EVERY);
             if let Some(work) = worth_showing(LINE_EVERY) {
-                console::write_line(&work.line());
+                console::say(&format!("{}\n", work.line()));
             }
         }
     }
@@ -43,7 +43,7 @@ fn show() {
                 bar.reset();
                 bar.set_length(total);
                 bar.set_position(done);
-                bar.set_message(work.line());
+                bar.set_message(console::spoken(&work.line()));
             }
             None => bar.finish_and_clear(),
         }

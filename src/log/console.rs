@@ -5,7 +5,7 @@
 
 use std::io::Write;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -15,6 +15,28 @@ const N_WAITING: usize = 1024;
 
 /// How long the end of the log waits for the console to catch up.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The rank that stands in front of each line of this process, where nobody else puts it there.
+static SPEAKER: OnceLock<usize> = OnceLock::new();
+
+/// From here on, all that this process says begins with `[rank N]`.
+pub fn speak_as_rank(rank: usize) {
+    // The first name stays.
+    let _ = SPEAKER.set(rank);
+}
+
+/// Writes lines to standard error; a console that is gone is no reason to fail.
+pub fn say(lines: &str) {
+    let _ = std::io::stderr().write_all(spoken(lines).as_bytes());
+}
+
+/// The lines, each with its speaker.
+pub(super) fn spoken(lines: &str) -> String {
+    match SPEAKER.get() {
+        None => lines.to_owned(),
+        Some(rank) => lines.split_inclusive('\n').map(|line| format!("[rank {rank}] {line}")).collect(),
+    }
+}
 
 enum Message {
     /// A line that stays.
@@ -94,24 +116,19 @@ fn write_all(inbox: &Receiver<Message>, total_steps: u64) {
     let is_plain = bar.is_hidden();
     for message in inbox {
         match message {
-            Message::Line(text) if is_plain => write_line(&text),
-            Message::Line(text) => bar.println(text),
-            Message::Progress(_, text) if is_plain => write_line(&text),
+            Message::Line(text) if is_plain => say(&format!("{text}\n")),
+            Message::Line(text) => bar.println(spoken(&text)),
+            Message::Progress(_, text) if is_plain => say(&format!("{text}\n")),
             Message::Progress(step, text) => {
                 bar.set_position(step);
-                bar.set_message(text);
+                bar.set_message(spoken(&text));
             }
             Message::Work(_) if is_plain => {}
-            Message::Work(text) => bar.set_message(text),
+            Message::Work(text) => bar.set_message(spoken(&text)),
             Message::Finish(done) => {
                 bar.finish_and_clear();
                 let _ = done.send(());
             }
         }
     }
-}
-
-pub(super) fn write_line(text: &str) {
-    // A console that is gone is no reason to stop.
-    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
 }

@@ -15,6 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use bar::show_progress;
+pub use console::{say, speak_as_rank};
 pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
 pub use tensorboard::{EventFile, count_records};
 

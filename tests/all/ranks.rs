@@ -389,10 +389,9 @@ fn ranks_find_their_places_in_the_environment() {
         process.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
         process.stderr(Stdio::piped()).spawn().unwrap()
     };
-    let ranks = [start(0), start(1)];
-    for rank in ranks {
-        ended(rank).ok();
-    }
+    let ranks = [start(0), start(1)].map(|rank| ended(rank).ok());
+    assert!(ranks[0].stderr.lines().all(|line| line.starts_with("[rank 0] ")), "{}", ranks[0].stderr);
+    assert_eq!(ranks[1].stderr, "");
     same_to_rounding("by the environment", &lab.path("run"), &solo, FP32);
 }
 
