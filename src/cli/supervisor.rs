@@ -92,6 +92,8 @@ struct RankProcess {
 
 struct Job {
     ranks: Vec<RankProcess>,
+    /// The signal to stop that was handed on to the ranks; 0 before.
+    asked: i32,
     events: Receiver<Event>,
     rendezvous: Option<Rendezvous>,
 }
@@ -125,7 +127,7 @@ impl Job {
             Some(address) => (None, address.clone()),
         };
         let (sender, events) = channel();
-        let mut job = Self { ranks: Vec::new(), events, rendezvous };
+        let mut job = Self { ranks: Vec::new(), asked: 0, events, rendezvous };
         for local in 0..nproc {
             let rank = args.node_rank * nproc + local;
             let mut command = Command::new(
@@ -169,7 +171,7 @@ impl Job {
 
     /// Hands logs and signals on until all ranks have ended.
     fn watch(&mut self, args: &RankArgs, requests: &Requests) -> Result<()> {
-        let (mut handed_on, mut stopping, mut progress) = (0, None::<Instant>, Instant::now());
+        let (mut stopping, mut progress) = (None::<Instant>, Instant::now());
         let mut verdict: Option<Error> = None;
         let mut to_stop_at = None::<Instant>;
         while self.ranks.iter().any(|rank| rank.ended.is_none()) {
@@ -183,7 +185,7 @@ impl Job {
                     progress = Instant::now();
                     self.rank(rank).ended = Some(status);
                     // One that was asked to stop leaves the others as it found them: at the end of the same step.
-                    if !status.success() && stop_of(status).is_none() {
+                    if !status.success() && self.stop_of(status).is_none() {
                         // One that has lost another is ahead of the cause, which may be about to end by itself.
                         let is_cause = !self.rank(rank).follows_another;
                         let at = if is_cause { progress } else { progress + CAUSE };
@@ -197,9 +199,9 @@ impl Job {
                 self.signal(Signal::TERM);
                 stopping = Some(Instant::now());
             }
-            let asked = requests.stop.load(Ordering::SeqCst);
-            if asked != handed_on {
-                handed_on = asked;
+            let asked = requests.stop.load(Ordering::SeqCst) as i32;
+            if asked != self.asked {
+                self.asked = asked;
                 self.signal(signal_of(asked));
             }
             if requests.save.swap(false, Ordering::SeqCst) {
@@ -264,9 +266,12 @@ impl Job {
         if failures.is_empty() {
             return Ok(());
         }
-        let stop = failures[0].ended.and_then(stop_of);
-        if let Some(signal) = stop.filter(|_| failures.iter().all(|rank| rank.ended.and_then(stop_of) == stop)) {
-            return Err(Error::Interrupted { signal, note: "all ranks have ended in good order".into() });
+        let stop_of = |rank: &RankProcess| rank.ended.and_then(|status| self.stop_of(status));
+        let stop = stop_of(failures[0]);
+        if let Some(signal) = stop.filter(|_| failures.iter().all(|rank| stop_of(rank) == stop)) {
+            let has_begun = failures.iter().any(|rank| !rank.status.is_empty());
+            let note = if has_begun { "all ranks have ended in good order" } else { "no rank had begun" };
+            return Err(Error::Interrupted { signal, note: note.into() });
         }
         // A rank that lost another one is not the cause, nor is one that was killed for being slow to stop.
         failures.sort_by_key(|rank| (rank.follows_another, rank.ended.is_some_and(|s| s.signal() == Some(15))));
@@ -286,6 +291,15 @@ impl Job {
         }
         let has_begun = self.ranks.iter().any(|rank| !rank.status.is_empty());
         Err(job_failed(exit_code.unwrap_or(1), has_begun, format!("rank {}", cause.rank), what))
+    }
+
+    /// The signal that a rank says it has stopped by, in good order; or that has ended it because it had not begun when it was
+    /// handed on.
+    fn stop_of(&self, status: ExitStatus) -> Option<i32> {
+        match status.code() {
+            Some(code) => STOP_SIGNALS.into_iter().map(|signal| signal as i32).find(|signal| *signal == code - 128),
+            None => status.signal().filter(|signal| *signal == self.asked),
+        }
     }
 
     /// Where every rank stands when none has got on for too long.
@@ -388,13 +402,7 @@ fn forward(
     })
 }
 
-/// The signal that a rank says it has stopped by, in good order.
-fn stop_of(status: ExitStatus) -> Option<i32> {
-    let signal = status.code()? - 128;
-    STOP_SIGNALS.into_iter().map(|known| known as i32).find(|known| *known == signal)
-}
-
-fn signal_of(number: usize) -> Signal {
+fn signal_of(number: i32) -> Signal {
     match number {
         1 => Signal::HUP,
         2 => Signal::INT,

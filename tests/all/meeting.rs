@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 
 use crate::machines::Supervisor;
-use crate::ranks::{lab, nothing_is_left, says};
+use crate::ranks::{kill, lab, nothing_is_left, ranks_of, says};
 use crate::resume::{assert_same_folder, copy_folder, wait_until};
 use crate::support::{Lab, bellora};
 
@@ -219,6 +219,43 @@ fn a_process_that_waits_says_who_it_is_and_for_whom() {
         let words = words.replace("PORT", &port.to_string());
         let log = run.lab.path("log 0");
         wait_until(&mut rank.child, || std::fs::read_to_string(&log).is_ok_and(|said| said.contains(&words)));
+    }
+}
+
+/// A rank that waits for others has nothing to save yet: the signal ends it, and is no failure of its own.
+#[test]
+fn a_job_that_waits_for_another_machine_can_be_stopped() {
+    let run = Run::new();
+    let mut job = run.start(free_port(), 0, &on_machine(SECOND, &[]));
+    let supervisor = job.child.id();
+    wait_until(&mut job.child, || !ranks_of(supervisor).is_empty());
+    kill(supervisor, "TERM");
+    let ran = job.ended();
+    assert_eq!(ran.code, Some(143), "{}", ran.stderr);
+    assert!(ran.stderr.starts_with("error: stopped by SIGTERM: "), "{}", ran.stderr);
+    nothing_is_left(supervisor);
+}
+
+/// Where no supervisor puts a rank in front of the lines, the rank does; and what all ranks of a machine are given is found
+/// fault with once.
+#[test]
+fn one_rank_of_a_machine_speaks_of_a_config_at_fault() {
+    let run = Run::new();
+    for (launcher, local) in [
+        (["RANK", "WORLD_SIZE"], "LOCAL_RANK"),
+        (["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"], "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ] {
+        for (rank, local_rank) in [("2", "0"), ("3", "1")] {
+            let mut command = bellora();
+            command.arg("resume").arg(&run.dir).args(["--set", "lora.r=0"]);
+            let ran = crate::support::run(command.env(launcher[0], rank).env(launcher[1], "4").env(local, local_rank));
+            assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+            if local_rank == "0" {
+                says(&ran, &["[rank 2] error: ", "lora.r", "\n[rank 2]   hint: "]);
+            } else {
+                assert_eq!(ran.stderr, "");
+            }
+        }
     }
 }
 
