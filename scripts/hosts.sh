@@ -8,6 +8,8 @@
 # processes on each host (auto: one a GPU; CPUs want a number). The checkout, the base and the samples lie under the same names
 # everywhere; the program is BELLORA, or the one in target/release.
 #
+# What a host says stands behind its name, but for the lines of its ranks, which have numbers of their own.
+#
 # Ctrl-C and SIGTERM are handed on: the ranks finish the update, rank 0 saves, all end. When one host fails, the others are
 # stopped: SIGTERM, and SIGKILL to their supervisors after 30 s, with which their ranks end. A host that loses this
 # script (a cut link, a kill -9) stops by itself. Exit code: 0, that of the host that failed first, 130 or 143.
@@ -49,9 +51,8 @@ job=$!
 { while read -r name; do kill -s "$name" "$job"; done; kill -s TERM "$job"; } <&3 >/dev/null 2>&1 &
 listener=$!
 exec 3<&-
-wait "$job"
-status=$?
-kill "$listener" 2>/dev/null
+# A shell says of a job that was killed that it was; the supervisor or this script has said so, and why.
+{ wait "$job"; status=$?; kill "$listener"; wait "$listener"; } 2>/dev/null
 exit "$status"'
 
 # quoted WORD...: the words as one that any shell takes apart again.
@@ -74,7 +75,7 @@ trap finish EXIT
 token=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 
 start() {
-    local nth=$1 end other
+    local nth=$1 end other out names status
     local command=("$bellora" train "$config" --nproc "${NPROC:-auto}" --nnodes ${#hosts[@]} --node-rank "$nth")
     command+=(--rendezvous "$rendezvous" "${@:2}")
     mkfifo "$work/$nth"
@@ -85,13 +86,22 @@ start() {
         exec <"$work/$nth"
         # Held by another host's ssh, these would not end with this script.
         for other in "${ends[@]}"; do exec {other}>&-; done
-        # In a session of its own: a Ctrl-C at the terminal is this script's, which hands it on once.
+        # In sessions of their own: a Ctrl-C at the terminal is this script's, which hands it on once.
+        exec {out}> >(exec setsid sed -u "/^\[rank /!s|^|${hosts[nth]}: |" >&2)
+        names=$!
         setsid ssh -T -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4 "${hosts[nth]}" \
-            "sh -c $(quoted "$REMOTE" sh "$root" "${command[@]}")" <&0 &
+            "sh -c $(quoted "$REMOTE" sh "$root" "${command[@]}")" <&0 >&"$out" 2>&1 {out}>&- &
         echo $! >"$work/$nth.pid"
         status=0
-        wait $! || status=$?
-        echo "$status" >"$work/$nth.part" && mv "$work/$nth.part" "$work/$nth.status"
+        { wait $! || status=$?; } 2>/dev/null
+        # The last words come before the verdict on them.
+        exec {out}>&-
+        wait "$names" || true
+        if kill -0 $$ 2>/dev/null; then
+            echo "$status" >"$work/$nth.part" && mv "$work/$nth.part" "$work/$nth.status"
+        else
+            rm -rf "$work" # this script was killed
+        fi
     ) &
     printf '%s\n' "$token" >&"$end"
 }
