@@ -17,11 +17,13 @@
 #
 # The job may be requeued at any time: `train --resume` starts the run or goes on from its newest whole checkpoint. Five minutes
 # before the time is up (--signal) the ranks are asked to stop: they finish the update and save. The job puts itself back into
-# the queue then, and also when a rank was lost (exit code 75: a node that failed, a link that was cut), but only if there is a
-# newer checkpoint than when it began, and BELLORA_REQUEUES times at most (100). An error of the program does not requeue it:
-# it would only come again. A limit of five minutes or less leaves no time to save one.
+# the queue then, and also when a rank was lost: one that was killed (SIGKILL: a node that failed, memory that ran out), or to which
+# the link was cut (exit code 75). It does so only if there is a newer checkpoint than when it began, and BELLORA_REQUEUES times at most
+# (100). An error of the program does not requeue it: it would only come again. srun tells the highest exit code alone, so an
+# error with a lower one than 75 passes for a lost rank where the other ranks lost the one that failed.
+# Of a limit of five minutes or less SLURM warns at the job's start: such a job comes back after its first updates, again and again.
 #
-# Written to SLURM's documentation and to what was seen of SLURM 22.05; this version has been tried with stand-ins alone.
+# Tried with SLURM 22.05, two nodes on one host (docs/measurements/launchers.md).
 set -euo pipefail
 
 say() { printf '%s\n' "$*" >&2; }
@@ -78,8 +80,9 @@ while
     kill -0 "$srun" 2>/dev/null
 do :; done
 
-# A step that was signalled ends with 128 + SIGTERM, one that lost a rank with 75.
-if [ "$status" != 0 ] && { [ "$is_out_of_time" = true ] || [ "$status" = 75 ]; }; then
+# 75: a rank lost another one. 137: a rank was killed by SIGKILL.
+was_a_rank_lost() { [ "$status" = 75 ] || [ "$status" = 137 ]; }
+if [ "$status" != 0 ] && { [ "$is_out_of_time" = true ] || was_a_rank_lost; }; then
     if [ "$(newest_checkpoint)" = "$before" ]; then
         say "error: no checkpoint was written, so the job is not requeued: it would never get on"
         say "hint: give it more time, or lower train.checkpoint_every"
