@@ -588,10 +588,28 @@ trial_slurm_warning() {
 }
 
 trial_slurm_short_limit() {
-    begin slurm-short-limit 'the same with a limit of one minute, less than the five of the warning' 'it comes back only if it has got on'
+    begin slurm-short-limit 'the same with a limit of one minute, of which SLURM warns at the start, and `BELLORA_REQUEUES=1`' \
+        'it comes back once, and only with a newer checkpoint'
     mapfile -t arguments < <(task $N_ENDLESS)
-    batch --time=1 -- "${arguments[@]}"
-    until_over 200
+    BELLORA_REQUEUES=1 batch --time=1 -- "${arguments[@]}"
+    until_over 250
+    [ "$(state JobState):$(state Restarts)" = FAILED:1 ] || wrong "FAILED after one return was expected"
+    expect "the run goes on when the job comes back" 1
+    expect "the job has come back 1 times and is not requeued again" 1
+    saved_where_it_stopped
+    end
+}
+
+trial_slurm_no_progress() {
+    begin slurm-no-progress 'rank 1 killed (SIGKILL) before there is a checkpoint' 'it does not come back, and says why'
+    mapfile -t arguments < <(task $N_ENDLESS)
+    batch -- "${arguments[@]}" --set train.checkpoint_every=1000000
+    local began=$SECONDS
+    until [ "$(n_steps)" -ge 5 ] || [ $((SECONDS - began)) -ge 60 ]; do sleep 0.1; done
+    kill_rank 1
+    until_over 120
+    [ "$(state JobState):$(state Restarts)" = FAILED:0 ] || wrong "FAILED at once was expected"
+    expect "no checkpoint was written, so the job is not requeued" 1
     end
 }
 
@@ -710,6 +728,7 @@ trial_hosts_port() {
     [ "$status" != 0 ] || wrong "it must not be 0"
     saw "exit code $status"
     expect "127.0.0.1: error:"
+    expect "127.0.0.2: error: stopped by SIGTERM: "
     expect "Address already in use"
     nothing_stray
     end
@@ -736,17 +755,37 @@ trial_hosts_kill() {
     end
 }
 
+trial_hosts_stuck() {
+    begin hosts-stuck 'the supervisor of rank 1 stopped (SIGSTOP), and rank 0 killed' 'it is ended after 30 s, the cause is named'
+    port=$(free_port)
+    mapfile -t arguments < <(task $N_ENDLESS)
+    hosts "${arguments[@]}"
+    until_step 30
+    local rank
+    rank=$(rank_pid 1)
+    kill -STOP "$(ps -o ppid= -p "$rank" | tr -d ' ')"
+    kill_rank 0
+    settle
+    saw "exit code $status after $took s"
+    [ "$status" != 0 ] || wrong "it must not be 0"
+    expect "127.0.0.1: error: rank 0: was killed (SIGKILL)"
+    nobody_left
+    nothing_stray
+    end
+}
+
 trial_hosts_gone() {
     begin hosts-gone '`scripts/hosts.sh` itself killed (SIGKILL)' 'both hosts stop by themselves, rank 0 saves'
     port=$(free_port)
     mapfile -t arguments < <(task $N_ENDLESS)
     hosts "${arguments[@]}"
     until_step 30
-    kill -KILL -- "-$job"
+    kill -KILL "$job"
     settle
     nobody_left 30
+    sleep 1
     saved_where_it_stopped
-    rm -rf "${TMPDIR:?}"/*
+    nothing_stray
     end
 }
 
@@ -754,8 +793,8 @@ trial_hosts_gone() {
 
 TORCHRUN="torchrun torchrun_id torchrun_none torchrun_restart torchrun_stop"
 MPIRUN="mpirun mpirun_config mpirun_disagree mpirun_stop mpirun_kill"
-SLURM="srun srun_interrupt srun_abort srun_cancel srun_limit salloc mpirun_in_slurm slurm slurm_warning slurm_short_limit slurm_kill slurm_node"
-HOSTS="hosts hosts_interrupt hosts_port hosts_kill hosts_gone"
+SLURM="srun srun_interrupt srun_abort srun_cancel srun_limit salloc mpirun_in_slurm slurm slurm_warning slurm_short_limit slurm_kill slurm_no_progress slurm_node"
+HOSTS="hosts hosts_interrupt hosts_port hosts_kill hosts_stuck hosts_gone"
 trials=("$@")
 # shellcheck disable=SC2206 # names, one word each
 [ $# -gt 0 ] || trials=($TORCHRUN $MPIRUN $SLURM $HOSTS)
