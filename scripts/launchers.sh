@@ -115,7 +115,8 @@ task() { printf '%s\n' "$work/base/job.toml" --set "train.output=$run" --set "tr
 # launch COMMAND...: starts the trial's launcher in a process group of its own, as a shell at a terminal does.
 launch() {
     set -m
-    "$@" </dev/null >>"$log" 2>&1 &
+    # Where this script was started in the background, Ctrl-C is ignored, also by what it starts.
+    env --default-signal=INT "$@" </dev/null >>"$log" 2>&1 &
     job=$!
     set +m
 }
@@ -123,16 +124,18 @@ launch() {
 # settle [SECONDS]: waits for the launcher; sets `status` and `took`.
 settle() {
     local most=${1:-120} began=$SECONDS
-    while kill -0 "$job" 2>/dev/null; do
-        if [ $((SECONDS - began)) -ge "$most" ]; then
-            wrong "it had not ended after $most s"
-            kill -KILL -- "-$job" 2>/dev/null || true
-            break
-        fi
-        sleep 0.1
-    done
     status=0
-    { wait "$job" || status=$?; } 2>/dev/null
+    { # the shell tells of jobs that were killed
+        while kill -0 "$job"; do
+            if [ $((SECONDS - began)) -ge "$most" ]; then
+                wrong "it had not ended after $most s"
+                kill -KILL -- "-$job" || true
+                break
+            fi
+            sleep 0.1
+        done
+        wait "$job" || status=$?
+    } 2>/dev/null
     took=$((SECONDS - began)) job=""
 }
 
