@@ -186,6 +186,20 @@ kill_rank() {
     if [ -n "$pid" ]; then kill -KILL "$pid"; else wrong "rank $1 was not found"; fi
 }
 
+# started: waits until the processes are there that `stubborn` starts, which no SIGTERM ends.
+stubborn=(bash -c 'trap "" TERM; touch "$1"; exec -a "stubborn $1" sleep 300' bash)
+started() {
+    local began=$SECONDS
+    until [ -e "$run" ] || [ $((SECONDS - began)) -ge 60 ]; do sleep 0.1; done
+    sleep 1
+}
+
+# between LEAST MOST: how many seconds the launcher left them.
+between() {
+    saw "killed after $took s"
+    { [ "$took" -ge "$1" ] && [ "$took" -le "$2" ]; } || wrong "$1 to $2 s were expected"
+}
+
 # nobody_left [SECONDS]: no rank of the run lives on.
 nobody_left() {
     local began=$SECONDS

@@ -2,7 +2,7 @@
 # Trials of Open MPI's mpirun. Sourced by scripts/launchers.sh, never run.
 
 # In the order in which they run.
-MPIRUN="mpirun mpirun_config mpirun_disagree mpirun_stop mpirun_kill"
+MPIRUN="mpirun mpirun_config mpirun_disagree mpirun_stop mpirun_grace mpirun_kill"
 
 mpi() {
     MASTER_ADDR=127.0.0.1 MASTER_PORT=$(free_port) BELLORA_TOKEN=secret \
@@ -56,6 +56,16 @@ trial_mpirun_stop() {
     settle
     saw "exit code $status"
     nobody_left
+    end
+}
+
+trial_mpirun_grace() {
+    begin mpirun-grace 'SIGTERM to mpirun, with processes that ignore it' 'mpirun kills them within a few seconds'
+    mpi "${stubborn[@]}" "$run"
+    started
+    kill -TERM "$job"
+    settle
+    between 0 5
     end
 }
 

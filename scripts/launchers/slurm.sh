@@ -2,7 +2,7 @@
 # Trials of SLURM and of scripts/slurm.sh: one slurmctld and two slurmd on this host. Sourced by scripts/launchers.sh, never run.
 
 # In the order in which they run.
-SLURM="srun srun_pmi2 srun_interrupt srun_abort srun_cancel srun_limit salloc mpirun_in_slurm torchrun_in_slurm slurm slurm_warning slurm_short_limit slurm_kill slurm_no_progress slurm_node"
+SLURM="srun srun_pmi2 srun_interrupt srun_abort srun_cancel srun_grace srun_limit salloc mpirun_in_slurm torchrun_in_slurm slurm slurm_warning slurm_short_limit slurm_kill slurm_no_progress slurm_node"
 
 start_slurm() {
     local host user
@@ -147,6 +147,19 @@ trial_srun_cancel() {
     expect_status 143
     saved_where_it_stopped
     nobody_left
+    end
+}
+
+trial_srun_grace() {
+    begin srun-grace '`scancel JOB`, with processes that ignore SIGTERM' 'SLURM kills them after `KillWait`, 30 s'
+    step "${stubborn[@]}" "$run"
+    started
+    local began=$SECONDS
+    scancel "$(squeue -h -o %A | head -n 1)"
+    settle
+    until [ -z "$(squeue -h)" ] && ! pgrep -f -- "stubborn $run" >/dev/null || [ $((SECONDS - began)) -ge 90 ]; do sleep 0.5; done
+    took=$((SECONDS - began))
+    between 28 50
     end
 }
 

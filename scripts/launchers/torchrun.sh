@@ -2,7 +2,7 @@
 # Trials of torchrun. Sourced by scripts/launchers.sh, never run.
 
 # In the order in which they run.
-TORCHRUN="torchrun torchrun_nodes torchrun_id torchrun_none torchrun_restart torchrun_stop"
+TORCHRUN="torchrun torchrun_nodes torchrun_id torchrun_none torchrun_restart torchrun_stop torchrun_grace"
 
 python_with_torch=("$python")
 # Where PYTHON has no torch, the one in .libtorch: without CUDA's libraries, for which an empty one stands in.
@@ -100,5 +100,15 @@ trial_torchrun_stop() {
     saw "exit code $status after $took s"
     saved_where_it_stopped
     nobody_left
+    end
+}
+
+trial_torchrun_grace() {
+    begin torchrun-grace 'the same, with processes that ignore it' 'torchrun kills them after 30 s'
+    torchrun "${stubborn[@]}" "$run"
+    started
+    kill -TERM "$job"
+    settle
+    between 28 40
     end
 }
