@@ -85,7 +85,8 @@ trial_torchrun_restart() {
     kill_rank 1
     settle
     expect_status 0
-    saw "$(grep -o 'going on.*\|resum[a-z]* .*step [0-9]*.*' "$log" | head -n 1)"
+    expect 'goes on from step' 1
+    saw "$(grep -o 'goes on from step [0-9]*' "$log")"
     same_as long $MOST_LONG
     end
 }
