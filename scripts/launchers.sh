@@ -291,7 +291,7 @@ one process, relative to its loss: over $N_SHORT updates, or over $N_LONG where 
 |---|---|
 | date | $(date -u +%F) |
 | commit | $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)$([ -z "$(git status --porcelain -- src scripts 2>/dev/null)" ] || echo ', with changes') |
-| system | $(. /etc/os-release && echo "$PRETTY_NAME"), Linux $(uname -r), $(nproc) cores |
+| system | $(. /etc/os-release && echo "$PRETTY_NAME"), Linux $(uname -r), $(nproc --all) cores |
 | torchrun | of torch $("${python_with_torch[@]}" -c 'import torch; print(torch.__version__)') |
 | mpirun | $(mpirun --version | sed -n '1s/mpirun (\(.*\)) /\1 /p') |
 | SLURM | $(slurmctld -V | sed 's/slurm-wlm //'), two slurmd on one host |
