@@ -6,9 +6,9 @@ use serde::Serialize;
 use tch::{Device, Kind};
 
 use crate::comm::Communicator;
-use crate::data::{Dataset, LossAverage, PackedBatch, build_batches};
+use crate::data::{Dataset, LossAverage, build_batches};
 use crate::error::{Error, Result, STOP_SIGNALS};
-use crate::model::llama::{BatchInput, Llama};
+use crate::model::llama::Llama;
 use crate::progress::Work;
 use crate::torch::transfer;
 
@@ -50,9 +50,9 @@ pub fn evaluate(
         if stop.load(Ordering::SeqCst) != 0 {
             break;
         }
-        let nll = model.nll(&model.batch(input(&packed), None)?)?;
+        let nll = model.nll(&model.batch(&packed, None)?)?;
         sum += nll.f_sum(Kind::Double)?.f_double_value(&[])?;
-        label_tokens += packed.label_tokens as u64;
+        label_tokens += packed.label_tokens() as u64;
         work.advance(packed.slots.len() as u64);
     }
     let signal = stop.load(Ordering::SeqCst);
@@ -69,17 +69,4 @@ pub fn evaluate(
     let (sum, label_tokens) = (numbers[0], numbers[1] as u64);
     let eval_loss = sum / label_tokens.max(1) as f64;
     Ok(EvalResult { eval_loss, perplexity: eval_loss.exp(), samples: dataset.len() as u64, label_tokens })
-}
-
-/// A packed micro-batch as the model takes it.
-pub fn input(packed: &PackedBatch) -> BatchInput<'_> {
-    BatchInput {
-        input_ids: &packed.input_ids,
-        position_ids: &packed.position_ids,
-        cu_seqlens: &packed.cu_seqlens,
-        slots: &packed.slots,
-        learned_rows: &packed.learned_rows,
-        targets: &packed.targets,
-        weights: &packed.weights,
-    }
 }

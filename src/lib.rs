@@ -1,6 +1,6 @@
 //! Bellora fine-tunes Llama-family language models with LoRA on libtorch.
 //!
-//! The modules in reading order; each imports only from those above it. `ARCHITECTURE.md` holds the map.
+//! The modules in reading order; each imports only from layers below its own. `ARCHITECTURE.md` holds the map.
 
 pub mod device;
 pub mod disk;
@@ -12,10 +12,12 @@ pub mod comm;
 pub mod formats;
 pub mod ops;
 
+pub mod batch;
+
 pub mod data;
 pub mod model;
 
-pub mod optim;
+pub mod engine;
 
 pub mod checkpoint;
 
@@ -24,7 +26,7 @@ pub mod log;
 pub mod plan;
 
 pub mod eval;
-pub mod train;
+pub mod run;
 
 pub mod bench;
 

@@ -16,8 +16,8 @@ use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{Layout, ParamBuffer, table_key};
 use crate::model::weights::{BaseWeights, TensorFiles};
 use crate::plan::MemoryModel;
+use crate::run::folder::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run, verify_adapter};
 use crate::torch::cuda::set_numerics;
-use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run, verify_adapter};
 
 /// An adapter on disk, opened.
 pub struct OpenedAdapter {

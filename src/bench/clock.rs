@@ -5,10 +5,10 @@ use std::time::Instant;
 use serde::Serialize;
 use tch::Device;
 
+use crate::engine::metrics::StepMetrics;
+use crate::engine::step::{Part, Trainer};
 use crate::error::Result;
-use crate::log::StepMetrics;
 use crate::torch::memory::synchronize;
-use crate::train::step::{Part, Trainer};
 
 /// An update that was timed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

@@ -9,9 +9,9 @@ use super::ceiling;
 use crate::config::{self, Auto, Config};
 use crate::device::{self, BF16_CAPABILITY};
 use crate::error::Result;
+use crate::run::resolve_auto;
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
-use crate::train::settle;
 
 /// For how long the products of a dtype are timed.
 const TIME: Duration = Duration::from_millis(50);
@@ -32,9 +32,9 @@ pub struct DtypeSpeed {
 /// A device that is asked for and is not there; whatever libtorch says.
 pub fn by_speed(mut config: Config) -> Result<Vec<DtypeSpeed>> {
     config.model.dtype = Auto::Is(config::Dtype::Fp32);
-    settle::settle_device_and_dtype(&mut config)?;
+    resolve_auto::device_and_dtype(&mut config)?;
     set_numerics(false)?;
-    let device = settle::device(&config);
+    let device = resolve_auto::device(&config);
     let half = match device.is_cuda() && device::capability() < BF16_CAPABILITY {
         true => ("fp16", Kind::Half),
         false => ("bf16", Kind::BFloat16),

@@ -13,9 +13,13 @@ use std::time::Duration;
 
 use tch::{Device, Kind};
 
-use crate::checkpoint::state::{Identity, RunState};
 use crate::config::{Auto, Config, Recompute};
 use crate::data::{Dataset, EpochOrder, Lengths, TokenCache, build_batches};
+use crate::engine::optim::adamw::{AdamW, AdamWConfig};
+use crate::engine::optim::loss_scale::LossScale;
+use crate::engine::optim::schedule::{LrSchedule, Shape};
+use crate::engine::state::TrainState;
+use crate::engine::step::{StepSettings, Trainer};
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
 use crate::model::flops::TokenMix;
@@ -24,15 +28,11 @@ use crate::model::llama::{Compute, Llama};
 use crate::model::lora::LoraSpec;
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::BaseWeights;
-use crate::optim::adamw::{AdamW, AdamWConfig};
-use crate::optim::scaler::LossScale;
-use crate::optim::schedule::{LrSchedule, Shape};
 use crate::plan::{MemoryModel, expect_to_fit};
+use crate::run::resolve_auto;
+use crate::run::setup::{self, ModelSetup};
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
-use crate::train::settle;
-use crate::train::setup::{self, ModelSetup};
-use crate::train::step::{StepSettings, Trainer};
 use report::{Measured, MemoryReport, Report};
 
 /// Samples that are drawn, at most; more updates than they last for begin with them again.
@@ -111,7 +111,7 @@ impl Bench {
         let model = MemoryModel::new(&subject.shape, &subject.lora, &subject.layout, kind, device, recompute);
         if device.is_cuda() {
             // As a run does before its first step.
-            trainer.try_largest(&model, subject.config.data.max_length)?;
+            trainer.try_largest(&|tokens| model.expected(tokens), subject.config.data.max_length)?;
         }
         let is_warming_up = |done| tell(&format!("update {done} of {warmup} before those that count"));
         clock::time_updates(&mut trainer, warmup, device, &is_warming_up)?;
@@ -153,7 +153,7 @@ impl Bench {
                     .hint(format!("give --micro-batch-tokens {longest} or more, or shorter --lengths")));
             }
         }
-        settle::settle_device_and_dtype(&mut self.config)
+        resolve_auto::device_and_dtype(&mut self.config)
     }
 
     /// Finds out everything that can be known before the model is made. A base of files comes with its set-up.
@@ -163,7 +163,7 @@ impl Bench {
             Some((name, shape)) => {
                 let lora = setup::lora_spec(&config);
                 let layout = Layout::new(shape, &lora, shape.vocab_size);
-                settle::settle_micro_batches(&mut config, shape, &lora, &layout, 1)?;
+                resolve_auto::micro_batches(&mut config, shape, &lora, &layout, 1)?;
                 (name.clone(), shape.clone(), lora, layout, None)
             }
             None => {
@@ -190,7 +190,7 @@ impl Bench {
                 (Dataset::random(&lengths.draw(n_samples, seed), vocab_size, seed), lengths.about.clone())
             }
         };
-        let (kind, device, is_random) = (settle::kind(&config), settle::device(&config), setup.is_none());
+        let (kind, device, is_random) = (resolve_auto::kind(&config), resolve_auto::device(&config), setup.is_none());
         let subject = Subject { name, is_random, shape, lora, layout, samples: about, config, kind, device };
         Ok((subject, setup, samples))
     }
@@ -212,8 +212,8 @@ impl Subject {
 
 /// Refuses a model that this machine's memory does not hold; on a GPU the size of micro-batches was settled by that.
 fn refuse_what_does_not_fit(config: &Config, shape: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<()> {
-    let (device, recompute) = (settle::device(config), config.train.recompute == Auto::Is(Recompute::All));
-    let model = MemoryModel::new(shape, lora, layout, settle::kind(config), device, recompute);
+    let (device, recompute) = (resolve_auto::device(config), config.train.recompute == Auto::Is(Recompute::All));
+    let model = MemoryModel::new(shape, lora, layout, resolve_auto::kind(config), device, recompute);
     let hint = "measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory";
     expect_to_fit("bellora bench", model.total(config.data.max_length as i64), &memory::room(device)?, hint)
 }
@@ -225,9 +225,7 @@ fn trainer(subject: &Subject, params: ParamBuffer, model: Llama, samples: Datase
     let settings = setup::step_settings(&subject.config, schedule);
     let optimizer =
         AdamW::new(AdamWConfig { betas: train.betas, eps: train.eps, weight_decay: train.weight_decay }, &params)?;
-    let scale = if subject.kind == Kind::Half { LossScale::dynamic() } else { LossScale::none() };
-    let nobodys = Identity::of_no_run();
-    Trainer::new(settings, samples, model, params, optimizer, RunState::start(scale, nobodys))
+    Trainer::new(settings, samples, model, params, optimizer, TrainState::start(LossScale::of(subject.kind)))
 }
 
 /// What the tokens of some steps were like, and how many the smallest and the largest micro-batch held.

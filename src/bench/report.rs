@@ -9,10 +9,10 @@ use super::Subject;
 use super::ceiling::Ceiling;
 use super::clock::{Parts, Update};
 use crate::device::Cuda;
+use crate::engine::step::StepSettings;
 use crate::model::flops::{Flops, TokenMix};
 use crate::plan::{PartBytes, gib, memory};
-use crate::train::banner::grouped;
-use crate::train::step::StepSettings;
+use crate::run::banner::grouped;
 
 /// A measurement and what it was made of.
 #[derive(Debug, Serialize)]

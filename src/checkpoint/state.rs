@@ -5,8 +5,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::engine::state::TrainState;
 use crate::error::{Error, Result};
-use crate::optim::scaler::LossScale;
 
 /// The file's name in a checkpoint.
 pub const STATE_FILE: &str = "state.json";
@@ -17,21 +17,6 @@ const FORMAT_VERSION: u32 = 3;
 /// The first version that is read: it has a checksum of the base in place of what the base is, and nothing of the validation
 /// samples.
 const FORMAT_2: u32 = 2;
-
-/// A run's position; the same for every rank.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RunState {
-    /// Steps done: which samples come next. Advances even when an update is skipped.
-    pub step: u64,
-    /// Updates applied: what the learning rate and Adam's bias correction count.
-    pub updates: u64,
-    /// The loss scale.
-    pub loss_scale: LossScale,
-    /// Updates passed over because their numbers were not finite, those apart that a loss scale mended.
-    pub non_finite: u64,
-    /// What the run was started with.
-    pub identity: Identity,
-}
 
 /// What a run reads; a resumed run must find the same base and training samples.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -44,13 +29,6 @@ pub struct Identity {
     /// The same of the validation samples; nothing where there are none, or where an older checkpoint does not say.
     #[serde(default)]
     pub validation: Option<String>,
-}
-
-impl Identity {
-    /// Of a training that is nobody's run and is never taken up again.
-    pub fn of_no_run() -> Self {
-        Self { base: BaseIdentity::Named(Map::new()), data: String::new(), validation: None }
-    }
 }
 
 /// What tells a base model from another.
@@ -82,20 +60,15 @@ impl BaseIdentity {
     }
 }
 
-impl RunState {
-    /// The state before the first step.
-    pub fn start(loss_scale: LossScale, identity: Identity) -> Self {
-        Self { step: 0, updates: 0, loss_scale, non_finite: 0, identity }
-    }
-}
-
 /// What a checkpoint says of its run, beside parameters and moments.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     format_version: u32,
     /// Where the run stands.
     #[serde(flatten)]
-    pub state: RunState,
+    pub state: TrainState,
+    /// What the run was started with.
+    pub identity: Identity,
     /// Steps of an epoch, and of the whole run as it was meant then.
     pub schedule: Extent,
     /// Lines of `metrics.jsonl`.
@@ -156,10 +129,17 @@ impl std::fmt::Display for ComputedOn {
 
 impl Record {
     /// Takes down what is known at a step.
-    pub fn new(state: RunState, schedule: Extent, computed_on: ComputedOn, config: Map<String, Value>) -> Self {
+    pub fn new(
+        state: TrainState,
+        identity: Identity,
+        schedule: Extent,
+        computed_on: ComputedOn,
+        config: Map<String, Value>,
+    ) -> Self {
         Self {
             format_version: FORMAT_VERSION,
             state,
+            identity,
             schedule,
             metrics_lines: 0,
             evaluated: None,

@@ -6,8 +6,8 @@ use crate::cli::{ConfigArgs, print, signals};
 use crate::disk::LocalDisk;
 use crate::error::Result;
 use crate::log::show_progress;
-use crate::train::setup::{CacheUse, Job};
-use crate::train::{banner, run, run_dir};
+use crate::run::setup::{CacheUse, Job};
+use crate::run::{banner, folder, training_loop};
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
@@ -27,12 +27,12 @@ pub(super) fn run(args: &CheckArgs) -> Result<()> {
     }
     let job = Job::inspect(config, CacheUse::Judge, 1)?;
     job.expect_room(1)?;
-    run_dir::refuse_taken_output(&job.model.config)?;
+    folder::refuse_taken_output(&job.model.config)?;
     job.run_bytes().fit(&LocalDisk, &job.model.config.train.output, 0)?;
     for line in banner::lines(&job)? {
         print(&format!("{line}\n"))?;
     }
-    for warning in run::warnings(&job) {
+    for warning in training_loop::warnings(&job) {
         print(&format!("warning: {warning}\n"))?;
     }
     print("ready to train\n")

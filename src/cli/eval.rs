@@ -15,9 +15,9 @@ use crate::eval::{EvalResult, evaluate};
 use crate::log::show_progress;
 use crate::model::weights::TensorFiles;
 use crate::plan::memory::sum;
+use crate::run::folder::{CONFIG_FILE, holds_run};
+use crate::run::setup::{CacheUse, Job, ModelSetup};
 use crate::torch::memory;
-use crate::train::run_dir::{CONFIG_FILE, holds_run};
-use crate::train::setup::{CacheUse, Job, ModelSetup};
 use crate::trained::{Trained, stored_dtype};
 
 #[derive(Debug, Args)]

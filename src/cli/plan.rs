@@ -17,10 +17,10 @@ use crate::model::shapes;
 use crate::plan::estimate::{Files, Machine, Plan, Samples, Task};
 use crate::plan::gib;
 use crate::plan::gpus::GpuModel;
+use crate::run::banner::grouped;
+use crate::run::resolve_auto;
+use crate::run::setup::{self, CacheUse, Job, ModelSetup};
 use crate::torch::memory;
-use crate::train::banner::grouped;
-use crate::train::settle;
-use crate::train::setup::{self, CacheUse, Job, ModelSetup};
 
 #[derive(Debug, Args)]
 pub(super) struct PlanArgs {
@@ -102,8 +102,8 @@ impl Subject {
         let lora = setup::lora_spec(&config);
         let layout = Layout::new(&shape, &lora, shape.vocab_size);
         let mut here = for_here(&config, gpu);
-        let _ = settle::settle_device_and_dtype(&mut here)?;
-        settle::settle_micro_batches(&mut here, &shape, &lora, &layout, 1)?;
+        let _ = resolve_auto::device_and_dtype(&mut here)?;
+        resolve_auto::micro_batches(&mut here, &shape, &lora, &layout, 1)?;
         Ok(Self { config, shape, lora, layout, lengths, has_files: false, here })
     }
 
@@ -145,9 +145,9 @@ impl Subject {
     /// The compute dtype and where it is computed.
     fn machine(&self, gpu: Option<GpuModel>, n_gpus: i64) -> Result<(Kind, Machine)> {
         let Some(gpu) = gpu else {
-            let device = settle::device(&self.here);
+            let device = resolve_auto::device(&self.here);
             let available = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
-            return Ok((settle::kind(&self.here), Machine { device, available, gpu: None, n_gpus: 1 }));
+            return Ok((resolve_auto::kind(&self.here), Machine { device, available, gpu: None, n_gpus: 1 }));
         };
         let kind = match self.config.model.dtype {
             Auto::Is(Dtype::Bf16) if !gpu.has_bf16 => {

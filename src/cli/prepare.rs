@@ -11,7 +11,7 @@ use crate::config::{CacheDir, Config};
 use crate::data::TokenCache;
 use crate::error::{Error, Result};
 use crate::log::show_progress;
-use crate::train::setup::ModelSetup;
+use crate::run::setup::ModelSetup;
 
 #[derive(Debug, Args)]
 pub(super) struct PrepareArgs {

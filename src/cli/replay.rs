@@ -6,10 +6,10 @@ use clap::Args;
 
 use crate::checkpoint::state::ComputedOn;
 use crate::cli::{print, say, signals};
+use crate::engine::non_finite::json_line;
 use crate::error::Result;
 use crate::log::show_progress;
-use crate::train::non_finite::json_line;
-use crate::train::replay::{Recorded, Replay};
+use crate::run::replay::{Recorded, Replay};
 
 #[derive(Debug, Args)]
 pub(super) struct ReplayArgs {

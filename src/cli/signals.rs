@@ -10,8 +10,8 @@ use signal_hook::iterator::Signals;
 use signal_hook::{flag, low_level};
 
 use crate::error::{Error, Result};
+use crate::run::requests::Requests;
 use crate::torch::signal_mask;
-use crate::train::requests::Requests;
 
 /// The signals that any command has a handler for.
 const HANDLED: [i32; 4] = [SIGHUP, SIGINT, SIGTERM, SIGUSR1];

@@ -16,8 +16,8 @@ use super::ranks::{RankArgs, VISIBLE_GPUS, gpu_of, interface_towards, told};
 use super::{say, signals};
 use crate::comm::{Place, Rendezvous, fresh_token};
 use crate::error::{Error, Fault, Result, STOP_SIGNALS};
-use crate::train::keep::{SAVED, SAVES};
-use crate::train::requests::Requests;
+use crate::run::checkpointing::{SAVED, SAVES};
+use crate::run::requests::Requests;
 
 /// How often signals and the watchdog are looked at.
 const LOOK: Duration = Duration::from_millis(100);

@@ -16,9 +16,9 @@ use crate::disk::LocalDisk;
 use crate::error::{Error, Result};
 use crate::log::show_progress;
 use crate::progress;
-use crate::train::begin::{self, Host};
-use crate::train::run::Outcome;
-use crate::train::run_dir::expect_run;
+use crate::run::begin::{self, Host};
+use crate::run::folder::expect_run;
+use crate::run::training_loop::Outcome;
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {

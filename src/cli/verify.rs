@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::cli::{print, signals};
 use crate::error::{Error, Result};
-use crate::train::verify::{Part, Verdict, inspect};
+use crate::run::verify::{Part, Verdict, inspect};
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {

@@ -5,7 +5,7 @@
 //! [`rendezvous`].
 //! `docs/ranks.md` describes the protocol and what of it is authenticated.
 
-mod door;
+mod acceptor;
 mod exchange;
 mod frame;
 mod handshake;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::door::{Door, Guest};
+use super::acceptor::{Acceptor, Guest};
 use super::handshake::{Hello, Key, Purpose, Talk, Verdict, call, fresh_nonce};
 use super::link::Connection;
 use super::sockets::{bind, connect, is_out_of_reach, left, local_address, shown, watch, would_block};
@@ -118,7 +118,7 @@ impl Rendezvous {
             world_size,
             deadline,
             until: Instant::now() + deadline,
-            door: Door::new(listener, key, &[Purpose::Rendezvous]),
+            acceptor: Acceptor::new(listener, key, &[Purpose::Rendezvous]),
             guests: BTreeMap::new(),
             gone: BTreeSet::new(),
             came,
@@ -163,7 +163,7 @@ struct Meeting {
     deadline: Duration,
     /// The first deadline of all that have come, and the listener's own.
     until: Instant,
-    door: Door,
+    acceptor: Acceptor,
     guests: BTreeMap<usize, Guest>,
     /// Ranks that came and went again.
     gone: BTreeSet<usize>,
@@ -194,7 +194,7 @@ impl Meeting {
         // Who calls it off does not wait, but those who have said hello by then are told too.
         let is_called_off = self.is_called_off.load(Ordering::SeqCst);
         let until = Instant::now() + if is_called_off { Duration::ZERO } else { AFTERWARDS };
-        while let Ok(Some(mut guest)) = self.door.next_guest(until) {
+        while let Ok(Some(mut guest)) = self.acceptor.next_guest(until) {
             guest.tell(&verdict);
         }
         Err(Error::failed(format!("the rendezvous at {}", self.address), refusal.what).hint(refusal.hint))
@@ -205,7 +205,7 @@ impl Meeting {
         loop {
             self.miss_those_who_left();
             *self.came.lock().unwrap_or_else(PoisonError::into_inner) =
-                Arrivals { ranks: self.guests.keys().copied().collect(), n_strangers: self.door.n_strangers() };
+                Arrivals { ranks: self.guests.keys().copied().collect(), n_strangers: self.acceptor.n_strangers() };
             if self.guests.len() == self.world_size {
                 return Ok(None);
             }
@@ -219,7 +219,7 @@ impl Meeting {
             if now >= self.until {
                 return Ok(Some(self.too_late()));
             }
-            if let Some(guest) = self.door.next_guest(self.until.min(now + LOOK))? {
+            if let Some(guest) = self.acceptor.next_guest(self.until.min(now + LOOK))? {
                 self.until = self.until.min(Instant::now() + guest.hello.patience);
                 // A machine that is gone gives its seat back. Without the watch it would only do so later.
                 let _ = watch(&guest.stream, Place::LINK_TIMEOUT);
@@ -288,7 +288,7 @@ impl Meeting {
             shown(self.deadline),
             missing.join(", ")
         );
-        match self.door.n_strangers() {
+        match self.acceptor.n_strangers() {
             0 => {}
             n => what.push_str(&format!("; {n} connections did not prove that they belong to the job")),
         }
@@ -336,9 +336,9 @@ pub(super) fn join(place: &Place) -> Result<Vec<(usize, Connection)>> {
             mesh.add(other, purpose, stream);
         }
     }
-    let mut door = Door::new(listener, key, &Mesh::PURPOSES);
+    let mut acceptor = Acceptor::new(listener, key, &Mesh::PURPOSES);
     while mesh.streams.len() < Mesh::PURPOSES.len() * (world_size - 1) {
-        match door.next_guest(until)? {
+        match acceptor.next_guest(until)? {
             // Who belongs to the job and yet has no place here finds the connection closed.
             Some(guest) if guest.hello.rank > rank => mesh.add(guest.hello.rank, guest.talk.purpose, guest.stream),
             Some(_) => {}

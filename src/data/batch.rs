@@ -1,7 +1,8 @@
-//! Micro-batches of packed documents, with everything the model and the loss need to know about each token.
+//! The micro-batches of an update, from its samples.
 
 use super::dataset::Dataset;
 use super::pack::{micro_batches, share};
+use crate::batch::PackedBatch;
 
 /// How the losses of an update's tokens are averaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,28 +14,6 @@ pub enum LossAverage {
         /// Samples a group; the last group of an update may have fewer.
         group: usize,
     },
-}
-
-/// Documents one after the other, without padding. Legend: `N` tokens, `L` learned rows, `B` documents.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PackedBatch {
-    /// `[N]`.
-    pub input_ids: Vec<i64>,
-    /// `[N]`, from 0 in each document.
-    pub position_ids: Vec<i64>,
-    /// `[B + 1]`: where each document begins, and the end.
-    pub cu_seqlens: Vec<usize>,
-    /// `[B]`: each document's place within the update, 0 to the global batch: with it dropout is the same however
-    /// documents are packed.
-    pub slots: Vec<u64>,
-    /// `[L]`: the rows whose next token is learned.
-    pub learned_rows: Vec<i64>,
-    /// `[L]`: that next token.
-    pub targets: Vec<i64>,
-    /// `[L]`: the share of each row's loss in the update's loss; they add up to 1 over all its micro-batches.
-    pub weights: Vec<f32>,
-    /// Label tokens in it, the length of `targets`.
-    pub label_tokens: usize,
 }
 
 /// Which part of an update a process computes.
@@ -80,7 +59,7 @@ pub fn build_share(
             let mut batch = PackedBatch::with_capacity(n_tokens, documents.len());
             for document in documents {
                 let slot = slots[document];
-                batch.push(dataset, samples[slot] as usize, slot, weights[slot]);
+                push(&mut batch, dataset, samples[slot] as usize, slot, weights[slot]);
             }
             batch
         })
@@ -105,34 +84,17 @@ fn sample_weights(labels: &[usize], average: LossAverage) -> Vec<f32> {
         .collect()
 }
 
-impl PackedBatch {
-    fn with_capacity(n_tokens: usize, n_documents: usize) -> Self {
-        let mut cu_seqlens = Vec::with_capacity(n_documents + 1);
-        cu_seqlens.push(0);
-        Self {
-            input_ids: Vec::with_capacity(n_tokens),
-            position_ids: Vec::with_capacity(n_tokens),
-            cu_seqlens,
-            slots: Vec::with_capacity(n_documents),
-            learned_rows: Vec::new(),
-            targets: Vec::new(),
-            weights: Vec::new(),
-            label_tokens: 0,
-        }
-    }
-
-    fn push(&mut self, dataset: &Dataset, sample: usize, slot: usize, weight: f32) {
-        let ids = dataset.ids(sample);
-        let start = self.input_ids.len();
-        self.input_ids.extend(ids.iter().map(|&id| i64::from(id)));
-        self.position_ids.extend(0..ids.len() as i64);
-        self.cu_seqlens.push(self.input_ids.len());
-        self.slots.push(slot as u64);
-        // The first token has no row before it that could predict it.
-        let first = dataset.n_prompt(sample).max(1);
-        self.learned_rows.extend((first..ids.len()).map(|at| (start + at - 1) as i64));
-        self.targets.extend(ids[first..].iter().map(|&id| i64::from(id)));
-        self.weights.resize(self.targets.len(), weight);
-        self.label_tokens = self.targets.len();
-    }
+/// Puts a document behind the others of a micro-batch.
+fn push(batch: &mut PackedBatch, dataset: &Dataset, sample: usize, slot: usize, weight: f32) {
+    let ids = dataset.ids(sample);
+    let start = batch.input_ids.len();
+    batch.input_ids.extend(ids.iter().map(|&id| i64::from(id)));
+    batch.position_ids.extend(0..ids.len() as i64);
+    batch.cu_seqlens.push(batch.input_ids.len());
+    batch.slots.push(slot as u64);
+    // The first token has no row before it that could predict it.
+    let first = dataset.n_prompt(sample).max(1);
+    batch.learned_rows.extend((first..ids.len()).map(|at| (start + at - 1) as i64));
+    batch.targets.extend(ids[first..].iter().map(|&id| i64::from(id)));
+    batch.weights.resize(batch.targets.len(), weight);
 }

@@ -30,7 +30,7 @@ pub mod batch;
 pub mod order;
 pub mod pack;
 
-pub use batch::{LossAverage, PackedBatch, Share, build_batches, build_share};
+pub use batch::{LossAverage, Share, build_batches, build_share};
 pub use cache::TokenCache;
 pub use dataset::{DataSpec, Dataset, Stats};
 pub use encode::{Encoder, Truncation, prompt_ids};

@@ -16,10 +16,11 @@ use std::sync::Arc;
 
 pub use bar::show_progress;
 pub use console::{say, speak_as_rank};
-pub use metrics::{EvalMetrics, MetricsFile, StepMetrics};
+pub use metrics::{EvalMetrics, MetricsFile};
 pub use tensorboard::{EventFile, count_records};
 
 use crate::disk::Disk;
+use crate::engine::metrics::StepMetrics;
 use crate::error::Result;
 use console::Console;
 use file::LogFile;

@@ -10,9 +10,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
+use super::EvalMetrics;
 use super::file::LogFile;
-use super::{EvalMetrics, StepMetrics};
 use crate::disk::{self, Disk};
+use crate::engine::metrics::StepMetrics;
 use crate::error::Result;
 
 /// How every event file's name begins; TensorBoard looks for it.

@@ -2,10 +2,10 @@
 
 use tch::Tensor;
 
+use crate::batch::Batch;
 use crate::error::Result;
 use crate::model::adapted_linear::AdaptedLinear;
 use crate::model::kv_cache::LayerCache;
-use crate::model::llama::Batch;
 use crate::model::params::Gradients;
 use crate::ops::attention::{self, AttentionSaved, Documents, Heads};
 use crate::ops::dropout;

@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::batch::{Batch, PackedBatch};
 use crate::error::{Error, Result};
 use crate::model::adapted_linear::{AdaptedLinear, AdapterPlace};
 use crate::model::block::{Block, BlockSaved};
@@ -10,10 +11,9 @@ use crate::model::kv_cache::KvCache;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Gradients, ParamBuffer, lora_key, padded_head_rows, table_key};
 use crate::model::weights::BaseWeights;
-use crate::ops::attention::Documents;
 use crate::ops::cross_entropy::{self, ScaledLoss};
-use crate::ops::dropout::{DropoutKey, RowOrigin};
-use crate::ops::rope::{RopeTable, Rotation, inverse_frequencies};
+use crate::ops::dropout::DropoutKey;
+use crate::ops::rope::{RopeTable, inverse_frequencies};
 use crate::ops::{embedding, gemm, rms_norm};
 use crate::progress::Work;
 use crate::torch::number::range;
@@ -23,43 +23,6 @@ use crate::torch::transfer;
 const LOGITS_PER_CHUNK: i64 = 1 << 24;
 /// Rows of a chunk of logits, at most; on a GPU always, for its products want many rows.
 const ROWS_PER_CHUNK: i64 = 2048;
-
-/// A packed micro-batch as plain numbers.
-#[derive(Debug, Clone, Copy)]
-pub struct BatchInput<'a> {
-    /// Token ids `[N]`.
-    pub input_ids: &'a [i64],
-    /// Position of each token in its document `[N]`.
-    pub position_ids: &'a [i64],
-    /// Borders of the documents in rows, from 0 to N.
-    pub cu_seqlens: &'a [usize],
-    /// Each document's slot in its update.
-    pub slots: &'a [u64],
-    /// Rows whose next token is learned, ascending.
-    pub learned_rows: &'a [i64],
-    /// That next token, a row each.
-    pub targets: &'a [i64],
-    /// Its share in the update's loss.
-    pub weights: &'a [f32],
-}
-
-/// A packed micro-batch on the device.
-#[derive(Debug)]
-pub struct Batch {
-    /// Token ids `[N]`.
-    pub input_ids: Tensor,
-    /// Rotations of the rows.
-    pub rotation: Rotation,
-    /// The documents.
-    pub documents: Documents,
-    /// The rows' origin, for the dropout masks.
-    pub origin: RowOrigin,
-    /// The update's dropout, none in evaluation.
-    pub dropout: Option<DropoutKey>,
-    learned_rows: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-}
 
 /// What is kept of a forward pass for backward.
 #[derive(Debug)]
@@ -144,30 +107,11 @@ impl Llama {
     }
 
     /// Uploads a micro-batch.
-    pub fn batch(&self, input: BatchInput, dropout: Option<DropoutKey>) -> Result<Batch> {
-        let upload = |values: &[i64]| transfer::upload(values, self.device);
-        let position_ids = upload(input.position_ids)?;
-        let longest = input.position_ids.iter().max().map_or(0, |p| p + 1);
-        if longest > self.rope.n_positions() {
-            let what = format!("{longest} tokens, but the model was set up for {}", self.rope.n_positions());
-            return Err(Error::failed("a document", what));
-        }
-        let slots: Vec<i64> = input
-            .cu_seqlens
-            .windows(2)
-            .zip(input.slots)
-            .flat_map(|(bounds, &slot)| std::iter::repeat_n(slot as i64, bounds[1] - bounds[0]))
-            .collect();
-        Ok(Batch {
-            input_ids: upload(input.input_ids)?,
-            rotation: self.rope.at(&position_ids)?,
-            documents: Documents::new(input.cu_seqlens.to_vec(), self.device)?,
-            origin: RowOrigin { slot_n: upload(&slots)?, token_n: position_ids },
-            dropout,
-            learned_rows: upload(input.learned_rows)?,
-            targets: upload(input.targets)?,
-            weights: transfer::upload(input.weights, self.device)?,
-        })
+    ///
+    /// # Errors
+    /// A document that is longer than the model was set up for.
+    pub fn batch(&self, packed: &PackedBatch, dropout: Option<DropoutKey>) -> Result<Batch> {
+        packed.upload(&self.rope, dropout, self.device)
     }
 
     /// Runs the blocks and keeps what backward needs; with `recompute` only each block's input.

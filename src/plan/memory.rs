@@ -7,6 +7,7 @@
 use serde::Serialize;
 use tch::{Device, Kind};
 
+use crate::engine::probe::Expected;
 use crate::model::config::LlamaConfig;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{INPUT_GROUPS, Layout, table_key};
@@ -118,6 +119,13 @@ impl Passes {
     }
 }
 
+impl From<Passes> for Expected {
+    fn from(passes: Passes) -> Self {
+        let [forward, head, backward] = Stage::ALL.map(|stage| passes.peak(stage));
+        Self { lasting: passes.lasting, kept: passes.kept, forward, head, backward }
+    }
+}
+
 /// The memory of a run, for every size of its micro-batches.
 ///
 /// It grows with the tokens in straight lines: what is kept and the widest temporaries are so many bytes a token, the
@@ -192,6 +200,11 @@ impl MemoryModel {
     /// Runs a micro-batch of so many tokens without running it.
     pub fn passes(&self, tokens: i64) -> Passes {
         dry_run::passes(&self.dims, tokens)
+    }
+
+    /// The same as what a real micro-batch is held against.
+    pub fn expected(&self, tokens: usize) -> Expected {
+        self.passes(tokens as i64).into()
     }
 
     /// The bytes of every part at the peak of a step, for micro-batches of so many tokens; they add up to [`Self::total`].

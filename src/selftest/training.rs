@@ -8,9 +8,13 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::state::{Identity, RunState};
 use crate::data::lengths::Length;
 use crate::data::{Dataset, LossAverage};
+use crate::engine::optim::adamw::{AdamW, AdamWConfig};
+use crate::engine::optim::loss_scale::LossScale;
+use crate::engine::optim::schedule::{LrSchedule, Shape};
+use crate::engine::state::TrainState;
+use crate::engine::step::{StepSettings, Trainer};
 use crate::error::{Error, Result};
 use crate::model::config::LlamaConfig;
 use crate::model::init::{NewRows, initialise};
@@ -19,13 +23,9 @@ use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::BaseWeights;
 use crate::ops::rope::RopeScaling;
-use crate::optim::adamw::{AdamW, AdamWConfig};
-use crate::optim::scaler::LossScale;
-use crate::optim::schedule::{LrSchedule, Shape};
 use crate::selftest::judge::{Row, dtype_name, unit_roundoff};
 use crate::torch::cuda::set_numerics;
 use crate::torch::number::WithNumber;
-use crate::train::step::{StepSettings, Trainer};
 
 /// Steps of the run: enough that what AdamW wrote in the first is read, and read again.
 const N_STEPS: u64 = 8;
@@ -137,9 +137,7 @@ fn trainer(kind: Kind, device: Device) -> Result<Trainer> {
         max_non_finite: 0,
         schedule: LrSchedule { learning_rate: 3e-3, shape: Shape::Cosine, warmup: 1, total: N_STEPS },
     };
-    let loss_scale = if kind == Kind::Half { LossScale::dynamic() } else { LossScale::none() };
-    let made_here = Identity::of_no_run();
-    Trainer::new(settings, samples(), model, params, optimizer, RunState::start(loss_scale, made_here))
+    Trainer::new(settings, samples(), model, params, optimizer, TrainState::start(LossScale::of(kind)))
 }
 
 /// Samples of 2 to 70 tokens, of which from one to nearly all are learned.

@@ -590,7 +590,7 @@ fn batches_say_of_every_learned_token_where_it_is_and_what_it_weighs() {
                         row += 1;
                     }
                 }
-                assert_eq!([row, row, row], [batch.label_tokens, batch.targets.len(), batch.weights.len()]);
+                assert_eq!([row, row, row], [batch.label_tokens(), batch.targets.len(), batch.weights.len()]);
             }
             assert_eq!(seen, BTreeSet::from([0, 2, 3, 4]), "what has nothing to learn is left out, with its slot");
             // Ten weights of f32, each rounded by half of 2^-24 of itself.

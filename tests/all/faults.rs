@@ -10,9 +10,9 @@ use bellora::checkpoint::manifest::{newest_good, step_dir, verify};
 use bellora::comm::Solo;
 use bellora::disk::{LocalDisk, names, remove_tree};
 use bellora::error::{Error, Result};
-use bellora::train::begin::{self, Host};
-use bellora::train::requests::Requests;
-use bellora::train::run::Outcome;
+use bellora::run::begin::{self, Host};
+use bellora::run::requests::Requests;
+use bellora::run::training_loop::Outcome;
 
 use crate::faulty_disk::{Fault, FaultyDisk, Point};
 use crate::resume::{assert_same_folder, assert_same_metrics, copy_folder};

@@ -9,21 +9,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bellora::data::{PackedBatch, build_batches};
+use bellora::batch::PackedBatch;
+use bellora::data::build_batches;
+use bellora::engine::metrics::StepMetrics;
+use bellora::engine::optim::loss_scale::LossScale;
 use bellora::error::Error;
-use bellora::log::StepMetrics;
 use bellora::model::adapter_file::WEIGHTS_FILE;
 use bellora::model::lora::Projection;
 use bellora::model::params::{Gradients, lora_key, named_views};
 use bellora::ops::cross_entropy::ScaledLoss;
-use bellora::optim::scaler::LossScale;
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use crate::resume::straight_equals_resumed;
 use crate::support::{
-    Lab, Named, Rig, Shape, golden_dir, input, metrics, read_tensors, rows, snapshot, trainer, trainer_at,
-    write_tensors,
+    Lab, Named, Rig, Shape, golden_dir, metrics, read_tensors, rows, snapshot, trainer, trainer_at, write_tensors,
 };
 
 /// The silent channel of the residual stream, and a feature of the MLP that it alone may reach.
@@ -293,7 +293,7 @@ fn micro_batches(trainer: &Rig, step: u64) -> Vec<PackedBatch> {
 fn scaled_gradients(trainer: &Rig, packed: &PackedBatch, loss_scale: f64) -> (f64, Named) {
     let (model, layout) = (&trainer.model, trainer.params.layout());
     let grads = Gradients::new(layout, Device::Cpu).unwrap();
-    let batch = model.batch(input(packed), None).unwrap();
+    let batch = model.batch(packed, None).unwrap();
     let (hidden_nd, saved) = model.forward(&batch, false).unwrap();
     let loss = ScaledLoss::new(loss_scale, Device::Cpu).unwrap();
     let dhidden_nd = model.head_loss(&hidden_nd, &batch, &grads, &loss).unwrap();
@@ -317,7 +317,7 @@ fn each_place_overflows_and_no_other() {
             for (i, packed) in batches.iter().enumerate() {
                 let loud = packed.input_ids.iter().position(|&id| id == token_id());
                 assert_eq!(loud.is_some(), at == Some(i), "{name}: step {step}, micro-batch {i}");
-                let hidden_nd = trainer.model.hidden(&trainer.model.batch(input(packed), None).unwrap()).unwrap();
+                let hidden_nd = trainer.model.hidden(&trainer.model.batch(packed, None).unwrap()).unwrap();
                 // The run below has scales of 2^16 to 2^14: here there is room beyond both.
                 let (loss, grads) = scaled_gradients(&trainer, packed, if loud.is_some() { 4096.0 } else { 131_072.0 });
                 let overflowed: BTreeSet<&str> =

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use bellora::comm::Solo;
 use bellora::disk::{Disk, DiskFile, LocalDisk};
-use bellora::train::begin::{Host, train};
-use bellora::train::requests::Requests;
+use bellora::run::begin::{Host, train};
+use bellora::run::requests::Requests;
 use serde_json::Value;
 
 use crate::resume::{
@@ -409,7 +409,7 @@ impl Disk for Small {
 #[test]
 fn a_run_that_cannot_fit_on_its_disk_is_refused() {
     let lab = Lab::new(Shape::default()).with(&["train.keep_checkpoints=2", "train.checkpoint_every=1"]);
-    let params = bellora::train::setup::Job::inspect(lab.config(&[]), bellora::train::setup::CacheUse::Off, 1)
+    let params = bellora::run::setup::Job::inspect(lab.config(&[]), bellora::run::setup::CacheUse::Off, 1)
         .unwrap()
         .model
         .layout

@@ -13,11 +13,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bellora::config::{Auto, Config, Dtype, Recompute};
+use bellora::engine::metrics::StepMetrics;
 use bellora::eval::evaluate;
-use bellora::log::StepMetrics;
 use bellora::model::adapter_file::WEIGHTS_FILE;
 use bellora::model::weights::TensorFiles;
-use bellora::train::setup::{CacheUse, Job};
+use bellora::run::setup::{CacheUse, Job};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 

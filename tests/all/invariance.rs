@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 
 use bellora::config::{Auto, Config, Recompute};
 use bellora::data::build_batches;
-use bellora::log::StepMetrics;
-use bellora::optim::scaler::LossScale;
-use bellora::train::step::Trainer;
+use bellora::engine::metrics::StepMetrics;
+use bellora::engine::optim::loss_scale::LossScale;
+use bellora::engine::step::Trainer;
 use serde_json::json;
 use tch::Tensor;
 
 use crate::support::{
-    Lab, Named, Rig, Shape, assert_tensors_close, distance_of_update, gradients, input, logits, metrics, rows,
-    snapshot, trainer, trainer_at,
+    Lab, Named, Rig, Shape, assert_tensors_close, distance_of_update, gradients, logits, metrics, rows, snapshot,
+    trainer, trainer_at,
 };
 
 fn by_name(named: Named) -> BTreeMap<String, Tensor> {
@@ -43,7 +43,7 @@ fn packed_documents_equal_each_alone() {
 
     let batches = build_batches(&trainer.job.train, &samples, trainer.job.model.loss_average(), 4096);
     assert_eq!((batches.len(), batches[0].slots.len()), (1, 9), "one micro-batch of nine documents");
-    let hidden_nd = trainer.model.hidden(&trainer.model.batch(input(&batches[0]), None).unwrap()).unwrap();
+    let hidden_nd = trainer.model.hidden(&trainer.model.batch(&batches[0], None).unwrap()).unwrap();
     let packed_nv = trainer.model.logits(&hidden_nd).unwrap();
     for (bounds, slot) in batches[0].cu_seqlens.windows(2).zip(&batches[0].slots) {
         let rows = packed_nv.narrow(0, bounds[0] as i64, (bounds[1] - bounds[0]) as i64);

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bellora::disk::{Disk, DiskFile, LocalDisk};
+use bellora::engine::metrics::StepMetrics;
 use bellora::error::Error;
-use bellora::log::{EvalMetrics, EventFile, LogSettings, MetricsFile, RunLog, StepMetrics};
+use bellora::log::{EvalMetrics, EventFile, LogSettings, MetricsFile, RunLog};
 
 /// A disk with little room, which can fail to sync and then loses what was not synced.
 #[derive(Debug, Default)]

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use bellora::checkpoint::folder::{NewFolder, replace_whole, sweep_incomplete, write_whole};
 use bellora::checkpoint::manifest::{MANIFEST_FILE, newest_good, newest_good_before, step_dir, verify};
 use bellora::checkpoint::retention::{Keep, prune};
-use bellora::checkpoint::state::{ComputedOn, Evaluated, Extent, Identity, Record, RunState, STATE_FILE};
+use bellora::checkpoint::state::{BaseIdentity, ComputedOn, Evaluated, Extent, Identity, Record, STATE_FILE};
 use bellora::disk::LocalDisk;
+use bellora::engine::optim::loss_scale::LossScale;
+use bellora::engine::state::TrainState;
 use bellora::error::{Error, Result};
-use bellora::optim::scaler::LossScale;
 
 /// A checkpoint with a small file and one of more than one piece of the checksum's reading.
 fn checkpoint(checkpoints: &Path, step: u64) -> PathBuf {
@@ -245,11 +246,12 @@ fn retention_keeps_the_best_and_the_pinned() {
     let root = tempfile::tempdir().unwrap();
     let losses = [Some(3.0), Some(1.0), None, Some(2.0), Some(1.0), Some(4.0), Some(5.0), Some(6.0)];
     for (step, eval_loss) in (1..).zip(losses) {
-        let identity = Identity::of_no_run();
-        let state = RunState { step, ..RunState::start(LossScale::none(), identity) };
+        let identity =
+            Identity { base: BaseIdentity::Named(serde_json::Map::new()), data: String::new(), validation: None };
+        let state = TrainState { step, ..TrainState::start(LossScale::none()) };
         let cpu = ComputedOn { device: "cpu".into(), threads: 1, ranks: 1 };
         let extent = Extent { steps_per_epoch: 8, total_steps: 8 };
-        let mut record = Record::new(state, extent, cpu, serde_json::Map::new());
+        let mut record = Record::new(state, identity, extent, cpu, serde_json::Map::new());
         // An evaluation of another step says nothing of this one.
         record.evaluated = Some(Evaluated { step: if step == 8 { 7 } else { step }, eval_loss });
         let text = serde_json::to_string(&record).unwrap();

@@ -2,8 +2,8 @@
 
 use bellora::config::Config;
 use bellora::error::Error;
-use bellora::train::banner;
-use bellora::train::setup::{CacheUse, Job};
+use bellora::run::banner;
+use bellora::run::setup::{CacheUse, Job};
 
 use crate::support::{Lab, Ran, Shape, bellora, run};
 

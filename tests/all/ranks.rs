@@ -8,8 +8,8 @@ use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use bellora::comm::{Place, Rendezvous, Tcp};
+use bellora::engine::step::Trainer;
 use bellora::eval::evaluate;
-use bellora::train::step::Trainer;
 use serde_json::Value;
 
 use crate::resume::{

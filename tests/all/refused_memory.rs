@@ -1,8 +1,8 @@
 //! Memory that runs out at any one allocation of a step: the step is done again with smaller micro-batches and gives the same,
 //! or the run ends by name.
 
+use bellora::engine::metrics::StepMetrics;
 use bellora::error::{Error, Result};
-use bellora::log::StepMetrics;
 use bellora::torch::keep_freed_memory;
 use bellora::torch::memory::refuse_allocation;
 

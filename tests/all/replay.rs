@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use bellora::engine::non_finite::json_line;
 use bellora::error::Error;
-use bellora::train::non_finite::json_line;
-use bellora::train::replay::{Recorded, Replay};
+use bellora::run::replay::{Recorded, Replay};
 use serde_json::Value;
 use tch::Tensor;
 

@@ -5,23 +5,23 @@ use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use bellora::checkpoint::state::RunState;
-use bellora::config::{Auto, Config, Dtype as ComputeDtype};
+use bellora::batch::PackedBatch;
+use bellora::config::Config;
 use bellora::data::build_batches;
-pub(crate) use bellora::eval::input;
-use bellora::log::StepMetrics;
+use bellora::engine::metrics::StepMetrics;
+use bellora::engine::optim::adamw::{AdamW, AdamWConfig};
+use bellora::engine::optim::loss_scale::LossScale;
+use bellora::engine::state::TrainState;
+use bellora::engine::step::Trainer;
 use bellora::model::adapter_file;
 use bellora::model::config::LlamaConfig;
-use bellora::model::llama::{BatchInput, Llama};
+use bellora::model::llama::Llama;
 use bellora::model::lora::Projection;
 use bellora::model::params::{Gradients, ParamBuffer, named_views};
 use bellora::model::weights::TensorFiles;
 use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::DropoutKey;
-use bellora::optim::adamw::{AdamW, AdamWConfig};
-use bellora::optim::scaler::LossScale;
-use bellora::train::setup::{CacheUse, Job, ModelSetup};
-use bellora::train::step::Trainer;
+use bellora::run::setup::{CacheUse, Job, ModelSetup};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -380,11 +380,11 @@ pub(crate) fn trainer_of_rank(config: Config, rank: usize, n_ranks: usize) -> Ri
 ///
 /// On one thread: sums have one order then, and models this small are ten times quicker than on threads that wait for
 /// each other.
-pub(crate) fn trainer_at(config: Config, change: impl FnOnce(&mut RunState)) -> Rig {
+pub(crate) fn trainer_at(config: Config, change: impl FnOnce(&mut TrainState)) -> Rig {
     trainer_of(config, 0, 1, change)
 }
 
-fn trainer_of(config: Config, rank: usize, n_ranks: usize, change: impl FnOnce(&mut RunState)) -> Rig {
+fn trainer_of(config: Config, rank: usize, n_ranks: usize, change: impl FnOnce(&mut TrainState)) -> Rig {
     tch::set_num_threads(1);
     let job = Job::inspect(config, CacheUse::Off, n_ranks).unwrap();
     let mut params = job.model.initial_params().unwrap();
@@ -396,13 +396,9 @@ fn trainer_of(config: Config, rank: usize, n_ranks: usize, change: impl FnOnce(&
         optimizer.keep(&shard).unwrap();
         params.keep(shard).unwrap();
     }
-    let scale = match job.model.config.model.dtype {
-        Auto::Is(ComputeDtype::Fp16) => LossScale::dynamic(),
-        _ => LossScale::none(),
-    };
     // A sample that is too long would go missing unawares.
     assert_eq!(job.train.stats().dropped, 0);
-    let mut state = RunState::start(scale, job.identity());
+    let mut state = TrainState::start(LossScale::of(job.model.kind()));
     change(&mut state);
     let model = job.model.load(&params).unwrap();
     let trainer = Trainer::new(job.step_settings(), job.train.clone(), model, params, optimizer, state).unwrap();
@@ -427,7 +423,7 @@ pub(crate) fn gradients(
     let grads = Gradients::new(layout, Device::Cpu).unwrap();
     let loss = ScaledLoss::new(1.0, Device::Cpu).unwrap();
     for packed in build_batches(&job.train, samples, job.model.loss_average(), micro_batch_tokens) {
-        let batch = model.batch(input(&packed), dropout).unwrap();
+        let batch = model.batch(&packed, dropout).unwrap();
         let (hidden_nd, saved) = model.forward(&batch, recompute).unwrap();
         let dhidden_nd = model.head_loss(&hidden_nd, &batch, &grads, &loss).unwrap();
         model.backward(saved, dhidden_nd, &batch, &grads, &mut |_| Ok(())).unwrap();
@@ -437,18 +433,14 @@ pub(crate) fn gradients(
 
 /// The logits `[N, V]` that a model gives for one document.
 pub(crate) fn logits(model: &Llama, ids: &[i64]) -> Tensor {
-    let position_ids: Vec<i64> = (0..ids.len() as i64).collect();
-    let cu_seqlens = [0, ids.len()];
-    let input = BatchInput {
-        input_ids: ids,
-        position_ids: &position_ids,
-        cu_seqlens: &cu_seqlens,
-        slots: &[0],
-        learned_rows: &[],
-        targets: &[],
-        weights: &[],
+    let packed = PackedBatch {
+        input_ids: ids.to_vec(),
+        position_ids: (0..ids.len() as i64).collect(),
+        cu_seqlens: vec![0, ids.len()],
+        slots: vec![0],
+        ..PackedBatch::with_capacity(0, 0)
     };
-    let hidden_nd = model.hidden(&model.batch(input, None).unwrap()).unwrap();
+    let hidden_nd = model.hidden(&model.batch(&packed, None).unwrap()).unwrap();
     model.logits(&hidden_nd).unwrap()
 }
 

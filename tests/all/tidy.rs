@@ -8,10 +8,10 @@ use std::process::Command;
 /// A module uses lower layers; those of one layer do not know each other, but for what [`SIBLINGS`] says.
 const LAYERS: [&[&str]; 6] = [
     &["error", "progress", "disk", "torch", "device"],
-    &["ops", "comm", "formats"],
+    &["ops", "comm", "formats", "batch"],
     &["model", "data"],
-    &["optim", "checkpoint"],
-    &["config", "log", "plan", "eval", "train", "trained", "generate", "export", "bench", "selftest"],
+    &["engine", "checkpoint"],
+    &["config", "log", "plan", "eval", "run", "trained", "generate", "export", "bench", "selftest"],
     &["cli"],
 ];
 
@@ -20,14 +20,14 @@ const SIBLINGS: [(&str, &[&str]); 9] = [
     ("disk", &["error"]),
     ("torch", &["error"]),
     ("device", &["torch"]),
-    // A checkpoint keeps the loss scale.
-    ("checkpoint", &["optim"]),
-    ("train", &["config", "log", "plan", "eval"]),
+    ("batch", &["ops"]),
+    // A checkpoint keeps where a training stands.
+    ("checkpoint", &["engine"]),
+    ("run", &["config", "log", "plan", "eval"]),
     // What is opened for use is what training wrote.
-    ("trained", &["config", "plan", "train"]),
+    ("trained", &["config", "plan", "run"]),
     ("export", &["trained"]),
-    ("bench", &["config", "log", "plan", "train"]),
-    ("selftest", &["train"]),
+    ("bench", &["config", "log", "plan", "run"]),
 ];
 
 fn root() -> &'static Path {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use bellora::train::verify::{Part, Report, Verdict, inspect};
+use bellora::run::verify::{Part, Report, Verdict, inspect};
 use serde_json::Value;
 
 use crate::resume::{files, step_dir};

@@ -2,6 +2,7 @@
 //! device, in [`StepControl`](super::control::StepControl).
 
 use serde::{Deserialize, Serialize};
+use tch::Kind;
 
 /// Good updates after which the scale doubles.
 pub(super) const GROWTH_INTERVAL: u32 = 2000;
@@ -19,6 +20,11 @@ pub struct LossScale {
 }
 
 impl LossScale {
+    /// The scale that training in a dtype begins with.
+    pub fn of(kind: Kind) -> Self {
+        if kind == Kind::Half { Self::dynamic() } else { Self::none() }
+    }
+
     /// A scale that is 1 and stays so: fp32 and bf16 have the range.
     pub fn none() -> Self {
         Self { scale: SMALLEST, good_updates: 0, dynamic: false }

@@ -2,28 +2,30 @@
 
 use std::path::Path;
 
-use tch::{Device, Kind};
+use tch::Device;
 
 use crate::checkpoint::load;
-use crate::checkpoint::state::{ComputedOn, RunState};
+use crate::checkpoint::state::{ComputedOn, Identity};
 use crate::comm::{Communicator, broadcast_bytes};
 use crate::device::{Cuda, cuda};
+use crate::engine::optim::adamw::{AdamW, AdamWConfig};
+use crate::engine::optim::loss_scale::LossScale;
+use crate::engine::state::TrainState;
+use crate::engine::step::Trainer;
 use crate::error::{Error, Result};
 use crate::model::params::ParamBuffer;
-use crate::optim::adamw::{AdamW, AdamWConfig};
-use crate::optim::scaler::LossScale;
+use crate::run::setup::Job;
 use crate::torch::memory;
-use crate::train::setup::Job;
-use crate::train::step::Trainer;
 
 /// What a run stands at: its parameters and moments, all of them, and its position.
-pub(super) struct Standing {
+pub(super) struct ResumePosition {
     params: ParamBuffer,
     optimizer: AdamW,
-    state: RunState,
+    state: TrainState,
+    identity: Identity,
 }
 
-impl Standing {
+impl ResumePosition {
     /// As it was at a checkpoint, or at the start of the run.
     ///
     /// # Errors
@@ -36,18 +38,12 @@ impl Standing {
         let state = match checkpoint {
             Some(dir) => {
                 let moments = optimizer.named_moments(params.layout())?;
-                // What the run reads was held against this before; a checkpoint of an older format says less of it.
-                RunState { identity: job.identity(), ..load::load(dir, &mut params, &moments)?.state }
+                load::load(dir, &mut params, &moments)?.state
             }
-            None => {
-                let scale = match job.model.kind() {
-                    Kind::Half => LossScale::dynamic(),
-                    _ => LossScale::none(),
-                };
-                RunState::start(scale, job.identity())
-            }
+            None => TrainState::start(LossScale::of(job.model.kind())),
         };
-        Ok(Self { params, optimizer, state })
+        // What a checkpoint says of this was held against it before; one of an older format says less.
+        Ok(Self { params, optimizer, state, identity: job.identity() })
     }
 
     /// Takes on, on every rank, what rank 0 stands at, and whether an evaluation is due there.
@@ -58,12 +54,13 @@ impl Standing {
         if ranks.world_size() == 1 {
             return Ok(evaluation_is_due);
         }
-        let text = serde_json::to_vec(&(&self.state, evaluation_is_due)).expect("numbers and strings make JSON");
+        let text = serde_json::to_vec(&(&self.state, &self.identity, evaluation_is_due))
+            .expect("numbers and strings make JSON");
         let text = broadcast_bytes(ranks, text)?;
-        let (state, evaluation_is_due): (RunState, bool) = serde_json::from_slice(&text)
+        let (state, identity, evaluation_is_due): (TrainState, Identity, bool) = serde_json::from_slice(&text)
             .map_err(|error| Error::failed("rank 0", format!("says where the run stands in other words: {error}")))?;
-        if state.identity != self.state.identity {
-            let what = if state.identity.base == self.state.identity.base { "other samples" } else { "another base" };
+        if identity != self.identity {
+            let what = if identity.base == self.identity.base { "other samples" } else { "another base" };
             let place = format!("rank {}", ranks.rank());
             return Err(Error::failed(place, format!("has {what} than rank 0"))
                 .hint("give all machines the same files under the same names"));
@@ -85,7 +82,7 @@ impl Standing {
     /// # Errors
     /// A base that cannot be read.
     pub(super) fn trainer(self, job: &Job, ranks: Box<dyn Communicator>) -> Result<Trainer> {
-        let Self { mut params, mut optimizer, state } = self;
+        let Self { mut params, mut optimizer, state, identity: _ } = self;
         if job.model.shards() {
             let shard = params.layout().shard(ranks.rank(), ranks.world_size());
             optimizer.keep(&shard)?;

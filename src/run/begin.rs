@@ -9,15 +9,15 @@ use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Config, Difference, Meaning, values_of};
 use crate::disk::Disk;
 use crate::error::{Error, Fault, Result, shell_quoted};
-use crate::train::lock::RunLock;
-use crate::train::requests::Requests;
-use crate::train::run::{Outcome, Run};
-use crate::train::run_dir::{
+use crate::run::folder::{
     ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, expect_run, finished_adapter, holds_run, refuse_taken_output,
     verify_adapter,
 };
-use crate::train::setup::{CacheUse, Job};
-use crate::train::stand::computed_on;
+use crate::run::lock::RunLock;
+use crate::run::requests::Requests;
+use crate::run::resume_position::computed_on;
+use crate::run::setup::{CacheUse, Job};
+use crate::run::training_loop::{Outcome, Run};
 
 /// What a run is given beside its config.
 #[derive(Debug)]
@@ -190,7 +190,7 @@ fn refuse_another_run(changes: &[Difference], has_checkpoint: bool, dir: &Path) 
 
 /// Refuses files that are not what the run was started with.
 pub(super) fn same_identity(job: &Job, record: &Record, changes: &[Difference], dir: &Path) -> Result<()> {
-    let theirs = &record.state.identity;
+    let theirs = &record.identity;
     let data = (job.identity().data != theirs.data).then(String::new);
     let mut faults = Vec::new();
     for (what, keys, other) in [
@@ -227,8 +227,8 @@ fn what_is_otherwise(changes: &[Difference], job: &Job, record: &Record) -> Vec<
         notes.push(format!("{key} is {ours} here and was {theirs}"));
         is_rounded_otherwise |= *meaning == Meaning::Rounding;
     }
-    let (ours, theirs) = (job.identity().validation, &record.state.identity.validation);
-    if ours.is_some() && matches!(record.state.identity.base, BaseIdentity::Sum(_)) {
+    let (ours, theirs) = (job.identity().validation, &record.identity.validation);
+    if ours.is_some() && matches!(record.identity.base, BaseIdentity::Sum(_)) {
         notes.push(
             "an older version wrote the checkpoint: whether the validation samples are still the same is not known"
                 .into(),

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::disk::{is_temporary, names};
 use crate::error::{Error, Fault, Result};
 use crate::log::{EVENTS_DIR, count_records};
-use crate::train::run_dir::{ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, holds_run};
+use crate::run::folder::{ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, holds_run};
 
 /// Faults of one file of lines that are told at most.
 const N_TOLD: usize = 3;

@@ -10,12 +10,12 @@ use crate::checkpoint::saver;
 use crate::checkpoint::state::{Extent, Record};
 use crate::config;
 use crate::disk::put_file;
+use crate::engine::non_finite::NonFinite;
 use crate::error::{Error, Result};
-use crate::train::non_finite::NonFinite;
-use crate::train::requests::forget_saves;
-use crate::train::run::Run;
-use crate::train::run_dir::ADAPTER_DIR;
-use crate::train::stand::computed_on;
+use crate::run::folder::ADAPTER_DIR;
+use crate::run::requests::forget_saves;
+use crate::run::resume_position::computed_on;
+use crate::run::training_loop::Run;
 
 /// How who watches a run is told that a checkpoint of so many bytes is being written, and that it is written no more.
 pub const SAVES: &str = "writes a checkpoint of bytes:";
@@ -26,7 +26,7 @@ impl Run<'_> {
     /// Begins to write a checkpoint of the present step. Training waits for the copy, and for an earlier checkpoint that
     /// is still being written.
     pub(super) fn save(&mut self) -> Result<()> {
-        self.settle()?;
+        self.finish_steps()?;
         self.trainer.compare_with_other_ranks()?;
         self.wait_for_the_saver()?;
         let started = Instant::now();
@@ -37,6 +37,7 @@ impl Run<'_> {
         let trainer = &self.trainer;
         let mut record = Record::new(
             trainer.state.clone(),
+            self.job.identity(),
             Extent { steps_per_epoch: self.job.steps_per_epoch, total_steps: self.job.total_steps },
             computed_on(&self.job),
             self.job.model.config.values_to_keep(),
@@ -56,7 +57,7 @@ impl Run<'_> {
     }
 
     pub(super) fn save_as_asked(&mut self) -> Result<()> {
-        self.settle()?;
+        self.finish_steps()?;
         // Steps that were begun meanwhile carried the same request.
         forget_saves(&mut self.trainer.asked);
         let step = self.trainer.state.step;
@@ -120,7 +121,7 @@ impl Run<'_> {
     }
 
     pub(super) fn write_adapter(&mut self) -> Result<()> {
-        self.settle()?;
+        self.finish_steps()?;
         self.trainer.compare_with_other_ranks()?;
         let Some(adapter) = self.adapter()? else { return Ok(()) };
         let table_dtype = match self.job.model.config.train.save_dtype {

@@ -2,9 +2,9 @@
 
 use crate::error::Result;
 use crate::plan::expect_to_fit;
+use crate::run::resolve_auto::copied_bytes;
+use crate::run::setup::Job;
 use crate::torch::memory;
-use crate::train::settle::copied_bytes;
-use crate::train::setup::Job;
 
 impl Job {
     /// Refuses a job of which not even the longest sample fits into memory by itself, on a CPU on each of the ranks that share it.

@@ -8,7 +8,7 @@ use crate::data::Dataset;
 use crate::model::config::LlamaConfig;
 use crate::model::weights::TensorFiles;
 use crate::ops::rope::RopeScaling;
-use crate::train::setup::{Job, ModelSetup};
+use crate::run::setup::{Job, ModelSetup};
 
 impl Job {
     /// What the run reads.

@@ -6,10 +6,10 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::engine::optim::loss_scale::{GROWTH_INTERVAL, LARGEST, LossScale, SMALLEST};
+use crate::engine::optim::schedule::LrSchedule;
 use crate::error::Result;
 use crate::ops::cross_entropy::ScaledLoss;
-use crate::optim::scaler::{GROWTH_INTERVAL, LARGEST, LossScale, SMALLEST};
-use crate::optim::schedule::LrSchedule;
 use crate::torch::number::{WithNumber, filled};
 use crate::torch::transfer::{Arriving, upload};
 use crate::torch::{self};
@@ -240,7 +240,7 @@ impl Reading {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::optim::schedule::Shape;
+    use crate::engine::optim::schedule::Shape;
 
     const SCHEDULE: LrSchedule = LrSchedule { learning_rate: 1.0, shape: Shape::Linear, warmup: 0, total: 10_000 };
 

@@ -2,5 +2,5 @@
 
 pub mod adamw;
 pub mod control;
-pub mod scaler;
+pub mod loss_scale;
 pub mod schedule;

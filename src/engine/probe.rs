@@ -6,12 +6,12 @@
 
 use tch::Device;
 
+use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
-use crate::model::llama::{BatchInput, Llama};
+use crate::model::llama::Llama;
 use crate::model::params::Gradients;
 use crate::ops::cross_entropy::ScaledLoss;
 use crate::ops::dropout::DropoutKey;
-use crate::plan::{MemoryModel, Stage, gib};
 use crate::torch::memory;
 
 /// The micro-batch to try.
@@ -38,6 +38,24 @@ pub struct Found {
     pub real: i64,
 }
 
+/// What a memory model expects of a micro-batch, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expected {
+    /// Held before the micro-batch comes: weights, parameters, gradients, moments.
+    pub lasting: i64,
+    /// Held between forward and the head.
+    pub kept: i64,
+    /// The peak of forward.
+    pub forward: i64,
+    /// The peak of the head with its loss and gradient.
+    pub head: i64,
+    /// The peak of backward.
+    pub backward: i64,
+}
+
+/// A memory model: what it expects of a micro-batch of so many tokens.
+pub type Predict<'a> = &'a dyn Fn(usize) -> Expected;
+
 /// The outcome of a trial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Probed {
@@ -53,14 +71,6 @@ impl Probed {
         let largest = |value: fn(&Found) -> i64| self.found.iter().map(value).max().unwrap_or_default();
         Found { name: "peak", predicted: largest(|f| f.predicted), real: largest(|f| f.real) }
     }
-
-    /// The lines for the log: predicted and real side by side.
-    pub fn lines(&self) -> Vec<String> {
-        let mut lines = vec![format!("memory      of a micro-batch of {} tokens, predicted and real", self.tokens)];
-        let all = self.found.iter().copied().chain([self.peak()]);
-        lines.extend(all.map(|f| format!("  {:<20} {:>10} {:>10}", f.name, gib(f.predicted), gib(f.real))));
-        lines
-    }
 }
 
 /// Runs the micro-batch forward, through the head and back, and measures.
@@ -72,17 +82,16 @@ impl Probed {
 pub fn probe(
     model: &Llama,
     grads: &mut Gradients,
-    predicted: &MemoryModel,
+    predict: Predict<'_>,
     trial: Trial,
     device: Device,
 ) -> Result<Probed> {
-    let outcome = passes(model, grads, predicted, trial, device);
+    let outcome = passes(model, grads, predict(trial.tokens), trial, device);
     grads.zero()?;
     outcome
 }
 
-fn passes(model: &Llama, grads: &Gradients, predicted: &MemoryModel, trial: Trial, device: Device) -> Result<Probed> {
-    let expected = predicted.passes(trial.tokens as i64);
+fn passes(model: &Llama, grads: &Gradients, expected: Expected, trial: Trial, device: Device) -> Result<Probed> {
     let mut found = Vec::new();
     let now = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
     let in_use = || -> Result<i64> {
@@ -97,11 +106,11 @@ fn passes(model: &Llama, grads: &Gradients, predicted: &MemoryModel, trial: Tria
     };
 
     found.push(Found { name: "held before", predicted: expected.lasting, real: in_use()? });
-    let plain = Plain::new(trial, model.config().vocab_size)?;
+    let packed = synthetic(trial, model.config().vocab_size)?;
     let dropout = (trial.dropout > 0.0).then_some(DropoutKey { p: trial.dropout, seed: 0, step: 0 });
     let loss = ScaledLoss::new(1.0, device)?;
     memory::reset_peak(device)?;
-    let batch = model.batch(plain.input(), dropout)?;
+    let batch = model.batch(&packed, dropout)?;
 
     let (hidden_nd, saved) = model.forward(&batch, trial.recompute)?;
     let forward = peak()?;
@@ -112,65 +121,38 @@ fn passes(model: &Llama, grads: &Gradients, predicted: &MemoryModel, trial: Tria
     model.backward(saved, dhidden_nd, &batch, grads, &mut |_| Ok(()))?;
     let backward = peak()?;
 
-    found.push(Found { name: "kept for backward", predicted: expected.kept, real: kept });
-    for (stage, real) in Stage::ALL.into_iter().zip([forward, head, backward]) {
-        let name = match stage {
-            Stage::Forward => "peak of forward",
-            Stage::Head => "peak of the head",
-            Stage::Backward => "peak of backward",
-        };
-        found.push(Found { name, predicted: expected.peak(stage), real });
-    }
+    found.extend([
+        Found { name: "kept for backward", predicted: expected.kept, real: kept },
+        Found { name: "peak of forward", predicted: expected.forward, real: forward },
+        Found { name: "peak of the head", predicted: expected.head, real: head },
+        Found { name: "peak of backward", predicted: expected.backward, real: backward },
+    ]);
     Ok(Probed { tokens: trial.tokens as i64, found })
 }
 
-/// The micro-batch as plain numbers.
-struct Plain {
-    input_ids: Vec<i64>,
-    position_ids: Vec<i64>,
-    cu_seqlens: Vec<usize>,
-    slots: Vec<u64>,
-    learned_rows: Vec<i64>,
-    targets: Vec<i64>,
-    weights: Vec<f32>,
-}
-
-impl Plain {
-    fn new(trial: Trial, vocab_size: i64) -> Result<Self> {
-        let Trial { tokens, max_length, .. } = trial;
-        if tokens == 0 || max_length == 0 {
-            return Err(Error::failed("memory", format!("no micro-batch of {tokens} tokens can be tried")));
-        }
-        let starts = (0..tokens).step_by(max_length);
-        let mut cu_seqlens: Vec<usize> = starts.collect();
-        let slots = (0..cu_seqlens.len() as u64).collect();
-        cu_seqlens.push(tokens);
-        // Any ids will do, as long as they are spread over the table.
-        let id = |row: usize| (row as i64 * 7919 + 1) % vocab_size;
-        let position_ids: Vec<i64> = (0..tokens).map(|row| (row % max_length) as i64).collect();
-        // The last row of a document has no next token.
-        let is_learned = |row: &usize| row + 1 < tokens && position_ids[row + 1] > 0;
-        let learned: Vec<usize> = (0..tokens).filter(is_learned).collect();
-        Ok(Self {
-            input_ids: (0..tokens).map(id).collect(),
-            cu_seqlens,
-            slots,
-            learned_rows: learned.iter().map(|&row| row as i64).collect(),
-            targets: learned.iter().map(|&row| id(row + 1)).collect(),
-            weights: vec![1.0 / tokens as f32; learned.len()],
-            position_ids,
-        })
+/// A micro-batch of that size.
+fn synthetic(trial: Trial, vocab_size: i64) -> Result<PackedBatch> {
+    let Trial { tokens, max_length, .. } = trial;
+    if tokens == 0 || max_length == 0 {
+        return Err(Error::failed("memory", format!("no micro-batch of {tokens} tokens can be tried")));
     }
-
-    fn input(&self) -> BatchInput<'_> {
-        BatchInput {
-            input_ids: &self.input_ids,
-            position_ids: &self.position_ids,
-            cu_seqlens: &self.cu_seqlens,
-            slots: &self.slots,
-            learned_rows: &self.learned_rows,
-            targets: &self.targets,
-            weights: &self.weights,
-        }
-    }
+    let starts = (0..tokens).step_by(max_length);
+    let mut cu_seqlens: Vec<usize> = starts.collect();
+    let slots = (0..cu_seqlens.len() as u64).collect();
+    cu_seqlens.push(tokens);
+    // Any ids will do, as long as they are spread over the table.
+    let id = |row: usize| (row as i64 * 7919 + 1) % vocab_size;
+    let position_ids: Vec<i64> = (0..tokens).map(|row| (row % max_length) as i64).collect();
+    // The last row of a document has no next token.
+    let is_learned = |row: &usize| row + 1 < tokens && position_ids[row + 1] > 0;
+    let learned: Vec<usize> = (0..tokens).filter(is_learned).collect();
+    Ok(PackedBatch {
+        input_ids: (0..tokens).map(id).collect(),
+        cu_seqlens,
+        slots,
+        learned_rows: learned.iter().map(|&row| row as i64).collect(),
+        targets: learned.iter().map(|&row| id(row + 1)).collect(),
+        weights: vec![1.0 / tokens as f32; learned.len()],
+        position_ids,
+    })
 }

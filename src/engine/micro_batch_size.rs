@@ -2,14 +2,13 @@
 
 use tch::Kind;
 
-use crate::data::PackedBatch;
+use crate::batch::PackedBatch;
+use crate::engine::gather::gather_number;
+use crate::engine::probe::{Predict, Probed, Trial, probe};
+use crate::engine::step::{StepSettings, Trainer};
 use crate::error::{Error, Result};
-use crate::plan::MemoryModel;
 use crate::torch::memory;
 use crate::torch::number::filled;
-use crate::train::gather::gather_number;
-use crate::train::probe::{Probed, Trial, probe};
-use crate::train::step::{StepSettings, Trainer};
 
 /// What a rank needs of the size of micro-batches after it was tried.
 enum Wanted {
@@ -36,7 +35,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Not even one document of `max_length` fits.
-    pub fn try_largest(&mut self, predicted: &MemoryModel, max_length: usize) -> Result<Probed> {
+    pub fn try_largest(&mut self, predict: Predict<'_>, max_length: usize) -> Result<Probed> {
         let device = self.params.device();
         loop {
             let StepSettings { micro_batch_tokens, global_batch, recompute, dropout, .. } = self.settings;
@@ -44,7 +43,7 @@ impl Trainer {
             let most = global_batch.div_ceil(self.ranks.world_size()).saturating_mul(max_length);
             let tokens = micro_batch_tokens.clamp(max_length, most.max(max_length));
             let trial = Trial { tokens, max_length, recompute, dropout };
-            let outcome = probe(&self.model, &mut self.grads, predicted, trial, device);
+            let outcome = probe(&self.model, &mut self.grads, predict, trial, device);
             let wanted = match &outcome {
                 Err(error) if error.is_out_of_memory() && tokens / 2 < max_length => Wanted::Impossible,
                 Err(error) if error.is_out_of_memory() => Wanted::AtMost(tokens / 2),
@@ -74,7 +73,7 @@ impl Trainer {
     /// Makes the micro-batches of an update smaller that did not fit into the memory of some rank, on all ranks and for the
     /// rest of the run. `error` is that of this rank, if it was this one's.
     pub(super) fn halve_micro_batches(&mut self, batches: &[PackedBatch], error: Option<Error>) -> Result<()> {
-        let tokens = batches.iter().map(|batch| batch.input_ids.len()).max().unwrap_or_default();
+        let tokens = batches.iter().map(|batch| batch.n_tokens()).max().unwrap_or_default();
         let wanted = match error {
             None => Wanted::Nothing,
             Some(_) if batches.iter().all(|batch| batch.slots.len() == 1) => Wanted::Impossible,

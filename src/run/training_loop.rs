@@ -13,17 +13,18 @@ use crate::checkpoint::state::Evaluated;
 use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Auto, Config};
 use crate::disk::{Disk, Nowhere, make_folder, put_file, sync_parent};
+use crate::engine::metrics::StepMetrics;
+use crate::engine::step::Trainer;
 use crate::error::{Error, Fault, Result, shell_quoted};
 use crate::eval::evaluate;
-use crate::log::{EvalMetrics, LogSettings, RunLog, StepMetrics};
-use crate::train::banner;
-use crate::train::begin::{Host, Start, adapter_of_step};
-use crate::train::lock::RunLock;
-use crate::train::requests::{Agreed, Requests};
-use crate::train::run_dir::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, keep_old_metrics, refuse_taken_output};
-use crate::train::setup::Job;
-use crate::train::stand::Standing;
-use crate::train::step::Trainer;
+use crate::log::{EvalMetrics, LogSettings, RunLog};
+use crate::run::banner;
+use crate::run::begin::{Host, Start, adapter_of_step};
+use crate::run::folder::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, keep_old_metrics, refuse_taken_output};
+use crate::run::lock::RunLock;
+use crate::run::requests::{Agreed, Requests};
+use crate::run::resume_position::ResumePosition;
+use crate::run::setup::Job;
 
 /// How a call that should train ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +67,7 @@ impl<'a> Run<'a> {
         // One rank writes for all.
         let disk = if is_leader { Arc::clone(&host.disk) } else { Arc::new(Nowhere) as Arc<dyn Disk> };
         let (checkpoint, record) = from.unzip();
-        let mut standing = Standing::read(&job, checkpoint.as_deref())?;
+        let mut standing = ResumePosition::read(&job, checkpoint.as_deref())?;
         let evaluation_is_due = record.as_ref().is_some_and(|record| record.evaluation_is_due);
         let evaluation_is_due = standing.follow_rank_0(&mut *ranks, evaluation_is_due)?;
         let trainer = standing.trainer(&job, ranks)?;
@@ -174,8 +175,9 @@ impl<'a> Run<'a> {
     /// Holds the memory model against this GPU, and has its allocator take what the run will need, whoever chose the size.
     fn try_largest_micro_batch(&mut self) -> Result<()> {
         let model = &self.job.model;
-        let probed = self.trainer.try_largest(&model.memory_model(), model.config.data.max_length)?;
-        self.log.banner(&probed.lines())?;
+        let expected = model.memory_model();
+        let probed = self.trainer.try_largest(&|tokens| expected.expected(tokens), model.config.data.max_length)?;
+        self.log.banner(&banner::probed(&probed))?;
         self.take_note()
     }
 
@@ -298,13 +300,13 @@ impl<'a> Run<'a> {
     }
 
     /// Waits until every step that was begun is done and logged, and the state is that of the last of them.
-    pub(super) fn settle(&mut self) -> Result<()> {
+    pub(super) fn finish_steps(&mut self) -> Result<()> {
         let stepped = self.trainer.finish();
         self.log_step(stepped)
     }
 
     fn evaluate(&mut self) -> Result<()> {
-        self.settle()?;
+        self.finish_steps()?;
         let Some(validation) = &self.job.validation else { return Ok(()) };
         let started = Instant::now();
         let trainer = &mut self.trainer;
@@ -325,7 +327,7 @@ impl<'a> Run<'a> {
 
     /// Saves what there is and says how to go on.
     fn interrupted(&mut self, signal: usize) -> Result<Error> {
-        self.settle()?;
+        self.finish_steps()?;
         self.wait_for_the_saver()?;
         let step = self.trainer.state.step;
         // Rank 0 knows which of its files are whole; all take part in a save.

@@ -31,9 +31,9 @@ pub fn device(config: &Config) -> Device {
 }
 
 /// Settles device and dtype where they are `auto`; gives what is worth a word about the device.
-pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
-    let note = settle_device(config)?;
-    settle_dtype(config)?;
+pub fn device_and_dtype(config: &mut Config) -> Result<Option<String>> {
+    let note = resolve_device(config)?;
+    resolve_dtype(config)?;
     Ok(note)
 }
 
@@ -43,7 +43,7 @@ pub fn settle_device_and_dtype(config: &mut Config) -> Result<Option<String>> {
 ///
 /// # Errors
 /// A GPU that has no room for a sample of `data.max_length`.
-pub fn settle_micro_batches(
+pub fn micro_batches(
     config: &mut Config,
     base: &LlamaConfig,
     lora: &LoraSpec,
@@ -99,7 +99,7 @@ fn most_on_cpu(model: &MemoryModel, copied_bytes: i64, max_length: usize) -> Res
     Ok(tokens)
 }
 
-fn settle_device(config: &mut Config) -> Result<Option<String>> {
+fn resolve_device(config: &mut Config) -> Result<Option<String>> {
     if config.model.device == Auto::Is(config::Device::Cpu) {
         return Ok(None);
     }
@@ -121,7 +121,7 @@ fn settle_device(config: &mut Config) -> Result<Option<String>> {
     }
 }
 
-fn settle_dtype(config: &mut Config) -> Result<()> {
+fn resolve_dtype(config: &mut Config) -> Result<()> {
     let is_cuda = config.model.device == Auto::Is(config::Device::Cuda);
     let (major, minor) = if is_cuda { device::capability() } else { (0, 0) };
     let has_bf16 = (major, minor) >= BF16_CAPABILITY;

@@ -4,10 +4,10 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::comm::Communicator;
+use crate::engine::optim::adamw::of_moment;
+use crate::engine::step::Trainer;
 use crate::error::{Error, Result};
 use crate::model::params::{Bucket, ParamBuffer, named_copies};
-use crate::optim::adamw::of_moment;
-use crate::train::step::Trainer;
 
 /// Elements whose bits are summed at a time: libtorch widens all that it is given before it sums.
 const SUMMED_AT_ONCE: i64 = 1 << 22;

@@ -5,23 +5,23 @@ use std::time::Instant;
 
 use tch::Kind;
 
-use crate::checkpoint::state::RunState;
+use crate::batch::PackedBatch;
 use crate::comm::{Communicator, Solo};
-use crate::data::{Dataset, EpochOrder, LossAverage, PackedBatch, Share, build_batches, build_share};
+use crate::data::{Dataset, EpochOrder, LossAverage, Share, build_batches, build_share};
+use crate::engine::gather::gather;
+use crate::engine::metrics::StepMetrics;
+use crate::engine::non_finite::{NonFinite, SampleLoss};
+use crate::engine::optim::adamw::AdamW;
+use crate::engine::optim::control::{Asks, Outcome, Reading, StepControl};
+use crate::engine::optim::loss_scale;
+use crate::engine::optim::schedule::LrSchedule;
+use crate::engine::reduce::{Reducer, touched_ids};
+use crate::engine::state::TrainState;
 use crate::error::{Error, Result};
-use crate::eval::input;
-use crate::log::StepMetrics;
 use crate::model::llama::{Done, Llama};
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::dropout::DropoutKey;
-use crate::optim::adamw::AdamW;
-use crate::optim::control::{Asks, Outcome, Reading, StepControl};
-use crate::optim::scaler;
-use crate::optim::schedule::LrSchedule;
 use crate::progress::Work;
-use crate::train::gather::gather;
-use crate::train::non_finite::{NonFinite, SampleLoss};
-use crate::train::reduce::{Reducer, touched_ids};
 
 /// What an update depends on besides its samples and the run's state.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -92,7 +92,7 @@ pub struct Trainer {
     pub steps_ahead: usize,
     /// Where the run stands. `step` counts the steps that were begun; the rest is as of the last one whose outcome is
     /// known, and agrees with it after [`Self::finish`].
-    pub state: RunState,
+    pub state: TrainState,
     /// The ranks that share each update.
     pub ranks: Box<dyn Communicator>,
     /// What this rank asks of all with the next step.
@@ -136,7 +136,7 @@ impl Trainer {
         model: Llama,
         params: ParamBuffer,
         optimizer: AdamW,
-        state: RunState,
+        state: TrainState,
     ) -> Result<Self> {
         let StepSettings { seed, global_batch, shuffle, max_grad_norm, schedule, .. } = settings;
         let device = params.device();
@@ -240,7 +240,7 @@ impl Trainer {
         control.begin(self.asks)?;
         let touched = if is_alone { Vec::new() } else { touched_ids(&self.samples, samples) };
         let mut reducer = Reducer::new(&mut **ranks, params, grads, &touched);
-        let n_tokens = |packed: &PackedBatch| packed.input_ids.len() as u64;
+        let n_tokens = |packed: &PackedBatch| packed.n_tokens() as u64;
         let work = Work::begin(format!("step {}", *step + 1), "tokens", batches.iter().map(n_tokens).sum());
         let mut ran_out = None;
         for (nth, packed) in (1..).zip(batches) {
@@ -249,7 +249,7 @@ impl Trainer {
                     true => reducer.completed(done),
                     false => Ok(()),
                 };
-                let batch = model.batch(input(packed), dropout)?;
+                let batch = model.batch(packed, dropout)?;
                 after(Part::Input)?;
                 let (hidden_nd, saved) = model.forward(&batch, settings.recompute)?;
                 after(Part::Forward)?;
@@ -311,9 +311,9 @@ impl Trainer {
         let mut losses = self.without_losses(step, samples);
         // No two documents fit into one token.
         for packed in build_batches(&self.samples, samples, self.settings.loss_average, 1) {
-            let nll = self.model.nll(&self.model.batch(input(&packed), self.dropout(step - 1))?)?;
+            let nll = self.model.nll(&self.model.batch(&packed, self.dropout(step - 1))?)?;
             let sum = nll.f_sum(Kind::Double)?.f_double_value(&[])?;
-            losses[packed.slots[0] as usize].loss = Some(sum / packed.label_tokens as f64);
+            losses[packed.slots[0] as usize].loss = Some(sum / packed.label_tokens() as f64);
         }
         Ok(losses)
     }
@@ -347,7 +347,7 @@ impl Trainer {
             *asked += asks;
         }
         if let Some(outcome) = &outcome {
-            if !outcome.is_finite && outcome.loss_scale <= scaler::SMALLEST {
+            if !outcome.is_finite && outcome.loss_scale <= loss_scale::SMALLEST {
                 self.not_finite(step, outcome, &samples)?;
             }
             self.state.updates += u64::from(outcome.is_finite);

@@ -9,14 +9,14 @@ use crate::checkpoint::manifest::{Newest, checkpoints, newest_good_before};
 use crate::checkpoint::state::{ComputedOn, Record};
 use crate::comm::Solo;
 use crate::config::{Config, Meaning};
+use crate::engine::metrics::StepMetrics;
+use crate::engine::non_finite::{SampleLoss, json_line};
+use crate::engine::step::Trainer;
 use crate::error::{Error, Result};
-use crate::log::StepMetrics;
-use crate::train::begin::same_identity;
-use crate::train::non_finite::{SampleLoss, json_line};
-use crate::train::run_dir::{CHECKPOINTS_DIR, METRICS_FILE, expect_run};
-use crate::train::setup::{CacheUse, Job};
-use crate::train::stand::{Standing, computed_on};
-use crate::train::step::Trainer;
+use crate::run::begin::same_identity;
+use crate::run::folder::{CHECKPOINTS_DIR, METRICS_FILE, expect_run};
+use crate::run::resume_position::{ResumePosition, computed_on};
+use crate::run::setup::{CacheUse, Job};
 
 /// The keys of a line of metrics that a clock decides.
 const OF_A_CLOCK: [&str; 2] = ["step_secs", "tokens_per_s"];
@@ -168,7 +168,7 @@ fn open_at(job: &Job, run_dir: &Path, checkpoint: Option<&Path>) -> Result<(Trai
     if let Some(record) = &record {
         same_identity(job, record, &[], run_dir)?;
     }
-    Ok((Standing::read(job, checkpoint)?.trainer(job, Box::new(Solo))?, record))
+    Ok((ResumePosition::read(job, checkpoint)?.trainer(job, Box::new(Solo))?, record))
 }
 
 /// The line of a step without what a clock says.

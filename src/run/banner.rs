@@ -3,11 +3,12 @@
 use std::fmt::Write as _;
 
 use crate::config::Auto;
+use crate::engine::probe::Probed;
 use crate::error::Result;
 use crate::plan::memory::{frozen_params, sum};
 use crate::plan::{Part, gib};
-use crate::train::settle::copied_bytes;
-use crate::train::setup::Job;
+use crate::run::resolve_auto::copied_bytes;
+use crate::run::setup::Job;
 
 /// Describes a job: base, parameters, samples, updates, memory, and the first sample with its learned part marked.
 pub fn lines(job: &Job) -> Result<Vec<String>> {
@@ -142,4 +143,12 @@ pub fn grouped(n: i64) -> String {
         out.push(c);
     }
     out
+}
+
+/// What was predicted and what was found of a micro-batch that was tried, side by side.
+pub(super) fn probed(probed: &Probed) -> Vec<String> {
+    let mut lines = vec![format!("memory      of a micro-batch of {} tokens, predicted and real", probed.tokens)];
+    let all = probed.found.iter().copied().chain([probed.peak()]);
+    lines.extend(all.map(|f| format!("  {:<20} {:>10} {:>10}", f.name, gib(f.predicted), gib(f.real))));
+    lines
 }

@@ -10,6 +10,8 @@ use crate::data::{
     self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer, Truncation,
     template_check,
 };
+use crate::engine::optim::schedule::{LrSchedule, Shape, warmup_updates};
+use crate::engine::step::StepSettings;
 use crate::error::{Error, Fault, Result};
 use crate::model::adapter_file::{self, AdapterConfig};
 use crate::model::config::LlamaConfig;
@@ -18,13 +20,11 @@ use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::{BaseWeights, TensorFiles};
-use crate::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::plan::MemoryModel;
+use crate::run::disagreements::{attention_dropout, other_ends};
+use crate::run::parts::{open_init_adapter, open_tokenizer, vocab_size};
+use crate::run::resolve_auto;
 use crate::torch::cuda::set_numerics;
-use crate::train::disagreements::{attention_dropout, other_ends};
-use crate::train::parts::{open_init_adapter, open_tokenizer, vocab_size};
-use crate::train::settle;
-use crate::train::step::StepSettings;
 
 /// The model of a config, checked but not loaded, with its tokenizer and template.
 pub struct ModelSetup {
@@ -110,7 +110,7 @@ impl ModelSetup {
     pub fn inspect(mut config: Config, n_ranks: usize) -> Result<Self> {
         let mut faults = Gather::default();
         let mut warnings = config.warnings.clone();
-        let device_note = faults.take(settle::settle_device_and_dtype(&mut config))?.flatten();
+        let device_note = faults.take(resolve_auto::device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
         let read = faults.take(LlamaConfig::load(&config.model.base, &config.model.allow_config_keys))?;
         let base = read.map(|read| {
@@ -143,7 +143,7 @@ impl ModelSetup {
         }
         // Without a device there is no memory to ask for.
         if let (Some(base), Some(layout), true) = (&base, &layout, faults.0.is_empty()) {
-            faults.take(settle::settle_micro_batches(&mut config, base, &lora, layout, n_ranks))?;
+            faults.take(resolve_auto::micro_batches(&mut config, base, &lora, layout, n_ranks))?;
         }
         let mut init = None;
         if let (Some(dir), Some(layout)) = (&config.model.init_adapter, &layout) {
@@ -171,12 +171,12 @@ impl ModelSetup {
 
     /// The dtype of weights, activations and products.
     pub fn kind(&self) -> Kind {
-        settle::kind(&self.config)
+        resolve_auto::kind(&self.config)
     }
 
     /// Where the model computes.
     pub fn device(&self) -> Device {
-        settle::device(&self.config)
+        resolve_auto::device(&self.config)
     }
 
     /// Tokens a micro-batch may hold.
@@ -397,7 +397,7 @@ pub fn run_bytes(config: &Config, layout: &Layout, total_steps: Option<u64>) -> 
 fn micro_batch_tokens(config: &Config) -> usize {
     match config.train.micro_batch_tokens {
         Auto::Is(tokens) => tokens,
-        Auto::Auto => settle::CPU_MICRO_BATCH_TOKENS,
+        Auto::Auto => resolve_auto::CPU_MICRO_BATCH_TOKENS,
     }
 }
 

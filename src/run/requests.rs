@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use crate::engine::optim::control::Asks;
 use crate::error::STOP_SIGNALS;
-use crate::optim::control::Asks;
 
 /// Where the requests for a checkpoint are counted, behind those of the signals to stop.
 const SAVE: usize = STOP_SIGNALS.len();

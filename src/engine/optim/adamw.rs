@@ -2,9 +2,9 @@
 
 use tch::{Kind, Tensor};
 
+use crate::engine::optim::control::Decision;
 use crate::error::Result;
 use crate::model::params::{Gradients, Layout, ParamBuffer, Shard, named_views};
-use crate::optim::control::Decision;
 use crate::torch::{self, AdamWStep};
 
 /// The optimizer's numbers that stay the same through a run.

@@ -1,4 +1,4 @@
-//! A listener that only ranks of the job get past. Strangers who connect and say nothing, or nonsense, hold nobody up.
+//! A listener that accepts ranks of the job alone. Strangers who connect and say nothing, or nonsense, hold nobody up.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -15,7 +15,7 @@ const MOST_VISITORS: usize = 256;
 
 /// A listener with those who have come and not yet proven who they are.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct Acceptor {
     listener: TcpListener,
     key: Key,
     purposes: &'static [Purpose],
@@ -56,7 +56,7 @@ enum Step {
     IsStranger,
 }
 
-impl Door {
+impl Acceptor {
     /// Lets ranks in at a listener that does not block, who come for one of these purposes.
     pub(super) fn new(listener: TcpListener, key: Key, purposes: &'static [Purpose]) -> Self {
         Self { listener, key, purposes, visitors: Vec::new(), n_strangers: 0 }
