@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::eval::{EvalResult, evaluate};
 use crate::log::show_progress;
 use crate::model::weights::TensorFiles;
-use crate::plan::memory::sum;
+use crate::plan::parts::sum;
 use crate::run::folder::{CONFIG_FILE, holds_run};
 use crate::run::setup::{CacheUse, Job, ModelSetup};
 use crate::torch::memory;

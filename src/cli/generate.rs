@@ -10,7 +10,7 @@ use crate::data::{Record, Template, prompt_ids};
 use crate::error::{Error, Fault, Result};
 use crate::generate::{Sampling, generate};
 use crate::log::show_progress;
-use crate::plan::memory::sum;
+use crate::plan::parts::sum;
 use crate::trained::Trained;
 
 /// Keys and values of more tokens would not fit in memory.

@@ -16,8 +16,9 @@ use crate::disk::LocalDisk;
 use crate::error::{Error, Result};
 use crate::log::show_progress;
 use crate::progress;
-use crate::run::begin::{self, Host};
+use crate::run::begin;
 use crate::run::folder::expect_run;
+use crate::run::start::Host;
 use crate::run::training_loop::Outcome;
 
 #[derive(Debug, Args)]

@@ -2,7 +2,7 @@
 
 use tch::{Device, Tensor};
 
-use super::Communicator;
+use super::communicator::{Communicator, check_root};
 use crate::error::Result;
 
 /// The communicator of a run of one rank: every sum is already there.
@@ -35,7 +35,7 @@ impl Communicator for Solo {
     }
 
     fn broadcast(&mut self, _: &Tensor, root: usize) -> Result<()> {
-        super::check_root(root, 1)
+        check_root(root, 1)
     }
 
     fn wait(&mut self) -> Result<()> {

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use tch::{Device, Tensor};
 
+use super::communicator::{Communicator, check_root};
 use super::exchange::{Failure, Team, run};
 use super::frame::{Dtype, OpKind, Operation};
 use super::link::{Farewell, Link};
 use super::rendezvous::{Place, Rendezvous, join};
-use super::{Communicator, check_root};
 use crate::error::{Error, Fault, Result};
 use crate::torch;
 

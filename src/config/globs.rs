@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use glob::{MatchOptions, Pattern};
 
-use super::paths::{Checked, Problem, problem};
+use super::problem::{Checked, Problem, problem};
 
 /// What a pattern stands for.
 #[derive(Default)]

@@ -11,6 +11,7 @@ mod globs;
 mod of_run;
 mod paths;
 mod print;
+mod problem;
 mod raw;
 mod reader;
 mod resolve;

@@ -5,19 +5,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, access};
 
 use super::globs;
-
-/// A path that is as it should be, or what is wrong with it.
-pub(super) type Checked<T> = Result<T, Problem>;
-
-/// What is wrong with a path, and what to do.
-pub(super) struct Problem {
-    pub(super) what: String,
-    pub(super) hint: String,
-}
-
-pub(super) fn problem<T>(what: String, hint: impl Into<String>) -> Checked<T> {
-    Err(Problem { what, hint: hint.into() })
-}
+use super::problem::{Checked, Problem, problem};
 
 /// Checks the folder of a base model.
 pub(super) fn base(text: &str) -> Checked<PathBuf> {

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::choices::Choice;
+use super::problem::Checked;
 use super::raw::{Given, Raw, Value};
 use super::{Auto, Config, Faults, FileKeys, TemplateChoice, foreign, paths};
 use crate::error::Fault;
@@ -250,7 +251,7 @@ impl Reader<'_> {
     }
 
     /// Reads a path and hands it to `check`, which makes it absolute or gives its fault.
-    pub(super) fn path<T>(&mut self, key: &str, check: impl Fn(&str) -> paths::Checked<T>) -> Option<T> {
+    pub(super) fn path<T>(&mut self, key: &str, check: impl Fn(&str) -> Checked<T>) -> Option<T> {
         let given = self.raw.get(key)?;
         let Some(text) = given.text().map(str::to_owned) else {
             let found = given.value.clone();
@@ -270,7 +271,7 @@ impl Reader<'_> {
         &mut self,
         key: &'static str,
         example: &str,
-        check: impl Fn(&str) -> paths::Checked<T>,
+        check: impl Fn(&str) -> Checked<T>,
     ) -> Option<T> {
         self.missing(key, example);
         self.path(key, check)
@@ -361,7 +362,7 @@ impl Reader<'_> {
         }
     }
 
-    fn checked<T>(&mut self, key: &str, result: paths::Checked<T>) -> Option<T> {
+    fn checked<T>(&mut self, key: &str, result: Checked<T>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
             Err(problem) => {

@@ -7,29 +7,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::cache::{Ids, Table, TokenCache};
-use super::encode::{Encoder, Truncation};
+use super::encode::Encoder;
 use super::lengths::Length;
 use super::order::{self, SplitMix64};
-use super::record::place;
-use super::samples::{self, Loaded, Summary};
+use super::reason::place;
+use super::samples::{self, DataSpec, Loaded, Summary};
 use super::template::Template;
-use super::tokenizer::{SpecialTokens, Tokenizer};
+use super::tokenizer::Tokenizer;
 use crate::error::{Fault, Result};
-
-/// Which samples to load and how.
-#[derive(Debug, Clone)]
-pub struct DataSpec {
-    /// The data files, in order.
-    pub files: Vec<PathBuf>,
-    /// Tokens a sample may have.
-    pub max_length: usize,
-    /// What becomes of a longer one.
-    pub truncation: Truncation,
-    /// What becomes of special tokens in a sample's text.
-    pub special_tokens: SpecialTokens,
-    /// How many bad rows are passed over; one more is an error.
-    pub max_bad_rows: usize,
-}
 
 /// Encoded samples. A clone or a selection shares their memory.
 #[derive(Clone)]

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{Reason, Record};
+use super::reason::Reason;
+use super::record::Record;
 use super::template::Template;
 use super::tokenizer::{SpecialTokens, Tokenizer};
 use crate::error::{Error, Result};

@@ -3,7 +3,7 @@
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::record::Reason;
+use super::reason::Reason;
 
 /// A JSON value; an object that has a key twice is an error, where serde_json would keep the last of the two.
 pub(super) struct Strict(pub(super) Value);

@@ -8,7 +8,7 @@
 use serde_json::Value;
 
 use super::json::{kind, shortened};
-use super::record::Reason;
+use super::reason::Reason;
 
 /// What a key is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,6 +5,7 @@
 //!
 //! Nothing here knows the model, prints, or reads the environment.
 
+pub mod reason;
 pub mod record;
 pub mod rows;
 pub mod template;
@@ -32,10 +33,11 @@ pub mod pack;
 
 pub use batch::{LossAverage, Share, build_batches, build_share};
 pub use cache::TokenCache;
-pub use dataset::{DataSpec, Dataset, Stats};
+pub use dataset::{Dataset, Stats};
 pub use encode::{Encoder, Truncation, prompt_ids};
 pub use lengths::Lengths;
 pub use order::EpochOrder;
 pub use record::Record;
+pub use samples::DataSpec;
 pub use template::{Template, TemplateFile};
 pub use tokenizer::{SpecialTokens, Tokenizer};

@@ -1,13 +1,11 @@
 //! What a row of a data file says, in any of the known formats.
 
-use std::path::Path;
-
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::json::{self, Strict};
 use super::learned::{self, About, Role, Said, Wish};
-use crate::error::Fault;
+use super::reason::Reason;
 
 /// What one row of a data file says, whatever its format.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -30,27 +28,6 @@ impl Record {
     /// A question by itself, as a prompt to answer.
     pub fn question(text: impl Into<String>) -> Self {
         Self { question: text.into(), ..Self::default() }
-    }
-}
-
-/// Why a row or a file cannot be used, and what to do about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reason {
-    /// What was found and what was expected.
-    pub what: String,
-    /// What to change; may be empty.
-    pub hint: String,
-}
-
-impl Reason {
-    /// A reason that says all by itself.
-    pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), hint: String::new() }
-    }
-
-    /// Adds what to change.
-    pub fn hint(self, hint: impl Into<String>) -> Self {
-        Self { hint: hint.into(), ..self }
     }
 }
 
@@ -359,14 +336,4 @@ fn unknown_format(row: &Row, text: &str) -> Reason {
     let keys: Vec<String> = keys.keys().take(8).map(|key| format!("`{}`", json::shortened(key))).collect();
     let found = if keys.is_empty() { "it has no keys".to_owned() } else { format!("its keys are {}", keys.join(", ")) };
     Reason::new(format!("is of no known format: {found}")).hint(KNOWN)
-}
-
-/// A fault at a row.
-pub fn row_fault(file: &Path, line: u32, reason: &Reason) -> Fault {
-    Fault::new(place(file, line), reason.what.as_str()).hint(reason.hint.as_str())
-}
-
-/// `file:line`.
-pub fn place(file: &Path, line: u32) -> String {
-    format!("{}:{line}", file.display())
 }

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::brackets::value_end;
 use super::json;
-use super::record::{Reason, Record, parse};
+use super::reason::Reason;
+use super::record::{Record, parse};
 use super::split::{Split, split};
 use crate::error::{Error, Result, shell_quoted};
 

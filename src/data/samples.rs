@@ -12,12 +12,28 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::cache::{self, Ids, Table, TokenCache};
 use super::cache_room::{make_room, note_use};
-use super::dataset::DataSpec;
 use super::encode::{Encoder, Failure, Truncation};
-use super::record::{Reason, Record, place, row_fault};
+use super::reason::{Reason, place, row_fault};
+use super::record::Record;
 use super::rows::RowFile;
+use super::tokenizer::SpecialTokens;
 use crate::error::{Error, Fault, Result};
 use crate::progress::Work;
+
+/// Which samples to load and how.
+#[derive(Debug, Clone)]
+pub struct DataSpec {
+    /// The data files, in order.
+    pub files: Vec<PathBuf>,
+    /// Tokens a sample may have.
+    pub max_length: usize,
+    /// What becomes of a longer one.
+    pub truncation: Truncation,
+    /// What becomes of special tokens in a sample's text.
+    pub special_tokens: SpecialTokens,
+    /// How many bad rows are passed over; one more is an error.
+    pub max_bad_rows: usize,
+}
 
 /// What the token cache keeps beside the samples.
 #[derive(Debug, Default, Serialize, Deserialize)]

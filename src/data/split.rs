@@ -10,7 +10,7 @@ use memchr::{memchr, memchr_iter};
 
 use super::brackets::{scan, string_end, value_end};
 
-use super::record::Reason;
+use super::reason::Reason;
 
 /// The rows of a file, and what was found between them.
 #[derive(Debug, Default)]

@@ -12,7 +12,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{Reason, Record};
+use super::reason::Reason;
+use super::record::Record;
 use super::tokenizer::{Part, SpecialTokens, Tokenizer};
 use crate::error::{Error, Result};
 

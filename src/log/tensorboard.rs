@@ -10,8 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
-use super::EvalMetrics;
 use super::file::LogFile;
+use super::metrics::EvalMetrics;
 use crate::disk::{self, Disk};
 use crate::engine::metrics::StepMetrics;
 use crate::error::Result;

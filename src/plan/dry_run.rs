@@ -17,7 +17,7 @@ use meter::{Bytes, Held, Meter};
 
 use crate::model::llama::rows_per_chunk;
 use crate::model::params::padded_head_rows;
-use crate::plan::memory::{Part, PartBytes, Passes, Stage};
+use crate::plan::parts::{Part, PartBytes, Passes, Stage};
 
 /// Bytes of an fp32 element.
 const FP32: i64 = 4;

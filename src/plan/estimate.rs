@@ -10,7 +10,8 @@ use crate::model::flops::{Flops, TokenMix};
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
 use crate::plan::gpus::GpuModel;
-use crate::plan::memory::{MemoryModel, PartBytes, frozen_params, sum};
+use crate::plan::memory::{MemoryModel, frozen_params};
+use crate::plan::parts::{PartBytes, sum};
 use crate::plan::solve::{Bounds, Form, Solved, Wanted, largest_that_fits, settle, usable};
 
 /// The share of a GPU's data-sheet peak that training is assumed to reach: what public LoRA trainers show for a 7B model on

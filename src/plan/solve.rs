@@ -1,7 +1,7 @@
 //! From bytes to tokens: the largest micro-batch that a device can hold.
 
 use crate::error::{Error, Result};
-use crate::plan::gib;
+use crate::plan::fit::gib;
 use crate::plan::memory::MemoryModel;
 
 /// Of all memory, one part in so many is left free: allocators round, and blocks of one size do not serve another.

@@ -1,50 +1,20 @@
 //! Where a run begins: in a new folder, or where the checkpoints of one that is there say, and whether it may.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use crate::checkpoint::manifest::{Newest, checkpoints, newest_good};
 use crate::checkpoint::state::{BaseIdentity, Record};
 use crate::comm::{Communicator, broadcast_bytes};
 use crate::config::{Config, Difference, Meaning, values_of};
-use crate::disk::Disk;
 use crate::error::{Error, Fault, Result, shell_quoted};
 use crate::run::folder::{
-    ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, expect_run, finished_adapter, holds_run, refuse_taken_output,
-    verify_adapter,
+    CHECKPOINTS_DIR, CONFIG_FILE, expect_run, finished_adapter, holds_run, refuse_taken_output, verify_adapter,
 };
 use crate::run::lock::RunLock;
-use crate::run::requests::Requests;
 use crate::run::resume_position::computed_on;
 use crate::run::setup::{CacheUse, Job};
+use crate::run::start::{Host, Start};
 use crate::run::training_loop::{Outcome, Run};
-
-/// What a run is given beside its config.
-#[derive(Debug)]
-pub struct Host {
-    /// Where it writes.
-    pub disk: Arc<dyn Disk>,
-    /// What is asked of it while it goes on.
-    pub requests: Requests,
-    /// Told how far the run is, where somebody watches it.
-    pub tell: Option<fn(&str)>,
-    /// Ranks of the job that share this machine's memory, this one included.
-    pub n_local_ranks: usize,
-}
-
-/// A run that may begin.
-pub(super) struct Start {
-    pub(super) job: Job,
-    pub(super) dir: PathBuf,
-    /// Of the folder that is there; a new one has none yet.
-    pub(super) lock: Option<RunLock>,
-    /// The checkpoint to go on from, with what it says.
-    pub(super) from: Option<(PathBuf, Record)>,
-    /// What the user should know.
-    pub(super) notes: Vec<String>,
-    /// Newer checkpoints that were passed over.
-    pub(super) damaged: Vec<(PathBuf, Error)>,
-}
 
 /// Starts a run in its output folder; with `resume` goes on with the run that is there, if any.
 ///
@@ -289,9 +259,4 @@ fn bytes_of_checkpoints(dir: &Path) -> Result<u64> {
         }
     }
     Ok(bytes)
-}
-
-/// The folder that the adapter of a run gets when the run goes on beyond its end.
-pub(super) fn adapter_of_step(dir: &Path, step: u64) -> PathBuf {
-    dir.join(format!("{ADAPTER_DIR}-step-{step:08}"))
 }

@@ -98,3 +98,8 @@ pub fn verify_adapter(dir: &Path) -> Result<()> {
         ))
     })
 }
+
+/// The folder that the adapter of a run gets when the run goes on beyond its end.
+pub(super) fn adapter_of_step(dir: &Path, step: u64) -> PathBuf {
+    dir.join(format!("{ADAPTER_DIR}-step-{step:08}"))
+}

@@ -16,5 +16,6 @@ pub mod requests;
 pub mod resolve_auto;
 mod resume_position;
 pub mod setup;
+pub mod start;
 pub mod training_loop;
 pub mod verify;

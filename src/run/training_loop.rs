@@ -19,12 +19,13 @@ use crate::error::{Error, Fault, Result, shell_quoted};
 use crate::eval::evaluate;
 use crate::log::{EvalMetrics, LogSettings, RunLog};
 use crate::run::banner;
-use crate::run::begin::{Host, Start, adapter_of_step};
+use crate::run::folder::adapter_of_step;
 use crate::run::folder::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, keep_old_metrics, refuse_taken_output};
 use crate::run::lock::RunLock;
 use crate::run::requests::{Agreed, Requests};
 use crate::run::resume_position::ResumePosition;
 use crate::run::setup::Job;
+use crate::run::start::{Host, Start};
 
 /// How a call that should train ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

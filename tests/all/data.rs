@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use bellora::data::record::{Reason, Record};
+use bellora::data::reason::Reason;
+use bellora::data::record::Record;
 use bellora::data::rows::RowFile;
 use bellora::data::{
     DataSpec, Dataset, EpochOrder, LossAverage, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer,

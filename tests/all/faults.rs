@@ -10,8 +10,9 @@ use bellora::checkpoint::manifest::{newest_good, step_dir, verify};
 use bellora::comm::Solo;
 use bellora::disk::{LocalDisk, names, remove_tree};
 use bellora::error::{Error, Result};
-use bellora::run::begin::{self, Host};
+use bellora::run::begin;
 use bellora::run::requests::Requests;
+use bellora::run::start::Host;
 use bellora::run::training_loop::Outcome;
 
 use crate::faulty_disk::{Fault, FaultyDisk, Point};

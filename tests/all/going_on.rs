@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use bellora::comm::Solo;
 use bellora::disk::{Disk, DiskFile, LocalDisk};
-use bellora::run::begin::{Host, train};
+use bellora::run::begin::train;
 use bellora::run::requests::Requests;
+use bellora::run::start::Host;
 use serde_json::Value;
 
 use crate::resume::{

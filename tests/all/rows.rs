@@ -39,7 +39,7 @@ fn open(name: &str, content: &[u8]) -> Result<RowFile> {
 fn read(content: impl AsRef<[u8]>) -> Read {
     let file = open("rows", content.as_ref()).unwrap_or_else(|error| panic!("{error}"));
     let said = |row| file.record(row).map(|record| record.answer).map_err(|reason| reason.what);
-    let told = |(line, reason): &(u32, bellora::data::record::Reason)| (*line, reason.what.clone());
+    let told = |(line, reason): &(u32, bellora::data::reason::Reason)| (*line, reason.what.clone());
     Read {
         rows: (0..file.len()).map(|row| (file.line(row), said(row))).collect(),
         broken: file.broken().map(told),

@@ -14,9 +14,10 @@ use tch::{Device, Kind, Tensor};
 
 use self::result::{Library, Progress, dtype, library};
 use self::sys::{Comm, Event, SUM, Stream, UniqueId};
+use super::communicator::{Communicator, check_root};
 use super::frame::OpKind;
 use super::sockets::shown;
-use super::{Communicator, Tcp, check_root};
+use super::tcp::Tcp;
 use crate::error::{Error, Fault, Result};
 
 /// The pause between two looks at what a GPU is at.

@@ -5,23 +5,11 @@
 //! contains; no merge can cross such a place, so each segment is merged alone, and most are a few characters long.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::BinaryHeap;
 
+use super::pairs::{BRIDGE, NONE, Pair, key};
 use super::sentencepiece::{Prefix, SPACE, SentencePiece};
 use super::special::Matcher;
-
-/// What two neighbouring symbols make: `rank << 32 | piece`, the lowest rank merged first; or [`BRIDGE`].
-pub(super) type Pair = u64;
-
-/// Nothing, though the two may stand side by side in some piece: no place where a text falls into segments.
-pub(super) const BRIDGE: Pair = u64::MAX;
-
-/// No symbol: a character that no piece contains.
-pub(super) const NONE: u32 = u32::MAX;
-
-/// (left symbol, right symbol), as [`key`] joins them, to what they make.
-pub(super) type Pairs = HashMap<u64, Pair, BuildHasherDefault<PairHasher>>;
 
 /// Segments up to this length are merged by scanning all pairs, longer ones (rare, but a text may be one character a
 /// million times) with a heap.
@@ -229,31 +217,7 @@ impl Output<'_> {
     }
 }
 
-pub(super) fn key(left: u32, right: u32) -> u64 {
-    u64::from(left) << 32 | u64::from(right)
-}
-
 /// A pair as the heap orders it: by rank, then from the left.
 fn candidate((at, &pair): (usize, &Pair)) -> Reverse<(u64, u32)> {
     Reverse((pair >> 32 << 32 | at as u64, pair as u32))
-}
-
-/// Hashes a pair of symbols: one multiplication, then the high bits brought down.
-#[derive(Default)]
-pub(super) struct PairHasher(u64);
-
-impl Hasher for PairHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u64(self.0 ^ u64::from(byte));
-        }
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        self.0 = value.wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29);
-    }
 }

@@ -19,6 +19,7 @@ mod folder;
 mod hf;
 mod merge;
 mod open;
+mod pairs;
 pub mod proto;
 mod sentencepiece;
 mod special;

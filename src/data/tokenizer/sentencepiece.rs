@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use prost::Message;
 
-use super::merge::{BRIDGE, NONE, Pairs, key};
+use super::pairs::{BRIDGE, NONE, Pairs, key};
 use super::proto::{ModelProto, PieceKind, PieceProto, refuse_other_kinds};
 use super::special::{Added, Matcher};
 use crate::error::{Error, Result};

@@ -3,7 +3,7 @@
 use super::{Bytes, Dims, DryRun, FP32, Held, Meter};
 use crate::model::llama::rows_per_chunk;
 use crate::model::params::padded_head_rows;
-use crate::plan::memory::{Part, PartBytes};
+use crate::plan::parts::{Part, PartBytes};
 use tch::Device;
 
 /// Follows `Llama::nll` over a micro-batch of `tokens` tokens, all of them learned.

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use crate::plan::memory::Part;
+use crate::plan::parts::Part;
 
 /// Bytes by part; the index is the part's own.
 pub(super) type Bytes = [i64; Part::ALL.len()];

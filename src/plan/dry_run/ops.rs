@@ -4,7 +4,7 @@ use tch::Kind;
 
 use super::{Dims, DryRun, FP32, Held};
 use crate::ops::attention::ROWS_PER_RUN;
-use crate::plan::memory::Part;
+use crate::plan::parts::Part;
 
 /// What attention's backward on a GPU holds in fp32, as multiples of the queries' width. The memory-efficient kernel sums
 /// the gradients of q, k and v there; flash attention that of q, with up to 128 rows more for every document, and documents
