@@ -110,9 +110,9 @@ impl AdaptedLinear {
         let (Some(adapters), Some(xa_nr)) = (&self.adapters, xa_nr) else { return Ok(None) };
         let ds_nr = xa_nr.f_empty_like()?;
         let parts = adapters.rank_columns(xa_nr)?.into_iter().zip(adapters.rank_columns(&ds_nr)?);
-        for (adapter, (xa_part, mut ds_part)) in adapters.each.iter().zip(parts) {
+        for (adapter, (xa_part, ds_part)) in adapters.each.iter().zip(parts) {
             let dy_part = dy_no.f_narrow(1, adapter.start, adapter.width)?;
-            ds_part.f_copy_(&gemm::nn(&dy_part, &adapter.b_or)?)?;
+            gemm::nn_into_(&ds_part, &dy_part, &adapter.b_or)?;
             gemm::accumulate_tn_(&grads.view(adapter.b_index)?, &dy_part, &xa_part)?;
         }
         ds_nr.f_times_(adapters.scale)?;

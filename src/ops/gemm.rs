@@ -18,6 +18,19 @@ pub fn nn(dy_no: &Tensor, w_oi: &Tensor) -> Result<Tensor> {
     if is_fp32_on_cpu(dy_no) { torch::onednn_linear(dy_no, &w_oi.f_tr()?) } else { Ok(dy_no.f_mm(w_oi)?) }
 }
 
+/// Overwrites `out` `[N, I]`, which may be a slice of columns, by `dy w`: `[N, O] x [O, I]`.
+///
+/// Where `out` is a slice nothing is copied on a GPU, nor in fp64. On the CPU the other dtypes make the product apart and copy it:
+/// oneDNN's fp32 product has no output to be given, and libtorch leaves its half-precision one for an output that is not contiguous.
+pub fn nn_into_(out_ni: &Tensor, dy_no: &Tensor, w_oi: &Tensor) -> Result<()> {
+    if out_ni.device() == Device::Cpu && out_ni.kind() != Kind::Double {
+        out_ni.shallow_clone().f_copy_(&nn(dy_no, w_oi)?)?;
+        return Ok(());
+    }
+    // With beta = 0 what lay there before is not read, be it NaN.
+    addmm_(out_ni, dy_no, w_oi, 0.0, 1.0)
+}
+
 fn is_fp32_on_cpu(x: &Tensor) -> bool {
     x.kind() == Kind::Float && x.device() == Device::Cpu
 }

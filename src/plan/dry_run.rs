@@ -410,7 +410,9 @@ impl<'m> DryRun<'m> {
             // oneDNN takes no slice of columns as it lies.
             let is_slice = *width < group.output;
             let copy = (self.is_fp32_on_cpu() && is_slice).then(|| self.passing(*width));
-            drop((copy, self.passing(self.dims.rank)));
+            // A GPU's product goes into its columns of `ds_nr` itself.
+            let apart = (!self.dims.is_cuda).then(|| self.passing(self.dims.rank));
+            drop((copy, apart));
             self.accumulate(Part::Temporaries, *width, self.dims.rank);
         }
         Some(ds_nr)

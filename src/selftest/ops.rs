@@ -69,6 +69,12 @@ fn gemm_trial(bench: &mut Bench) -> Result<()> {
         bench.hold("gemm x wᵀ", &gemm::nt(&x_ni.ours, &w_oi.ours)?, &nt, nt_bound)?;
         bench.hold("gemm dy w", &gemm::nn(&dy_no.ours, &w_oi.ours)?, &nn, nn_bound)?;
 
+        // Over some columns of wider rows that hold anything, as the adapters' gradients go side by side.
+        let beside = filled(&[n, i + 16], f64::NAN, (bench.kind, bench.device))?;
+        let columns = beside.f_narrow(1, 8, i)?;
+        gemm::nn_into_(&columns, &dy_no.ours, &w_oi.ours)?;
+        bench.hold("gemm = dy w", &columns, &nn, nn_bound)?;
+
         // Into some columns of wider rows, as the adapters add theirs.
         let wide = bench.normal(&[n, o + 16])?;
         gemm::add_nt_(&wide.ours.f_narrow(1, 8, o)?, &x_ni.ours, &w_oi.ours)?;

@@ -7,7 +7,7 @@ use bellora::ops::attention::{self, Documents, Heads};
 use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::{self, DropoutKey, RowOrigin};
 use bellora::ops::rope::{self, RopeScaling, RopeTable};
-use bellora::ops::{cross_entropy, embedding, rms_norm, swiglu};
+use bellora::ops::{cross_entropy, embedding, gemm, rms_norm, swiglu};
 use tch::{Device, Kind, Tensor};
 
 const F64: (Kind, Device) = (Kind::Double, Device::Cpu);
@@ -343,4 +343,18 @@ fn dropout_keeps_the_mean() {
     // 524,288 draws: the share of zeros has a standard deviation of 3e-4, five of them are allowed.
     let dropped = mask.eq(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
     assert!((dropped - 0.05).abs() < 1.5e-3, "{dropped}");
+}
+
+#[test]
+fn a_product_goes_into_its_columns_alone() {
+    tch::manual_seed(8);
+    for (kind, bound) in [(Kind::Double, 1e-12), (Kind::Float, 1e-4), (Kind::BFloat16, 0.2), (Kind::Half, 0.03)] {
+        let (dy, w) = (Tensor::randn([7, 50], F64).to_kind(kind), Tensor::randn([50, 29], F64).to_kind(kind));
+        let wide = Tensor::full([7, 40], f64::NAN, (kind, Device::Cpu));
+        gemm::nn_into_(&wide.narrow(1, 6, 29), &dy, &w).unwrap();
+        let judge = dy.to_kind(Kind::Double).matmul(&w.to_kind(Kind::Double));
+        assert_close("dy w", &wide.narrow(1, 6, 29).to_kind(Kind::Double), &judge, bound);
+        // What lies beside the columns is as it was.
+        assert_eq!(wide.isnan().sum(Kind::Int64).int64_value(&[]), 7 * 11, "{kind:?}");
+    }
 }
