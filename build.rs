@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-const SHIM: [&str; 4] = ["src/torch/shim.cpp", "src/torch/number.cpp", "src/torch/heap.cpp", "src/torch/device.cpp"];
+const SHIM: [&str; 5] =
+    ["src/torch/shim.cpp", "src/torch/number.cpp", "src/torch/heap.cpp", "src/torch/device.cpp", "src/torch/trace.cpp"];
 /// Folders of CUDA's libraries beside torch in the whole set; where they are missing the loader passes them over.
 const CUDA_LIBRARIES: [&str; 5] =
     ["nvidia/cu13/lib", "nvidia/cudnn/lib", "nvidia/cusparselt/lib", "nvidia/nccl/lib", "nvidia/nvshmem/lib"];

@@ -11,14 +11,23 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::torch::transfer::TwoBuffers;
 use crate::torch::write_bytes;
 
 /// Elements of a piece: stored and converted it stays within a core's cache.
 const PIECE: usize = 1 << 18;
 
+/// Elements of each of the two buffers by which a GPU is filled: 16 MiB in half precision, which a file gives in some milliseconds.
+const BUFFER: usize = 1 << 23;
+
 /// Whether [`read_into`] can fill a tensor.
 pub(super) fn can_fill(to: &Tensor) -> bool {
     to.device() == Device::Cpu && to.is_contiguous() && is_float(to.kind())
+}
+
+/// Whether [`read_up`] can fill a tensor.
+pub(super) fn can_fill_by_buffers(to: &Tensor) -> bool {
+    to.device().is_cuda() && to.is_contiguous() && is_float(to.kind()) && to.numel() > 0
 }
 
 fn is_float(kind: Kind) -> bool {
@@ -49,6 +58,20 @@ pub(super) fn read_into(file: &File, path: &Path, start: usize, stored: Kind, to
         _ => pieces.into_par_iter().map_init(Scratch::default, one).collect(),
     };
     outcome.map_err(Error::io("read", path))
+}
+
+/// As [`read_into`], for a tensor on a GPU: pieces are read and converted into one of two pinned buffers while the device takes
+/// the other. The device may still be taking the last of them afterwards; what is queued behind finds them there.
+///
+/// # Errors
+/// As [`read_into`]; pinned memory that runs out.
+pub(super) fn read_up(file: &File, path: &Path, start: usize, stored: Kind, to: &Tensor) -> Result<()> {
+    let buffers = TwoBuffers::new(BUFFER.min(to.numel()) as i64, to.kind(), to.device())?;
+    read_by(&buffers, file, path, start, stored, to)
+}
+
+fn read_by(buffers: &TwoBuffers, file: &File, path: &Path, start: usize, stored: Kind, to: &Tensor) -> Result<()> {
+    buffers.fill(to, |part, first| read_into(file, path, start + first * stored.elt_size_in_bytes(), stored, part))
 }
 
 /// The memory of a thread for the piece at hand.
@@ -139,6 +162,21 @@ mod tests {
                 let judge = tensor.to_kind(kind);
                 assert_eq!(crate::torch::bytes(&ours), crate::torch::bytes(&judge), "{stored:?} to {kind:?}");
             }
+        }
+    }
+
+    #[test]
+    fn what_goes_by_two_buffers_is_the_same() {
+        let numbers = numbers();
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"before").unwrap();
+        file.write_all(crate::torch::bytes(&numbers)).unwrap();
+        for kind in [Kind::Float, Kind::BFloat16] {
+            // Ordinary memory in place of pinned: three buffers full and a part of one.
+            let buffers = TwoBuffers::new(PIECE as i64 * 2 / 3, kind, Device::Cpu).unwrap();
+            let to = Tensor::zeros(numbers.size(), (kind, Device::Cpu));
+            read_by(&buffers, file.as_file(), file.path(), 6, Kind::Float, &to).unwrap();
+            assert_eq!(crate::torch::bytes(&to), crate::torch::bytes(&numbers.to_kind(kind)), "{kind:?}");
         }
     }
 

@@ -215,6 +215,9 @@ impl TensorFiles {
         if tensor_read::can_fill(to) {
             return tensor_read::read_into(file, path, t.start, kind, to);
         }
+        if tensor_read::can_fill_by_buffers(to) {
+            return tensor_read::read_up(file, path, t.start, kind, to);
+        }
         let bytes = &map[t.start..t.end];
         let strides = contiguous_strides(&shape);
         // SAFETY: the bytes lie in the map, which outlives this view; they are only read; shape and dtype were checked

@@ -54,6 +54,7 @@ unsafe extern "C" {
         dv: *mut *mut C_tensor,
     ) -> c_int;
     fn bellora_addmm_fp32(out: *mut C_tensor, a: *mut C_tensor, b: *mut C_tensor) -> c_int;
+    fn bellora_prefer_blas(which: c_int, before: *mut c_int) -> c_int;
     fn bellora_set_numerics(deterministic: bool) -> c_int;
 }
 
@@ -175,6 +176,37 @@ pub fn efficient_backward(d_o: &Tensor, inputs: Qkv, o: &Tensor, lse: &Tensor) -
 pub fn addmm_fp32_(out: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     // SAFETY: all three are live tensors for the length of the call.
     check_op("addmm.dtype_out", unsafe { bellora_addmm_fp32(raw(out), raw(a), raw(b)) })
+}
+
+/// A library that makes a GPU's products, by its number in libtorch's `at::BlasBackend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Blas(c_int);
+
+impl Blas {
+    /// cuBLAS.
+    pub const CUBLAS: Self = Self(1);
+    /// cuBLASLt.
+    pub const CUBLASLT: Self = Self(2);
+
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CUBLAS => "cublas",
+            Self::CUBLASLT => "cublaslt",
+            _ => "default",
+        }
+    }
+}
+
+/// Has a library make the products from now on, where it can; gives the one before.
+///
+/// # Errors
+/// A libtorch without it.
+pub fn prefer_blas(blas: Blas) -> Result<Blas> {
+    let mut before = 0;
+    // SAFETY: it sets a switch of libtorch's global context and writes one number.
+    check_op("cuBLAS", unsafe { bellora_prefer_blas(blas.0, &mut before) })?;
+    Ok(Blas(before))
 }
 
 /// Sets how products and sums are computed from now on: half-precision products add up in fp32, fp32 products keep their

@@ -115,7 +115,8 @@ int bellora_addmm_fp32(T out, T a, T b) {
   });
 }
 
-// Bytes: allocated now, allocated at most since the last reset, reserved from the device, free on the device.
+// Bytes: allocated now, allocated at most since the last reset, reserved from the device, free on the device, reserved at most
+// since the last reset. The last number counts allocations that succeeded only after all unused memory was given back.
 int bellora_cuda_memory(int index, int64_t* out) {
   return asked([&] {
     auto& from = allocator();
@@ -124,6 +125,8 @@ int bellora_cuda_memory(int index, int64_t* out) {
     out[0] = stats.allocated_bytes[all].current;
     out[1] = stats.allocated_bytes[all].peak;
     out[2] = stats.reserved_bytes[all].current;
+    out[4] = stats.reserved_bytes[all].peak;
+    out[5] = stats.num_alloc_retries;
     out[3] = static_cast<int64_t>(from.getMemoryInfo(static_cast<c10::DeviceIndex>(index)).first);
   });
 }
@@ -139,6 +142,15 @@ int bellora_cuda_release_cached() {
 // Waits until everything that was queued on a GPU is done.
 int bellora_cuda_synchronize(int index) {
   return asked([&] { c10::impl::VirtualGuardImpl(c10::kCUDA).synchronizeDevice(static_cast<c10::DeviceIndex>(index)); });
+}
+
+// Sets the library of products, by the number of at::BlasBackend, and gives the one before.
+int bellora_prefer_blas(int which, int* before) {
+  return asked([&] {
+    auto& context = at::globalContext();
+    *before = static_cast<int>(context.blasPreferredBackend());
+    context.setBlasPreferredBackend(static_cast<at::BlasBackend>(which));
+  });
 }
 
 // Products of fp16 and bf16 add up in fp32 throughout, those of fp32 keep all their digits; with `deterministic`, ops

@@ -24,14 +24,17 @@ struct CudaMemory {
     allocated_peak: u64,
     reserved: u64,
     free: u64,
+    reserved_peak: u64,
+    retries: u64,
 }
 
 fn cuda_memory(index: usize) -> Result<CudaMemory> {
-    let mut out = [0; 4];
-    // SAFETY: the shim writes the four numbers.
+    let mut out = [0; 6];
+    // SAFETY: the shim writes the six numbers.
     check_op("CUDA allocator", unsafe { bellora_cuda_memory(index as c_int, out.as_mut_ptr()) })?;
-    let [allocated, allocated_peak, reserved, free] = out.map(|bytes| u64::try_from(bytes).unwrap_or(0));
-    Ok(CudaMemory { allocated, allocated_peak, reserved, free })
+    let [allocated, allocated_peak, reserved, free, reserved_peak, retries] =
+        out.map(|n| u64::try_from(n).unwrap_or(0));
+    Ok(CudaMemory { allocated, allocated_peak, reserved, free, reserved_peak, retries })
 }
 
 /// Bytes in use: those of live tensors on a GPU, the resident memory of the process on a CPU.
@@ -54,6 +57,25 @@ pub fn peak_bytes(device: Device) -> Result<u64> {
         Device::Cuda(index) => Ok(cuda_memory(index)?.allocated_peak),
         _ => proc_bytes("/proc/self/status", "VmHWM:"),
     }
+}
+
+/// What a GPU's allocator did besides handing memory out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AllocatorCounts {
+    /// Bytes that it held of the device at most, used or not, since [`reset_peak`] (or the start).
+    pub reserved_peak_bytes: u64,
+    /// How often since the start it had to give unused memory back to the device before an allocation succeeded.
+    pub retries: u64,
+}
+
+/// Asks a GPU's allocator; `None` on a CPU, which has none of its own.
+///
+/// # Errors
+/// A GPU that does not say.
+pub fn allocator_counts(device: Device) -> Result<Option<AllocatorCounts>> {
+    let Device::Cuda(index) = device else { return Ok(None) };
+    let CudaMemory { reserved_peak, retries, .. } = cuda_memory(index)?;
+    Ok(Some(AllocatorCounts { reserved_peak_bytes: reserved_peak, retries }))
 }
 
 /// Has [`peak_bytes`] begin anew from what is in use now.

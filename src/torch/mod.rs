@@ -9,6 +9,8 @@ pub mod host_memory;
 pub mod memory;
 pub mod number;
 pub mod signal_mask;
+pub mod timer;
+pub mod trace;
 pub mod transfer;
 
 use std::ffi::{CStr, c_char, c_int};

@@ -137,10 +137,20 @@ int bellora_pinned(T x, T* out) {
 }
 
 // A mark in the present stream of a GPU, to be waited for from the host.
-int bellora_event_record(int device_index, void** out) {
+// A tensor of the host's memory that a GPU reads by itself: n elements of x's dtype.
+int bellora_pinned_empty(T x, int64_t n, T* out) {
+  return guarded([&] { *out = new at::Tensor(at::empty({n}, x->options().device(at::kCPU).pinned_memory(true))); });
+}
+// Copies without waiting: from pinned memory to a GPU it is queued there.
+int bellora_copy_queued(T to, T from) {
+  return guarded([&] { to->copy_(*from, /*non_blocking=*/true); });
+}
+// With `is_timed` the time of the mark can be asked for.
+int bellora_event_record(int device_index, bool is_timed, void** out) {
   return guarded([&] {
     const c10::Device device(c10::kCUDA, static_cast<c10::DeviceIndex>(device_index));
-    auto event = std::make_unique<c10::Event>(c10::kCUDA);
+    auto event = std::make_unique<c10::Event>(
+        c10::kCUDA, is_timed ? c10::EventFlag::BACKEND_DEFAULT : c10::EventFlag::PYTORCH_DEFAULT);
     event->record(c10::impl::VirtualGuardImpl(c10::kCUDA).getStream(device));
     *out = event.release();
   });
@@ -150,6 +160,10 @@ int bellora_event_wait(void* event) {
   return guarded([&] { static_cast<c10::Event*>(event)->synchronize(); });
 }
 
+// Milliseconds between two timed events that are over.
+int bellora_event_elapsed(void* first, void* second, double* out) {
+  return guarded([&] { *out = static_cast<c10::Event*>(first)->elapsedTime(*static_cast<c10::Event*>(second)); });
+}
 void bellora_event_free(void* event) { delete static_cast<c10::Event*>(event); }
 
 // out = x * mask / (1 - p), the mask drawn from the row's origin
