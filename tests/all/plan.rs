@@ -88,6 +88,50 @@ fn a_13b_job_has_its_numbers() {
     assert_eq!(memory.lasting(), frozen + trained + (64 << 20));
 }
 
+/// Bytes of a part at the peak of a stage.
+fn at_peak(memory: &MemoryModel, tokens: i64, stage: Stage, part: Part) -> i64 {
+    let (_, parts) = &memory.passes(tokens).peaks[stage as usize];
+    parts.iter().find(|found| found.part == part).unwrap().bytes
+}
+
+#[test]
+fn a_gpu_holds_two_tables_of_logits_in_fp32_and_three_in_half_precision() {
+    // The chunk is the whole micro-batch. In fp32 the softmax becomes the gradient; in half precision that is another tensor.
+    let (n, more) = (40, 640);
+    for (kind, bytes) in [(Kind::Float, 2 * 4), (Kind::BFloat16, 2 * 2 + 4)] {
+        let of_vocab = |vocab_size| {
+            let shape = LlamaConfig { vocab_size, ..reference_shape("tiny") };
+            at_peak(&model_of(&shape, &reference_lora(), kind, GPU, false), n, Stage::Head, Part::Head)
+        };
+        assert_eq!(of_vocab(6400 + more) - of_vocab(6400), bytes * more * n, "{kind:?}");
+    }
+}
+
+#[test]
+fn flash_attention_backward_has_128_rows_in_fp32_for_every_document() {
+    // Heads so wide, with keys and values so narrow, that nothing else is the peak; no adapter but that of the gate.
+    let (heads, width, d) = (32, 128, 64);
+    let shape = LlamaConfig {
+        num_attention_heads: heads,
+        num_key_value_heads: 1,
+        head_dim: width,
+        hidden_size: d,
+        intermediate_size: 16,
+        ..reference_shape("tiny")
+    };
+    let lora = LoraSpec { target_modules: vec![Projection::Gate], ..reference_lora() };
+    let memory = model_of(&shape, &lora, Kind::BFloat16, GPU, false);
+    let at = |tokens| at_peak(&memory, tokens, Stage::Backward, Part::Temporaries);
+    // Documents of 64 tokens: the gradient of q in fp32 and a number a head, with 128 rows more for each of them; the gradients of
+    // the block's input, of o and of q, k and v, the latter side by side and apart; keys and values repeated for every head.
+    let (q, kv, documents) = (heads * width, width, 64);
+    let in_fp32 = 4 * (q + heads) * (64 * documents + 128 * documents);
+    assert_eq!(
+        at(2 * 64 * documents) - at(64 * documents),
+        in_fp32 + 2 * (d + q + (q + 2 * kv) + 3 * q + 2 * q) * 64 * documents
+    );
+}
+
 #[test]
 fn memory_grows_in_straight_lines() {
     let lora = LoraSpec { dropout: 0.05, ..reference_lora() };

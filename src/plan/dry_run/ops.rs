@@ -7,8 +7,8 @@ use crate::ops::attention::ROWS_PER_RUN;
 use crate::plan::parts::Part;
 
 /// What attention's backward on a GPU holds in fp32, as multiples of the queries' width. The memory-efficient kernel sums
-/// the gradients of q, k and v there; flash attention that of q, with up to 128 rows more for every document, and documents
-/// are taken to have 64 tokens or more on average.
+/// the gradients of q, k and v there; flash attention that of q and a number for every head, with 128 rows more for every document
+/// (`dq_accum` and `softmax_d` of `mha_varlen_bwd`), and documents are taken to have 64 tokens or more on average.
 const CUDA_ACCUMULATORS: i64 = 3;
 
 impl<'m> DryRun<'m> {
@@ -122,12 +122,12 @@ impl<'m> DryRun<'m> {
 
     /// Gradients of q, k and v apart, before they go into `dqkv`.
     pub(super) fn attention_backward(&self) {
-        let Dims { q_width, kv_width, .. } = *self.dims;
+        let Dims { q_width, kv_width, n_heads, .. } = *self.dims;
         let is_grouped = q_width > kv_width;
         if self.dims.is_cuda {
             let _repeated = self.repeated();
             let _apart = self.passing(3 * q_width);
-            drop(self.wide(Part::Temporaries, CUDA_ACCUMULATORS * q_width));
+            drop(self.wide(Part::Temporaries, CUDA_ACCUMULATORS * (q_width + n_heads)));
             if is_grouped {
                 // The sums over the groups in fp32, rounded.
                 let _sums = self.passing(2 * kv_width);
