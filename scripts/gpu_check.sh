@@ -6,17 +6,19 @@
 #
 # What it does, each part within a time of its own; one that fails or takes too long is recorded, and the next goes on:
 #   selftest       every op and a tiny training run against the same in higher precision; its rows are printed as they come
-#   pieces         the parts of one layer's step, each timed by itself by PYTHON's torch (peers/pieces.py)
+#   pieces         the parts of one layer's step, each timed by itself by bellora bench --pieces, and
+#   pieces-python  by PYTHON's torch (peers/pieces.py)
 #   bench-bf16     bellora bench: Llama-2-7B with random weights, rank 64 on all seven projections, embedding and head trained,
 #                  vocabulary 49,954, 64 samples an update with the lengths of BELLE's, dropout 0.05
 #   peers          Transformers + PEFT on the same lengths, by peers/peft_gpu.py, with whatever PYTHON has
 #   bench-again    bench-bf16 once more, and
 #   peers-again    the peers' fastest once more, so that ours and theirs are measured in turn
 #   bench-dropout0 bench-bf16 without dropout
+#   trace          bellora bench --trace: the name and time of every kernel of two updates, in trace-events.json
 #   bench-fp16     one update in fp16
 #   repeat         a real training, done twice and resumed once from its middle, with train.deterministic = true: all three must
 #                  give the same adapter, bit for bit; on the quickstart's base where it is in place, else on random weights
-#   sanitizer      the selftest under compute-sanitizer, where that is installed
+#   sanitizer      selftest --kernels under compute-sanitizer, where that is installed
 #   table          what was measured, side by side
 #
 # While selftest runs, the libraries and the base are read in the background, so that later parts find them in memory. Clocks and
@@ -50,7 +52,7 @@ python=${PYTHON:-python3}
 command -v "$bellora" >/dev/null || die "$bellora is no program" "build it (cargo build --release), or name one: BELLORA=PROGRAM"
 mkdir -p "$out" || die "the folder $out cannot be made" "name another"
 out=$(cd "$out" && pwd)
-NAMES=(machine selftest pieces bench-bf16 peers bench-again peers-again bench-dropout0 bench-fp16 repeat sanitizer parts read-ahead summary)
+NAMES=(machine selftest pieces pieces-python bench-bf16 peers bench-again peers-again bench-dropout0 trace trace-events bench-fp16 repeat sanitizer parts read-ahead summary)
 for name in "${NAMES[@]}"; do rm -f "$out/$name.json" "$out/$name.log"; done
 rm -f "$out"/{clocks.csv,summary.md,gpu-check.tar.gz}
 work=$(mktemp -d) || die "there is no room for temporary files" "set TMPDIR"
@@ -154,16 +156,25 @@ in_background() {
     set +m
 }
 
-# Everything in one file below 16 MB: of a long log its end.
+# Everything in one file below 16 MB: of a long log its end. The trace of a large model has megabytes, which pack well.
 pack() {
     local folder=$work/gpu-check file size
     mkdir -p "$folder"
     for file in "$out"/*.{json,log,csv,md}; do
         [ -f "$file" ] || continue
-        tail -c 1000000 "$file" >"$folder/${file##*/}"
+        case $file in
+        */trace-events.json) cp "$file" "$folder/" ;;
+        *) tail -c 1000000 "$file" >"$folder/${file##*/}" ;;
+        esac
     done
     tar -C "$work" -czf "$out/gpu-check.tar.gz" gpu-check || return
     size=$(wc -c <"$out/gpu-check.tar.gz")
+    if [ "$size" -ge 16000000 ] && [ -f "$folder/trace-events.json" ]; then
+        say "gpu-check.tar.gz would have $size bytes: it goes without trace-events.json, which stays in $out"
+        rm "$folder/trace-events.json"
+        tar -C "$work" -czf "$out/gpu-check.tar.gz" gpu-check || return
+        size=$(wc -c <"$out/gpu-check.tar.gz")
+    fi
     [ "$size" -lt 16000000 ] || { say "error: gpu-check.tar.gz has $size bytes" && return 1; }
     say "all of it in one file: $out/gpu-check.tar.gz, $size bytes"
 }
@@ -222,16 +233,18 @@ peers() {
     by_python "$1" "$2" scripts/peers/peft_gpu.py "$out/$1.json" --device "$device" --shape "$shape" --vocab "$vocabulary" \
         --r "$rank" --update "$samples" --warmup "$WARMUP" --tokens "$tokens" "${@:3}"
 }
-by_python pieces 60 scripts/peers/pieces.py "$out/pieces.json" --device "$device" --seconds 50 "${pieces[@]}"
+part pieces 60 "$bellora" bench "${JOB[@]}" --pieces --set model.dtype=bf16
+by_python pieces-python 50 scripts/peers/pieces.py "$out/pieces-python.json" --device "$device" --seconds 40 "${pieces[@]}"
 bench bench-bf16 70 "$updates" bf16 0.05
 if [ "$with_peers" = true ]; then peers peers 110 --updates "$updates" --seconds 90; fi
 bench bench-again 45 "$again_updates" bf16 0.05
 if [ "$with_peers" = true ]; then peers peers-again 45 --updates "$again_updates" --seconds 40 --again "$out/peers.json"; fi
 bench bench-dropout0 35 "$again_updates" bf16 0
+part trace 45 "$bellora" bench "${JOB[@]}" --updates 1 --set model.dtype=bf16 --set lora.dropout=0.05 --trace "$out/trace-events.json"
 bench bench-fp16 35 1 fp16 0.05
 part repeat 60 bash -c repeat
 if command -v compute-sanitizer >/dev/null && [ "$rehearse" = false ]; then
-    part sanitizer 60 compute-sanitizer --error-exitcode 9 "$bellora" selftest --device "$device" --json
+    part sanitizer 60 compute-sanitizer --error-exitcode 9 "$bellora" selftest --kernels --device "$device" --json
 fi
 say "[$SECONDS s] the table, also in $out/summary.md"
 end_background

@@ -18,6 +18,10 @@ def read(folder, name):
         return None
 
 
+# Kernels of a trace that are shown.
+SHOWN = 20
+
+
 def gib(n_bytes):
     return "-" if n_bytes is None else f"{n_bytes / 2**30:.1f}"
 
@@ -31,7 +35,10 @@ def way_of(result):
 def row_of_bench(bench):
     recompute = "recompute" if bench["recompute"] else "no recompute"
     way = f"bellora {bench['version']}, {bench['dtype']}, {recompute}, dropout {bench['lora']['dropout']:g}"
-    return [way, bench["tokens_per_s"], bench["mfu"], bench["memory"]["peak_bytes"], bench["micro_batch_tokens"], ""]
+    memory = bench["memory"]
+    allocator = memory["allocator"]
+    held = f"{gib(allocator['reserved_peak_bytes'])} GiB reserved, {allocator['retries']} retries" if allocator else ""
+    return [way, bench["tokens_per_s"], bench["mfu"], memory["peak_bytes"], bench["micro_batch_tokens"], held]
 
 
 def row_of_peer(result, dtype):
@@ -89,13 +96,14 @@ def clock_lines(folder):
     return [f"clocks: {min(clocks):.0f} to {max(clocks):.0f} MHz in {len(clocks)} samples at work; {said}"]
 
 
-def piece_lines(report):
+def piece_lines(by, report):
     """The pieces of a step as a table."""
     if report is None:
-        return ["pieces: no result"]
-    if report["skipped"]:
-        return [f"pieces: skipped, {report['skipped']}"]
-    lines = [f"| piece, by torch {report['torch']} | library | ms | TFLOP/s | GB/s |", "|---|---|---:|---:|---:|"]
+        return [f"pieces by {by}: no result"]
+    if report.get("skipped"):
+        return [f"pieces by {by}: skipped, {report['skipped']}"]
+    lines = [f"| piece, by {by} {report.get('torch', report.get('version'))} | library | ms | TFLOP/s | GB/s |"]
+    lines.append("|---|---|---:|---:|---:|")
     for piece in report["pieces"]:
         if "median_s" not in piece:
             lines.append(f"| {piece['name']} | {piece['library']} | - | - | {piece['not_available']} |")
@@ -106,12 +114,29 @@ def piece_lines(report):
     return lines
 
 
+def trace_lines(report):
+    """The kernels of two updates that take longest, and what the rest of them take together."""
+    trace = report and report["trace"]
+    if not trace:
+        return ["trace: no result"]
+    updates, kernels = trace["updates"], trace["kernels"]
+    lines = [f"trace: {trace['n_events']:,} events of {updates} updates, {1e3 * trace['secs'] / updates:.1f} ms each", ""]
+    lines += ["| kernel | calls an update | ms an update | share |", "|---|---:|---:|---:|"]
+    row = lambda name, calls, secs, share: (
+        f"| {name} | {calls / updates:g} | {1e3 * secs / updates:.3f} | {100 * share:.1f} % |"
+    )
+    lines += [row(k["name"].replace("|", "\\|")[:120], k["calls"], k["secs"], k["share"]) for k in kernels[:SHOWN]]
+    if rest := kernels[SHOWN:]:
+        lines.append(row(f"{len(rest)} others", *(sum(k[key] for k in rest) for key in ("calls", "secs", "share"))))
+    return lines
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__.strip())
     folder = pathlib.Path(sys.argv[1])
     benches = ["bench-bf16", "bench-again", "bench-dropout0", "bench-fp16"]
-    names = ["machine", "parts", "selftest", "pieces", *benches, "peers", "peers-again", "repeat", "read-ahead"]
+    names = ["machine", "parts", "selftest", "pieces", "pieces-python", "trace", *benches, "peers", "peers-again", "repeat", "read-ahead"]
     found = {name: read(folder, name) for name in names}
     machine, peers, repeat = found["machine"] or {}, found["peers"], found["repeat"]
 
@@ -146,7 +171,8 @@ def main():
     lines += ["", *clock_lines(folder)]
     if found["read-ahead"]:
         lines.append(f"read ahead: {gib(found['read-ahead']['bytes'])} GiB in {found['read-ahead']['seconds']} s")
-    lines += ["", *piece_lines(found["pieces"])]
+    lines += ["", *piece_lines("bellora", found["pieces"]), "", *piece_lines("PYTHON's torch", found["pieces-python"])]
+    lines += ["", *trace_lines(found["trace"])]
     bad = [part for part in found["parts"] or [] if part["outcome"] != "done"]
     lines += [""] * bool(bad) + [f"{part['part']}: {part['outcome']} ({part['seconds']} s)" for part in bad]
 

@@ -6,9 +6,12 @@
 mod ceiling;
 mod clock;
 pub mod dtypes;
+pub mod pieces;
 pub mod report;
+mod trace;
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use tch::{Device, Kind};
@@ -33,7 +36,7 @@ use crate::run::resolve_auto;
 use crate::run::setup::{self, ModelSetup};
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
-use report::{Measured, MemoryReport, Report};
+use report::{AllocatorReport, Measured, MemoryReport, Report};
 
 /// Samples that are drawn, at most; more updates than they last for begin with them again.
 const MOST_SAMPLES: usize = 1 << 20;
@@ -54,6 +57,8 @@ pub struct Bench {
     pub updates: u64,
     /// Updates before them.
     pub warmup: u64,
+    /// Where the kernels of two further updates are written with their times.
+    pub trace: Option<PathBuf>,
 }
 
 /// What is trained, in words and numbers.
@@ -84,6 +89,9 @@ impl Bench {
     /// # Errors
     /// [`Error::Invalid`] for what the config and the files that it names have wrong; else whatever ends a training.
     pub fn run(mut self, tell: &dyn Fn(&str)) -> Result<Report> {
+        if let Some(file) = &self.trace {
+            trace::check_file(file)?;
+        }
         if let Some(note) = self.settle()? {
             tell(&note);
         }
@@ -97,6 +105,7 @@ impl Bench {
         tell("making the model");
         let before_bytes = memory::in_use_bytes(device)?;
         memory::reset_peak(device)?;
+        let allocator_before = memory::allocator_counts(device)?;
         let (params, model) = match &setup {
             Some(setup) => {
                 let params = setup.initial_params()?;
@@ -121,17 +130,31 @@ impl Bench {
             tell(&note);
         }
         let peak_bytes = memory::peak_bytes(device)?;
+        let allocator = AllocatorReport::between(allocator_before, memory::allocator_counts(device)?);
         tell("timing the parts of a step");
         let parts = clock::time_parts(&mut trainer, updates.min(UPDATES_BY_PART), device)?;
+        let trace = match &self.trace {
+            Some(file) => {
+                tell("tracing two updates");
+                Some(trace::record(&mut trainer, device, file)?)
+            }
+            None => None,
+        };
 
         let (mix, _) = batches_of(&trainer, warmup..warmup + updates);
         let (_, (smallest, largest)) = batches_of(&trainer, 0..warmup + updates);
         let model = if smallest == largest { model.of_equal_micro_batches() } else { model };
         let predicted = model.by_part(largest as i64);
         let predicted_bytes = predicted.iter().map(|part| part.bytes).sum();
-        let memory =
-            MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch: largest, predicted };
-        Ok(Report::new(&subject, &trainer.settings, Measured { ceiling, warmup, timed, parts, mix, memory }))
+        let memory = MemoryReport {
+            before_bytes,
+            peak_bytes,
+            predicted_bytes,
+            largest_micro_batch: largest,
+            predicted,
+            allocator,
+        };
+        Ok(Report::new(&subject, &trainer.settings, Measured { ceiling, warmup, timed, parts, mix, memory, trace }))
     }
 
     /// Fits the config to the lengths and settles where and in what dtype is computed; gives what is worth a word about the

@@ -8,11 +8,16 @@ use tch::{Device, Kind};
 use super::Subject;
 use super::ceiling::Ceiling;
 use super::clock::{Parts, Update};
+use super::trace::{Kernel, SHOWN, Trace};
 use crate::device::Cuda;
 use crate::engine::step::StepSettings;
 use crate::model::flops::{Flops, TokenMix};
 use crate::plan::{PartBytes, gib, memory};
 use crate::run::banner::grouped;
+use crate::torch::memory::AllocatorCounts;
+
+/// Columns of a kernel's name in the table; CUDA's names are long, and the file has them whole.
+const NAME_COLUMNS: usize = 90;
 
 /// A measurement and what it was made of.
 #[derive(Debug, Serialize)]
@@ -57,6 +62,8 @@ pub struct Report {
     pub parts: Parts,
     /// Memory.
     pub memory: MemoryReport,
+    /// The kernels of two further updates, where a trace was asked for.
+    pub trace: Option<Trace>,
 }
 
 /// A device.
@@ -123,6 +130,32 @@ pub struct MemoryReport {
     pub largest_micro_batch: usize,
     /// The same by part.
     pub predicted: Vec<PartBytes>,
+    /// A GPU's allocator over the same time; `None` on a CPU.
+    pub allocator: Option<AllocatorReport>,
+}
+
+/// What a GPU's allocator did besides handing memory out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct AllocatorReport {
+    /// Bytes that it held of the device at most, used or not.
+    pub reserved_peak_bytes: u64,
+    /// How often it had to give unused memory back before an allocation succeeded; each such time the device stands still.
+    pub retries: u64,
+}
+
+impl AllocatorReport {
+    /// From the counts before and after what was measured.
+    pub(super) fn between(before: Option<AllocatorCounts>, after: Option<AllocatorCounts>) -> Option<Self> {
+        let (before, after) = (before?, after?);
+        let retries = after.retries.saturating_sub(before.retries);
+        Some(Self { reserved_peak_bytes: after.reserved_peak_bytes, retries })
+    }
+
+    fn in_words(&self) -> String {
+        let times = if self.retries == 1 { "once" } else { &format!("{} times", self.retries) };
+        let reserved = gib(self.reserved_peak_bytes as i64);
+        format!("{reserved} reserved by the allocator at the peak, which gave unused memory back {times}")
+    }
 }
 
 /// What [`Report::new`] puts together.
@@ -133,11 +166,12 @@ pub(super) struct Measured {
     pub(super) parts: Parts,
     pub(super) mix: TokenMix,
     pub(super) memory: MemoryReport,
+    pub(super) trace: Option<Trace>,
 }
 
 impl Report {
     pub(super) fn new(subject: &Subject, settings: &StepSettings, measured: Measured) -> Self {
-        let Measured { ceiling, warmup, timed, parts, mix, memory } = measured;
+        let Measured { ceiling, warmup, timed, parts, mix, memory, trace } = measured;
         let Subject { shape, lora, kind, device, .. } = subject;
         let flops = Flops::a_token(shape, lora, mix, settings.recompute);
         let tokens_per_s = median(timed.iter().map(|update| update.tokens_per_s).collect());
@@ -175,6 +209,7 @@ impl Report {
             mfu: tflops / ceiling.tflops,
             parts,
             memory,
+            trace,
         }
     }
 
@@ -222,7 +257,8 @@ impl Report {
             "MFU",
             format!("{:.1} %  of {tflops:.3} TFLOP/s, the fastest product of {size} by {size}", 100.0 * self.mfu),
         );
-        let MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch, .. } = &self.memory;
+        let MemoryReport { before_bytes, peak_bytes, predicted_bytes, largest_micro_batch, allocator, .. } =
+            &self.memory;
         line(
             "memory",
             format!(
@@ -232,6 +268,9 @@ impl Report {
                 gib(*predicted_bytes),
             ),
         );
+        if let Some(allocator) = allocator {
+            line("", allocator.in_words());
+        }
         line("", String::new());
         let parts = self.parts.named();
         let total: f64 = parts.iter().map(|(_, secs)| secs).sum();
@@ -240,12 +279,31 @@ impl Report {
         }
         let n = self.parts.updates;
         line("", format!("({n} updates apart from those above, waiting for the device after each part)"));
+        if let Some(trace) = &self.trace {
+            line("", String::new());
+            trace_lines(trace, &mut line);
+        }
         text
     }
 }
 
+/// The kernels that take longest.
+fn trace_lines(trace: &Trace, line: &mut dyn FnMut(&str, String)) {
+    let Trace { file, updates, n_events, secs, kernels } = trace;
+    line("trace", format!("{n_events} events of {updates} updates, {:.1} ms, in {}", 1e3 * secs, file.display()));
+    let per_update = |secs: f64| 1e3 * secs / *updates as f64;
+    for Kernel { name, calls, secs, share } in kernels.iter().take(SHOWN) {
+        let calls = *calls as f64 / *updates as f64;
+        let name: String = name.chars().take(NAME_COLUMNS).collect();
+        line(
+            "",
+            format!("{:>5.1} %  {:>9.3} ms in {calls:>7} calls an update  {name}", 100.0 * share, per_update(*secs)),
+        );
+    }
+}
+
 impl Machine {
-    fn of(device: Device) -> Self {
+    pub(super) fn of(device: Device) -> Self {
         let threads = tch::get_num_threads();
         match (device, crate::device::cuda()) {
             (Device::Cuda(_), Cuda::Usable(gpu)) => Self { kind: "cuda", name: gpu.name.clone(), threads },
@@ -302,7 +360,7 @@ impl Adapters {
     }
 }
 
-fn dtype(kind: Kind) -> &'static str {
+pub(super) fn dtype(kind: Kind) -> &'static str {
     match kind {
         Kind::BFloat16 => "bf16",
         Kind::Half => "fp16",
@@ -311,11 +369,26 @@ fn dtype(kind: Kind) -> &'static str {
 }
 
 /// The middle value, or the mean of the two middle ones.
-fn median(mut values: Vec<f64>) -> f64 {
+pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     match values.len() {
         0 => 0.0,
         n if n % 2 == 1 => values[n / 2],
         n => f64::midpoint(values[n / 2 - 1], values[n / 2]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_are_those_of_the_measured_time_alone() {
+        let counts = |reserved_peak_bytes, retries| Some(AllocatorCounts { reserved_peak_bytes, retries });
+        let found = AllocatorReport::between(counts(1 << 30, 3), counts(5 << 30, 4)).unwrap();
+        assert_eq!(found, AllocatorReport { reserved_peak_bytes: 5 << 30, retries: 1 });
+        let said = found.in_words();
+        assert!(said.starts_with("5.0 GiB reserved") && said.ends_with("once"), "{said}");
+        assert_eq!(AllocatorReport::between(None, None), None);
     }
 }

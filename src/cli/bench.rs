@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::bench::Bench;
 use crate::bench::dtypes::{self, DtypeSpeed};
+use crate::bench::pieces;
 use crate::cli::{print, say, signals};
 use crate::config::{Auto, Config};
 use crate::data::Lengths;
@@ -38,9 +39,15 @@ pub(super) struct BenchArgs {
     /// Tokens a micro-batch may hold [default: train.micro_batch_tokens]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 31))]
     micro_batch_tokens: Option<u64>,
+    /// Trace two further updates: write the name and time of every kernel (on a CPU: op) to FILE, and show the longest
+    #[arg(long, value_name = "FILE", conflicts_with = "dtypes")]
+    trace: Option<PathBuf>,
     /// Time the products of each dtype for a tenth of a second, print the fastest dtype first, and do nothing else
     #[arg(long, conflicts_with_all = ["config", "shape", "lengths"])]
     dtypes: bool,
+    /// Time the pieces of one block's step, each by itself, over an update of train.global_batch samples, and do nothing else
+    #[arg(long, requires = "shape", conflicts_with_all = ["config", "dtypes", "trace"])]
+    pieces: bool,
     /// Print one line of JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -57,6 +64,11 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         None => None,
     };
     let lengths = args.lengths.as_deref().map(Lengths::of_argument).transpose()?;
+    if let (true, Some((name, shape))) = (args.pieces, &shape) {
+        let config = Config::load_without_files(None, &args.sets)?;
+        let report = pieces::measure(config, name, shape, lengths, &|doing| say(&format!("{doing}\n")))?;
+        return if args.json { print(&(report.to_json() + "\n")) } else { print(&report.to_table()) };
+    }
     let mut config = match (&args.config, &shape) {
         (config, Some(_)) => Config::load_without_files(config.as_deref(), &args.sets)?,
         (Some(config), None) => Config::load_to_read(config, &args.sets)?,
@@ -68,7 +80,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     if let Some(tokens) = args.micro_batch_tokens {
         config.train.micro_batch_tokens = Auto::Is(tokens as usize);
     }
-    let bench = Bench { config, shape, lengths, updates: args.updates, warmup: args.warmup };
+    let bench = Bench { config, shape, lengths, updates: args.updates, warmup: args.warmup, trace: args.trace.clone() };
     let report = bench.run(&|doing| say(&format!("{doing}\n")))?;
     if args.json { print(&(report.to_json() + "\n")) } else { print(&report.to_table()) }
 }

@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use crate::cli::{print, say, signals};
 use crate::device::{self, Cuda};
 use crate::error::{Error, Result};
-use crate::selftest::{self, Machine, Report, Row, Target};
+use crate::selftest::{self, Machine, Report, Row, Scope, Target};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Where {
@@ -18,6 +18,9 @@ pub(super) struct SelftestArgs {
     /// Where to compute [default: cuda where there is a usable GPU, else cpu]
     #[arg(long, value_enum)]
     device: Option<Where>,
+    /// Try the ops alone: no training, no ranks (for tools as compute-sanitizer, which slow every kernel down)
+    #[arg(long)]
+    kernels: bool,
     /// Print JSON instead of a table, and on standard error each row as soon as it is known
     #[arg(long)]
     json: bool,
@@ -29,7 +32,8 @@ const ROW_WIDTH: usize = 32;
 pub(super) fn run(args: &SelftestArgs) -> Result<()> {
     signals::end_at_once()?;
     let target = target(args.device)?;
-    let report = selftest::run(target, &|row| {
+    let scope = if args.kernels { Scope::Kernels } else { Scope::Whole };
+    let report = selftest::run(target, scope, &|row| {
         if args.json {
             say(&table_line(row, ROW_WIDTH));
         }

@@ -212,6 +212,8 @@ fn a_tiny_shape_is_measured_and_everything_counted() {
     let memory = &found["memory"];
     let number = |key: &str| memory[key].as_i64().unwrap();
     assert!(number("before_bytes") > 0 && number("peak_bytes") >= number("before_bytes"), "{memory}");
+    // A CPU has no allocator of its own to ask.
+    assert!(memory.as_object().unwrap().contains_key("allocator") && memory["allocator"].is_null(), "{memory}");
     let by_part: i64 = memory["predicted"].as_array().unwrap().iter().map(|part| part["bytes"].as_i64().unwrap()).sum();
     assert_eq!(number("predicted_bytes"), by_part);
 
@@ -351,4 +353,85 @@ fn the_dtype_of_the_fastest_products_comes_first() {
     assert!(names.contains(first.split(' ').next().unwrap()), "{first}");
     let refused = bench(&["--shape", "tiny"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("--shape"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_trace_names_what_ran_with_its_time() {
+    let place = Place::new();
+    let few = ["--updates", "1", "--warmup", "0", "--lengths", "24", "--set", "train.global_batch=3"];
+    let found = bench(&place, &[&few[..], &["--trace", "trace.json"]].concat());
+    let file: Value = serde_json::from_slice(&std::fs::read(place.path("trace.json")).unwrap()).unwrap();
+    let events = file["events"].as_array().unwrap();
+    assert_eq!([&found["trace"]["updates"], &file["updates"]], [2, 2]);
+    assert_eq!(found["trace"]["n_events"], events.len());
+    let names: Vec<&str> = file["names"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+    let calls = |wanted: &str| {
+        let index = names.iter().position(|name| *name == wanted).unwrap_or_else(|| panic!("no {wanted} in {names:?}"));
+        events.iter().filter(|event| event[0] == index).count()
+    };
+    // One micro-batch of three samples an update: one loss, one optimizer step, a product with each of 7 adapters' B in 2 layers.
+    assert_eq!(calls("aten::_fused_adamw_"), 2);
+    assert!(calls("aten::addmm") >= 2 * 2 * 7);
+    assert!(calls("aten::_scaled_dot_product_flash_attention_for_cpu_backward") >= 2 * 2);
+    // No event reaches beyond the updates, and what none of them called takes no longer than they did.
+    let secs = file["secs"].as_f64().unwrap();
+    let ends = events.iter().map(|event| (event[2].as_f64().unwrap() + event[3].as_f64().unwrap()) / 1e9);
+    assert!(ends.fold(0.0, f64::max) < secs + 1.0);
+    let kernels = found["trace"]["kernels"].as_array().unwrap();
+    let total: f64 = kernels.iter().map(|kernel| kernel["secs"].as_f64().unwrap()).sum();
+    assert!(total > 0.0 && total <= secs, "{total} of {secs}");
+    assert_eq!(kernels.iter().map(|kernel| kernel["calls"].as_u64().unwrap()).sum::<u64>(), events.len() as u64);
+    assert!(kernels.windows(2).all(|pair| pair[0]["secs"].as_f64() >= pair[1]["secs"].as_f64()));
+    // A file that cannot be is refused before anything is measured.
+    let refused = |file: &str, words: &[&str]| {
+        place.run(&["bench", "--shape", "tiny", "--trace", file]).refused(&[&["--trace", "hint: "], words].concat());
+    };
+    refused("none/trace.json", &["none is no folder"]);
+    refused("base", &["base is a folder"]);
+}
+
+#[test]
+fn every_piece_of_a_block_is_timed() {
+    let call = ["--set", "train.global_batch=4", "--set", "lora.r=4", "--lengths", "24", "--pieces"];
+    let found = bench(&Place::new(), &call);
+    let settings = &found["settings"];
+    assert_eq!([&settings["rows"], &settings["documents"], &settings["hidden"], &settings["r"]], [96, 4, 64, 4]);
+    let pieces = found["pieces"].as_array().unwrap();
+    let of = |start: &str| {
+        let named = |piece: &&Value| piece["name"].as_str().unwrap().starts_with(start);
+        pieces.iter().filter(named).collect::<Vec<_>>()
+    };
+    let counts =
+        [("frozen", 8), ("adapter", 11), ("fp32", 8), ("joined", 4), ("fp8", 4), ("attention", 2), ("norm", 3)];
+    for (start, count) in
+        counts.into_iter().chain(["copy", "dropout", "rope"].map(|one| (one, 1))).chain([("swiglu", 2)])
+    {
+        assert_eq!(of(start).len(), count, "{start}");
+        for piece in of(start) {
+            // A CPU may lack fp8, and nothing else.
+            if start == "fp8" && piece["not_available"].as_str().is_some_and(|why| why.starts_with("not available: ")) {
+                continue;
+            }
+            let (median, fastest) = (piece["median_s"].as_f64().unwrap(), piece["fastest_s"].as_f64().unwrap());
+            assert!(0.0 < fastest && fastest <= median && piece.get("not_available").is_none(), "{piece}");
+            let has = |key: &str| piece[key].as_f64().is_some_and(|rate| rate > 0.0);
+            assert!(has("flops_per_s") != has("bytes_per_s"), "{piece}");
+        }
+    }
+    assert_eq!(pieces.len(), 8 + 11 + 8 + 4 + 4 + 2 + 3 + 3 + 2);
+    // By hand: [96, 64] by [128, 64], and the causal pairs of four documents of 24 tokens.
+    let work = |name: &str, key: &str| of(name)[0][key].as_f64().unwrap() * of(name)[0]["median_s"].as_f64().unwrap();
+    for (name, by_hand) in [
+        ("frozen qkv", 2.0 * 96.0 * 128.0 * 64.0),
+        ("adapter B k", 2.0 * 96.0 * 32.0 * 4.0),
+        ("joined down", 2.0 * 96.0 * 64.0 * 180.0),
+        ("attention", 4.0 * 4.0 * 300.0 * 64.0),
+    ] {
+        assert!((work(name, "flops_per_s") - by_hand).abs() < 1e-6 * by_hand, "{name}");
+    }
+    assert!((work("copy", "bytes_per_s") - 2.0 * 96.0 * 64.0 * 4.0).abs() < 1e-3);
+    // The same as a table.
+    let table = run(bellora().args(["bench", "--shape", "tiny", "--set", "model.device=cpu"]).args(call)).ok().stdout;
+    assert!(table.lines().any(|line| line.starts_with("frozen gate_up") && line.ends_with("TFLOP/s")), "{table}");
+    assert!(table.lines().any(|line| line.starts_with("copy ") && line.ends_with("GB/s")), "{table}");
 }

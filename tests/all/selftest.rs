@@ -58,6 +58,19 @@ fn the_cpu_is_in_order_in_all_its_dtypes() {
 }
 
 #[test]
+fn kernels_are_the_ops_alone() {
+    let (code, stdout, stderr) = selftest(&["--device", "cpu", "--json", "--kernels"]);
+    assert_eq!(code, Some(0), "{stderr}{stdout}");
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    let ops: Vec<&str> = report["rows"].as_array().unwrap().iter().map(|row| row["op"].as_str().unwrap()).collect();
+    for op in ["gemm", "attention", "dropout", "cross_entropy", "adamw"] {
+        assert!(ops.iter().any(|row| row.starts_with(op)), "no {op} in {ops:?}");
+    }
+    let others: Vec<_> = ops.iter().filter(|op| op.starts_with("training") || op.starts_with("collectives")).collect();
+    assert!(others.is_empty() && report["training"].as_array().unwrap().is_empty(), "{others:?}");
+}
+
+#[test]
 fn the_table_names_every_result() {
     let (code, stdout, stderr) = selftest(&["--device", "cpu"]);
     assert_eq!(code, Some(0), "{stderr}{stdout}");
@@ -176,18 +189,24 @@ fn the_check_on_a_gpu_is_rehearsed_from_end_to_end() {
     assert_eq!(repeat["losses"].as_array().unwrap().len(), 8);
     let parts = json("parts.json");
     let done: Vec<_> = parts.as_array().unwrap().iter().map(|part| part["part"].as_str().unwrap()).collect();
-    let parts = ["selftest", "pieces", "bench-bf16", "bench-again", "bench-dropout0", "bench-fp16", "repeat"];
-    assert_eq!(done, parts);
+    let parts = "selftest pieces pieces-python bench-bf16 bench-again bench-dropout0 trace bench-fp16 repeat";
+    assert_eq!(done.join(" "), parts);
     // Where this Python has no torch, the part says so and the others go on.
-    let pieces = json("pieces.json");
+    let pieces = json("pieces-python.json");
     let timed = pieces["pieces"].as_array().unwrap().iter().any(|piece| piece["median_s"].as_f64() > Some(0.0));
     assert!(pieces["skipped"].is_string() || timed, "{pieces}");
-    assert!(stdout.contains("\nclocks: "), "{stdout}");
+    let pieces = json("pieces.json");
+    assert!(pieces["pieces"].as_array().unwrap().iter().any(|piece| piece["name"] == "frozen qkv"), "{pieces}");
+    let (trace, events) = (json("trace.json"), json("trace-events.json"));
+    assert_eq!(trace["trace"]["n_events"], events["events"].as_array().unwrap().len());
+    for told in ["\nclocks: ", "\n| piece, by bellora ", "\n| frozen qkv |", "\ntrace: ", "\n| aten::"] {
+        assert!(stdout.contains(told), "no {told:?} in {stdout}");
+    }
     // One file to carry away, with every part's figures.
     let tar = out.path().join("gpu-check.tar.gz");
     assert!(std::fs::metadata(&tar).unwrap().len() < 16_000_000);
     let held = run(Command::new("tar").arg("-tzf").arg(&tar)).ok().stdout;
-    for name in done.iter().copied().chain(["parts", "machine", "summary"]) {
+    for name in done.iter().copied().chain(["parts", "machine", "summary", "trace-events"]) {
         assert!(held.lines().any(|line| line == format!("gpu-check/{name}.json")), "no {name} in {held}");
     }
     assert!(stdout.starts_with("# A rehearsal on the CPU: no claim\n"), "{stdout}");
