@@ -4,17 +4,18 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
+use crate::checkpoint::adapter_file::{self, AdapterConfig};
 use crate::checkpoint::manifest::{MANIFEST_FILE, newest_good};
 use crate::config::{Dtype, ModelOfRun};
 use crate::data::{SpecialTokens, Template, TemplateFile, Tokenizer};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Fault, Result, shell_quoted};
-use crate::model::adapter_file::{self, AdapterConfig};
-use crate::model::config::{LlamaConfig, ReadConfig};
+use crate::formats::config_json::{LlamaConfig, ReadConfig};
+use crate::formats::safetensors_in::TensorFiles;
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{Layout, ParamBuffer, table_key};
-use crate::model::weights::{BaseWeights, TensorFiles};
+use crate::model::weights::{BaseWeights, check_base};
 use crate::plan::MemoryModel;
 use crate::run::folder::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run, verify_adapter};
 use crate::torch::cuda::set_numerics;
@@ -90,7 +91,7 @@ impl Trained {
     fn on_base(dir: &Path, allowed: &[String]) -> Result<Self> {
         let ReadConfig { config: base, warnings } = LlamaConfig::load(dir, allowed)?;
         let base_files = TensorFiles::open_model(dir)?;
-        let faults = base_files.check_llama(&base);
+        let faults = check_base(&base_files, &base);
         if !faults.is_empty() {
             return Err(Error::Invalid(faults));
         }

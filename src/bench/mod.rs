@@ -24,7 +24,7 @@ use crate::engine::optim::schedule::{LrSchedule, Shape};
 use crate::engine::state::TrainState;
 use crate::engine::step::{StepSettings, Trainer};
 use crate::error::{Error, Result};
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::model::flops::TokenMix;
 use crate::model::init::{NewRows, initialise};
 use crate::model::llama::{Compute, Llama};

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use serde::Serialize;
-use tch::{Device, Kind};
+use tch::Device;
 
 use super::Subject;
 use super::ceiling::Ceiling;
@@ -14,6 +14,7 @@ use crate::engine::step::StepSettings;
 use crate::model::flops::{Flops, TokenMix};
 use crate::plan::{PartBytes, gib, memory};
 use crate::run::banner::grouped;
+use crate::torch::dtype;
 use crate::torch::memory::AllocatorCounts;
 
 /// Columns of a kernel's name in the table; CUDA's names are long, and the file has them whole.
@@ -181,7 +182,7 @@ impl Report {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             device: Machine::of(*device),
-            dtype: dtype(*kind),
+            dtype: dtype::name(*kind),
             model: Model::of(subject),
             lora: Adapters {
                 r: lora.r,
@@ -357,14 +358,6 @@ impl Adapters {
             self.r,
             trained.join(", ")
         )
-    }
-}
-
-pub(super) fn dtype(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "fp16",
-        _ => "fp32",
     }
 }
 

@@ -4,12 +4,12 @@ use std::path::Path;
 
 use tch::Tensor;
 
+use crate::checkpoint::adapter_file;
 use crate::checkpoint::save::OPTIMIZER_FILE;
 use crate::checkpoint::state::Record;
 use crate::error::{Error, Fault, Result};
-use crate::model::adapter_file;
+use crate::formats::safetensors_in::TensorFiles;
 use crate::model::params::ParamBuffer;
-use crate::model::weights::TensorFiles;
 
 /// Reads a verified checkpoint back: parameters and moments in place; gives what it says of its run.
 ///

@@ -3,6 +3,7 @@
 //! A checkpoint is an adapter that PEFT opens as it is, with the optimizer's moments and the run's position beside it.
 //! It holds nothing of the frozen base and nothing that depends on how the work was spread.
 
+pub mod adapter_file;
 pub mod folder;
 pub mod load;
 pub mod manifest;

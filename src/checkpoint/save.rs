@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use tch::Tensor;
 
+use crate::checkpoint::adapter_file::{self, AdapterConfig};
 use crate::checkpoint::folder::{NewFolder, replace_whole};
 use crate::checkpoint::manifest::{Manifest, step_dir};
 use crate::checkpoint::state::{Record, STATE_FILE};
 use crate::disk::{Disk, free_bytes};
 use crate::error::{Error, Result};
-use crate::model::adapter_file::{self, AdapterConfig};
 use crate::torch;
 
 /// The optimizer's moments in a checkpoint.

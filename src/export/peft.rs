@@ -3,13 +3,13 @@
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 
+use crate::checkpoint::adapter_file::{AdapterConfig, CONFIG_FILE};
 use crate::checkpoint::folder::write_whole;
 use crate::checkpoint::manifest::MANIFEST_FILE;
 use crate::checkpoint::save::OPTIMIZER_FILE;
 use crate::checkpoint::state::STATE_FILE;
 use crate::disk::LocalDisk;
 use crate::error::{Error, Result, not_stopped};
-use crate::model::adapter_file::{AdapterConfig, CONFIG_FILE};
 use crate::trained::Trained;
 
 /// Copies the adapter with its tokenizer and template; its configuration names the base that was opened.

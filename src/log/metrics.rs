@@ -1,16 +1,19 @@
 //! `metrics.jsonl`: one line of JSON for every update and every evaluation.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::file::LogFile;
 use crate::disk::{self, Disk};
 use crate::engine::metrics::StepMetrics;
 use crate::error::{Error, Result};
+
+/// The file's name in a run's folder.
+pub const METRICS_FILE: &str = "metrics.jsonl";
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -90,26 +93,76 @@ impl MetricsFile {
     }
 }
 
-/// Reads the whole lines of the steps up to `last_step`, and counts them.
+/// The whole lines of the steps up to `last_step`, and how many they are. A run whose metrics were taken away goes on without
+/// the old ones.
 fn kept_lines(path: &Path, last_step: u64) -> Result<(Vec<u8>, u64)> {
-    #[derive(Deserialize)]
-    struct Step {
-        step: u64,
-    }
-    let lines = match File::open(path) {
-        Ok(file) => Some(BufReader::new(file).split(b'\n')),
-        // A run whose metrics were taken away goes on without the old ones.
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => return Err(Error::io("read", path)(error)),
-    };
     let (mut kept, mut n_lines) = (Vec::new(), 0);
-    for line in lines.into_iter().flatten() {
-        let line = line.map_err(Error::io("read", path))?;
-        if serde_json::from_slice::<Step>(&line).is_ok_and(|line| line.step <= last_step) {
-            kept.extend_from_slice(&line);
+    let metrics = Metrics::read(path)?.unwrap_or_default();
+    for line in metrics.lines().filter(|line| line.step.is_some_and(|step| step <= last_step)) {
+        kept.extend_from_slice(line.text);
+        if !line.is_whole() {
             kept.push(b'\n');
-            n_lines += 1;
         }
+        n_lines += 1;
     }
     Ok((kept, n_lines))
+}
+
+/// The text of a `metrics.jsonl`.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    text: Vec<u8>,
+}
+
+/// A line of it.
+#[derive(Debug, Clone, Copy)]
+pub struct MetricsLine<'a> {
+    /// Its bytes, with the line break if there is one.
+    pub text: &'a [u8],
+    /// The step it is of; `None` for a line that is none of metrics, or torn.
+    pub step: Option<u64>,
+    /// Whether it is of an update; an evaluation's has no `loss`.
+    pub is_update: bool,
+}
+
+impl MetricsLine<'_> {
+    /// Whether the line ends; the last one may be torn, or being written.
+    pub fn is_whole(&self) -> bool {
+        self.text.ends_with(b"\n")
+    }
+}
+
+impl Metrics {
+    /// Reads a file; `None` where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        match std::fs::read(path) {
+            Ok(text) => Ok(Some(Self { text })),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("read", path)(error)),
+        }
+    }
+
+    /// Its lines in order.
+    pub fn lines(&self) -> impl DoubleEndedIterator<Item = MetricsLine<'_>> {
+        #[derive(Deserialize)]
+        struct Keys {
+            step: u64,
+            #[serde(default, deserialize_with = "is_there")]
+            loss: bool,
+        }
+        fn is_there<'de, D: Deserializer<'de>>(value: D) -> std::result::Result<bool, D::Error> {
+            IgnoredAny::deserialize(value).map(|_| true)
+        }
+        self.text.split_inclusive(|&byte| byte == b'\n').map(|text| {
+            let keys = serde_json::from_slice::<Keys>(text).ok();
+            MetricsLine {
+                text,
+                step: keys.as_ref().map(|keys| keys.step),
+                is_update: keys.is_some_and(|keys| keys.loss),
+            }
+        })
+    }
 }

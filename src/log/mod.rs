@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 pub use bar::show_progress;
 pub use console::{say, speak_as_rank};
-pub use metrics::{EvalMetrics, MetricsFile};
+pub use metrics::{EvalMetrics, METRICS_FILE, Metrics, MetricsFile, MetricsLine};
 pub use tensorboard::{EventFile, count_records};
 
 use crate::disk::Disk;
@@ -64,7 +64,7 @@ impl RunLog {
     /// # Errors
     /// [`Error::Io`](crate::error::Error::Io).
     pub fn open(disk: &Arc<dyn Disk>, run_dir: &Path, settings: LogSettings) -> Result<Self> {
-        let metrics_path = run_dir.join("metrics.jsonl");
+        let metrics_path = run_dir.join(METRICS_FILE);
         let mut log = Self {
             settings,
             console: if settings.is_silent { Console::silent() } else { Console::start(settings.total_steps) },

@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::model::lora::{LoraSpec, Projection, Table};
 
 /// What the tokens of a data set are like, on average.

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::{ParamBuffer, table_key};
 use crate::model::weights::BaseWeights;

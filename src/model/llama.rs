@@ -4,9 +4,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::batch::{Batch, PackedBatch};
 use crate::error::{Error, Result};
+use crate::formats::config_json::LlamaConfig;
 use crate::model::adapted_linear::{AdaptedLinear, AdapterPlace};
 use crate::model::block::{Block, BlockSaved};
-use crate::model::config::LlamaConfig;
 use crate::model::kv_cache::KvCache;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Gradients, ParamBuffer, lora_key, padded_head_rows, table_key};

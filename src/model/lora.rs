@@ -1,6 +1,6 @@
 //! Which weights are adapted, and by what: the names of PEFT's `adapter_config.json`.
 
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 
 /// The seven linear maps of a block that can carry an adapter, in the order in which they run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

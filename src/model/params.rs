@@ -8,7 +8,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::model::lora::{LoraSpec, PEFT_PREFIX, Projection, Table};
 
 /// Every group of tensors starts at a multiple of this many fp32 elements (256 bytes).

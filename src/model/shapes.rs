@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::ops::rope::RopeScaling;
 
 /// The names of the known shapes, the smallest first.

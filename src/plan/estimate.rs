@@ -5,7 +5,7 @@ use tch::{Device, Kind};
 
 use crate::checkpoint::save::RunBytes;
 use crate::error::{Error, Result};
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::model::flops::{Flops, TokenMix};
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
@@ -13,6 +13,7 @@ use crate::plan::gpus::GpuModel;
 use crate::plan::memory::{MemoryModel, frozen_params};
 use crate::plan::parts::{PartBytes, sum};
 use crate::plan::solve::{Bounds, Form, Solved, Wanted, largest_that_fits, settle, usable};
+use crate::torch::dtype;
 
 /// The share of a GPU's data-sheet peak that training is assumed to reach: what public LoRA trainers show for a 7B model on
 /// an H100. It is an assumption, not a measurement of this program.
@@ -229,7 +230,7 @@ impl Task<'_> {
             n_gpus: machine.n_gpus,
             available_bytes: machine.available,
             usable_bytes: usable(machine.available),
-            dtype: dtype_name(self.kind),
+            dtype: dtype::name(self.kind),
             trainable_params: self.layout.n_params(),
             table_params: self.layout.n_table_params(),
             params: self.layout.n_params() + frozen_params(self.shape, self.lora),
@@ -301,13 +302,5 @@ impl Machine {
             return Err(Error::invalid("--n-gpus", what).hint("leave it out for one"));
         }
         Ok(Self { device: Device::Cuda(0), available: gpu.available_bytes(), gpu: Some(gpu), n_gpus })
-    }
-}
-
-fn dtype_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "fp16",
-        _ => "fp32",
     }
 }

@@ -7,7 +7,7 @@
 use tch::{Device, Kind};
 
 use crate::engine::probe::Expected;
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{INPUT_GROUPS, Layout, table_key};
 use crate::plan::dry_run::{self, Dims, InputGroup, inference};

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use crate::data::Tokenizer;
 use crate::error::Fault;
+use crate::formats::config_json::LlamaConfig;
 use crate::formats::model_keys::CONFIG;
-use crate::model::config::LlamaConfig;
 
 /// Refuses a base whose attention weights would be dropped at random in training: that is not computed.
 pub(super) fn attention_dropout(base: &LlamaConfig, dir: &Path) -> Option<Fault> {

@@ -6,6 +6,7 @@ use crate::checkpoint::manifest::{MANIFEST_FILE, verify};
 use crate::config::Config;
 use crate::disk::{Disk, sync_parent};
 use crate::error::{Error, Result, shell_quoted};
+use crate::log::{METRICS_FILE, Metrics};
 
 /// The run's own resolved config.
 pub const CONFIG_FILE: &str = "config.toml";
@@ -13,8 +14,6 @@ pub const CONFIG_FILE: &str = "config.toml";
 pub const ADAPTER_DIR: &str = "adapter";
 /// The folder of the checkpoints.
 pub const CHECKPOINTS_DIR: &str = "checkpoints";
-/// The numbers of every step.
-pub const METRICS_FILE: &str = "metrics.jsonl";
 
 /// Whether a folder holds a run.
 pub fn holds_run(dir: &Path) -> bool {
@@ -70,11 +69,7 @@ pub fn refuse_taken_output(config: &Config) -> Result<()> {
 /// [`Error::Io`].
 pub(super) fn keep_old_metrics(disk: &dyn Disk, dir: &Path) -> Result<Option<(String, usize)>> {
     let path = dir.join(METRICS_FILE);
-    let n_lines = match std::fs::read(&path) {
-        Ok(bytes) => bytes.split_inclusive(|&byte| byte == b'\n').count(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
-        Err(error) => return Err(Error::io("read", &path)(error)),
-    };
+    let n_lines = Metrics::read(&path)?.map_or(0, |metrics| metrics.lines().count());
     if n_lines == 0 {
         return Ok(None);
     }

@@ -5,8 +5,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint::state::{BaseIdentity, Identity};
 use crate::data::Dataset;
-use crate::model::config::LlamaConfig;
-use crate::model::weights::TensorFiles;
+use crate::formats::config_json::LlamaConfig;
+use crate::formats::safetensors_in::TensorFiles;
 use crate::ops::rope::RopeScaling;
 use crate::run::setup::{Job, ModelSetup};
 

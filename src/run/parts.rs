@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
+use crate::checkpoint::adapter_file::{self, AdapterConfig};
 use crate::config::Config;
 use crate::data::Tokenizer;
 use crate::error::{Error, Fault, Result};
-use crate::model::adapter_file::{self, AdapterConfig};
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
+use crate::formats::safetensors_in::TensorFiles;
 use crate::model::lora::{LoraSpec, Table};
 use crate::model::params::Layout;
-use crate::model::weights::TensorFiles;
 
 pub(super) fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
     Tokenizer::open(path).map_err(|error| {

@@ -13,8 +13,9 @@ use crate::engine::metrics::StepMetrics;
 use crate::engine::non_finite::{SampleLoss, json_line};
 use crate::engine::step::Trainer;
 use crate::error::{Error, Result};
+use crate::log::{METRICS_FILE, Metrics};
 use crate::run::begin::same_identity;
-use crate::run::folder::{CHECKPOINTS_DIR, METRICS_FILE, expect_run};
+use crate::run::folder::{CHECKPOINTS_DIR, expect_run};
 use crate::run::resume_position::{ResumePosition, computed_on};
 use crate::run::setup::{CacheUse, Job};
 
@@ -109,11 +110,8 @@ impl Replay {
         let samples = self.trainer.sample_losses(self.step, &samples)?;
         let metrics = self.trainer.step()?.ok_or_else(|| Error::failed("the step", "has no outcome"))?;
         let path = self.run_dir.join(METRICS_FILE);
-        let text = match std::fs::read(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            read => read.map_err(Error::io("read", &path))?,
-        };
-        let recorded = recorded(&metrics, &String::from_utf8_lossy(&text));
+        let written = Metrics::read(&path)?.unwrap_or_default();
+        let recorded = recorded(&metrics, &written);
         Ok(Replayed { samples, line: line(&metrics), recorded })
     }
 }
@@ -181,12 +179,13 @@ fn line(metrics: &StepMetrics) -> Map<String, Value> {
     line
 }
 
-/// Holds a step's numbers against the line that the run wrote, in the text of `metrics.jsonl`. As texts: every number is
+/// Holds a step's numbers against the line that the run wrote. As texts: every number is
 /// written with all its digits, so that equal texts are equal bits.
-fn recorded(metrics: &StepMetrics, text: &str) -> Recorded {
+fn recorded(metrics: &StepMetrics, written: &Metrics) -> Recorded {
     let ours = json_line(metrics);
-    let is_of_the_step = |line: &&str| field(line, "loss").is_some() && field(line, "step") == field(&ours, "step");
-    let Some(theirs) = text.lines().rfind(is_of_the_step) else { return Recorded::Nothing };
+    let is_of_the_step = |line: &str| field(line, "loss").is_some() && field(line, "step") == field(&ours, "step");
+    let texts = written.lines().filter_map(|line| std::str::from_utf8(line.text).ok());
+    let Some(theirs) = texts.rev().find(|line| is_of_the_step(line)) else { return Recorded::Nothing };
     let mut others = Vec::new();
     for (key, _) in line(metrics) {
         let (here, there) = (field(&ours, &key).unwrap_or("nothing"), field(theirs, &key).unwrap_or("nothing"));

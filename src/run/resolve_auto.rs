@@ -6,7 +6,7 @@ use crate::checkpoint::save::BYTES_PER_PARAM;
 use crate::config::{self, Auto, Config};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Result};
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
 use crate::plan::MemoryModel;

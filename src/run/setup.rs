@@ -4,6 +4,7 @@
 
 use tch::{Device, Kind};
 
+use crate::checkpoint::adapter_file::{self, AdapterConfig};
 use crate::checkpoint::save::RunBytes;
 use crate::config::{self, Auto, CacheDir, Config, Duration, TemplateChoice, Warmup};
 use crate::data::{
@@ -13,13 +14,13 @@ use crate::data::{
 use crate::engine::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::engine::step::StepSettings;
 use crate::error::{Error, Fault, Result};
-use crate::model::adapter_file::{self, AdapterConfig};
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
+use crate::formats::safetensors_in::TensorFiles;
 use crate::model::init::{NewRows, initialise};
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
-use crate::model::weights::{BaseWeights, TensorFiles};
+use crate::model::weights::{BaseWeights, check_base};
 use crate::plan::MemoryModel;
 use crate::run::disagreements::{attention_dropout, other_ends};
 use crate::run::parts::{open_init_adapter, open_tokenizer, vocab_size};
@@ -123,7 +124,7 @@ impl ModelSetup {
             None => None,
         };
         if let (Some(base), Some(files)) = (&base, &files) {
-            faults.0.extend(files.check_llama(base));
+            faults.0.extend(check_base(files, base));
         }
         let tokenizer = faults.take(open_tokenizer(&config.model.tokenizer))?;
         warnings.extend(tokenizer.iter().flat_map(Tokenizer::warnings).cloned());

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::checkpoint::folder::is_incomplete;
 use crate::checkpoint::manifest::{MANIFEST_FILE, checkpoints, step_dir, verify};
@@ -12,7 +11,8 @@ use crate::config::Config;
 use crate::disk::{is_temporary, names};
 use crate::error::{Error, Fault, Result};
 use crate::log::{EVENTS_DIR, count_records};
-use crate::run::folder::{ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, METRICS_FILE, holds_run};
+use crate::log::{METRICS_FILE, Metrics};
+use crate::run::folder::{ADAPTER_DIR, CHECKPOINTS_DIR, CONFIG_FILE, holds_run};
 
 /// Faults of one file of lines that are told at most.
 const N_TOLD: usize = 3;
@@ -177,27 +177,21 @@ fn config(dir: &Path) -> Part {
 /// nothing yet that it should tell of.
 fn metrics(dir: &Path, newest: Option<&Record>) -> Result<Option<Part>> {
     let path = dir.join(METRICS_FILE);
-    let text = match std::fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let faults = vec!["missing".to_owned()];
-            return Ok(newest.map(|_| part(METRICS_FILE, faults, Vec::new())));
-        }
-        Err(error) => return Err(Error::io("read", &path)(error)),
+    let Some(metrics) = Metrics::read(&path)? else {
+        let faults = vec!["missing".to_owned()];
+        return Ok(newest.map(|_| part(METRICS_FILE, faults, Vec::new())));
     };
     let (mut last, mut faults, mut n_lines, mut details) = (0, Vec::new(), 0, Vec::new());
-    for (at, line) in (1..).zip(text.split_inclusive(|&byte| byte == b'\n')) {
-        let value: Value = serde_json::from_slice(line).unwrap_or_default();
-        let Some(step) = value["step"].as_u64() else {
-            match line.ends_with(b"\n") {
+    for (at, line) in (1..).zip(metrics.lines()) {
+        let Some(step) = line.step else {
+            match line.is_whole() {
                 true => faults.push(format!("line {at}: is no line of metrics")),
                 false => details.push("the last line is torn or being written; a resume drops it".to_owned()),
             }
             continue;
         };
         n_lines += u64::from(newest.is_some_and(|record| step <= record.state.step));
-        // An evaluation has no loss of this name.
-        if value.get("loss").is_none() {
+        if !line.is_update {
             continue;
         }
         match step {

@@ -4,6 +4,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::torch::dtype;
 
 /// One result of one op in one dtype, held against the same in higher precision.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -26,27 +27,17 @@ pub struct Row {
 impl Row {
     /// Holds an error against its tolerance.
     pub fn new(op: &str, kind: Kind, error: f64, tolerance: f64) -> Self {
-        Self { op: op.into(), dtype: dtype_name(kind), error, tolerance, ok: error <= tolerance, fault: String::new() }
+        Self { op: op.into(), dtype: dtype::name(kind), error, tolerance, ok: error <= tolerance, fault: String::new() }
     }
 
     /// A result that could not be had.
     pub fn without_result(op: &str, kind: Kind, fault: String) -> Self {
-        Self { op: op.into(), dtype: dtype_name(kind), error: f64::INFINITY, tolerance: 0.0, ok: false, fault }
+        Self { op: op.into(), dtype: dtype::name(kind), error: f64::INFINITY, tolerance: 0.0, ok: false, fault }
     }
 
     /// How much of its tolerance an error uses up.
     fn strain(&self) -> f64 {
         if self.error == 0.0 { 0.0 } else { self.error / self.tolerance }
-    }
-}
-
-/// The name of a dtype in the config.
-pub(super) fn dtype_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "fp16",
-        Kind::Double => "fp64",
-        _ => "fp32",
     }
 }
 

@@ -17,6 +17,7 @@ pub use training::TrainingCurve;
 use crate::device::{BF16_CAPABILITY, Gpu};
 use crate::error::Result;
 use crate::torch::cuda::set_numerics;
+use crate::torch::dtype;
 use crate::torch::memory;
 
 /// What the self-test computes on.
@@ -106,7 +107,7 @@ impl Target<'_> {
         let version = |number: u32| format!("{}.{}", number / 1000, number % 1000 / 10);
         Ok(Machine {
             device: if self.device() == Device::Cpu { "cpu" } else { "cuda" },
-            dtypes: self.kinds().into_iter().map(judge::dtype_name).collect(),
+            dtypes: self.kinds().into_iter().map(dtype::name).collect(),
             free_bytes: memory::free_bytes(self.device())?,
             gpu: match self {
                 Self::Cpu => None,

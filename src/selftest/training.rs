@@ -16,15 +16,16 @@ use crate::engine::optim::schedule::{LrSchedule, Shape};
 use crate::engine::state::TrainState;
 use crate::engine::step::{StepSettings, Trainer};
 use crate::error::{Error, Result};
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::model::init::{NewRows, initialise};
 use crate::model::llama::{Compute, Llama};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::weights::BaseWeights;
 use crate::ops::rope::RopeScaling;
-use crate::selftest::judge::{Row, dtype_name, unit_roundoff};
+use crate::selftest::judge::{Row, unit_roundoff};
 use crate::torch::cuda::set_numerics;
+use crate::torch::dtype;
 use crate::torch::number::WithNumber;
 
 /// Steps of the run: enough that what AdamW wrote in the first is read, and read again.
@@ -51,13 +52,13 @@ pub struct TrainingCurve {
 /// losses may not differ in a single bit.
 pub(super) fn try_all(kinds: &[Kind], device: Device) -> Result<(Vec<TrainingCurve>, Vec<Row>)> {
     let judge = losses(Kind::Double, Device::Cpu)?;
-    let mut curves = vec![TrainingCurve { dtype: dtype_name(Kind::Double), losses: judge.clone() }];
+    let mut curves = vec![TrainingCurve { dtype: dtype::name(Kind::Double), losses: judge.clone() }];
     let mut rows = Vec::new();
     for &kind in kinds {
         match losses(kind, device) {
             Ok(losses) => {
                 rows.push(Row::new(LOSSES, kind, largest_share(&losses, &judge), tolerance(kind)));
-                curves.push(TrainingCurve { dtype: dtype_name(kind), losses });
+                curves.push(TrainingCurve { dtype: dtype::name(kind), losses });
             }
             Err(error) => rows.push(Row::without_result(LOSSES, kind, error.to_string())),
         }

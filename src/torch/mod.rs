@@ -5,6 +5,7 @@
 
 pub mod cuda;
 pub mod driver;
+pub mod dtype;
 pub mod host_memory;
 pub mod memory;
 pub mod number;

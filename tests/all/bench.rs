@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use bellora::data::Dataset;
 use bellora::data::lengths::{Length, Lengths};
-use bellora::model::config::LlamaConfig;
+use bellora::formats::config_json::LlamaConfig;
 use bellora::model::flops::{Flops, TokenMix};
 use bellora::model::lora::{LoraSpec, Projection, Table};
 use bellora::model::shapes;

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 use bellora::data::Tokenizer;
 use bellora::error::{Error, Fault};
+use bellora::formats::config_json::LlamaConfig;
 use bellora::formats::model_keys::OTHER_ARCHITECTURES;
-use bellora::model::config::LlamaConfig;
 use serde_json::{Value, json};
 
 /// A file of `tests/compat/`.

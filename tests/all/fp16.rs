@@ -10,11 +10,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bellora::batch::PackedBatch;
+use bellora::checkpoint::adapter_file::WEIGHTS_FILE;
 use bellora::data::build_batches;
 use bellora::engine::metrics::StepMetrics;
 use bellora::engine::optim::loss_scale::LossScale;
 use bellora::error::Error;
-use bellora::model::adapter_file::WEIGHTS_FILE;
 use bellora::model::lora::Projection;
 use bellora::model::params::{Gradients, lora_key, named_views};
 use bellora::ops::cross_entropy::ScaledLoss;

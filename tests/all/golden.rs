@@ -12,11 +12,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use bellora::checkpoint::adapter_file::WEIGHTS_FILE;
 use bellora::config::{Auto, Config, Dtype, Recompute};
 use bellora::engine::metrics::StepMetrics;
 use bellora::eval::evaluate;
-use bellora::model::adapter_file::WEIGHTS_FILE;
-use bellora::model::weights::TensorFiles;
+use bellora::formats::safetensors_in::TensorFiles;
 use bellora::run::setup::{CacheUse, Job};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};

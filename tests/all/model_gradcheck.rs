@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use bellora::data::build_batches;
-use bellora::model::config::LlamaConfig;
+use bellora::formats::config_json::LlamaConfig;
 use bellora::model::lora::{LoraSpec, Projection, Table};
 use bellora::model::params::{lora_key, table_key};
 use bellora::ops::dropout::{self, DropoutKey, RowOrigin};

@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
+use bellora::checkpoint::adapter_file::WEIGHTS_FILE;
 use bellora::engine::metrics::StepMetrics;
 use bellora::engine::non_finite::{NonFinite, SampleLoss};
 use bellora::engine::optim::loss_scale::LossScale;
 use bellora::engine::step::Trainer;
-use bellora::model::adapter_file::WEIGHTS_FILE;
 use serde_json::{Value, json};
 
 use crate::fp16::token_id;

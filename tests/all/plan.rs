@@ -5,12 +5,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use bellora::engine::probe::{Trial, probe};
-use bellora::model::config::LlamaConfig;
+use bellora::formats::config_json::LlamaConfig;
+use bellora::formats::safetensors_out::{Planned, TensorFileWriter};
 use bellora::model::flops::{Flops, TokenMix};
 use bellora::model::lora::{LoraSpec, Projection, Table};
 use bellora::model::params::{Gradients, Layout};
 use bellora::model::shapes;
-use bellora::model::tensor_file_out::{Planned, TensorFileWriter};
 use bellora::plan::memory::MemoryModel;
 use bellora::plan::parts::{Part, sum};
 use bellora::plan::solve::{Bounds, Form, Wanted, settle, usable};

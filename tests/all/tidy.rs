@@ -16,11 +16,13 @@ const LAYERS: [&[&str]; 6] = [
 ];
 
 /// Who may use whom within a layer.
-const SIBLINGS: [(&str, &[&str]); 9] = [
+const SIBLINGS: [(&str, &[&str]); 10] = [
     ("disk", &["error"]),
     ("torch", &["error"]),
     ("device", &["torch"]),
     ("batch", &["ops"]),
+    // What config.json says of rotations and heads.
+    ("formats", &["ops"]),
     // A checkpoint keeps where a training stands.
     ("checkpoint", &["engine"]),
     ("run", &["config", "log", "plan", "eval"]),
@@ -158,9 +160,109 @@ fn modules_use_lower_layers_only() {
     }
 }
 
+/// The paths that `use` statements and expressions of a file name, from `crate` on: `a::b::C` for `crate::a::{b::C, d}`, and
+/// for `super::` and `self::` as seen from `module`.
+fn used_paths(module: &[&str], code: &str) -> Vec<Vec<String>> {
+    let mut found = Vec::new();
+    for (root, above) in [("crate::", module.len()), ("super::", 1), ("self::", 0)] {
+        for (at, _) in code.match_indices(root) {
+            let is_whole = !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':');
+            if is_whole {
+                let base = module[..module.len() - above].iter().map(ToString::to_string).collect();
+                expand(base, &code[at + root.len()..], &mut found);
+            }
+        }
+    }
+    found
+}
+
+/// Follows a path, and every branch where it opens a brace; gives what is left of the text behind it.
+fn expand<'a>(mut path: Vec<String>, mut rest: &'a str, found: &mut Vec<Vec<String>>) -> &'a str {
+    loop {
+        rest = rest.trim_start();
+        if let Some(mut list) = rest.strip_prefix('{') {
+            loop {
+                list = expand(path.clone(), list, found).trim_start();
+                match list.chars().next() {
+                    Some(',') => list = &list[1..],
+                    Some('}') => return &list[1..],
+                    _ => return list,
+                }
+            }
+        }
+        let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(rest.len());
+        path.push(rest[..end].to_owned());
+        rest = &rest[end..];
+        match rest.strip_prefix("::") {
+            Some(more) => rest = more,
+            None => {
+                found.push(path);
+                return rest;
+            }
+        }
+    }
+}
+
+#[test]
+fn no_files_use_each_other() {
+    let sources = sources();
+    let module = |name: &str| -> Vec<String> {
+        let path = name["src/".len()..].trim_end_matches(".rs").trim_end_matches("/mod");
+        path.split('/').map(ToString::to_string).collect()
+    };
+    // A room's mod.rs names its files: what a file takes from there does not count.
+    let files: Vec<Vec<String>> =
+        sources.iter().filter(|(name, _)| !name.ends_with("/mod.rs")).map(|(name, _)| module(name)).collect();
+    let file_of = |path: &[String]| (1..=path.len()).rev().find_map(|n| files.iter().position(|f| f[..] == path[..n]));
+    let mut uses = vec![Vec::new(); files.len()];
+    for (name, code) in &sources {
+        let own = module(name);
+        let Some(at) = files.iter().position(|file| *file == own) else { continue };
+        let own: Vec<&str> = own.iter().map(String::as_str).collect();
+        uses[at].extend(used_paths(&own, code).iter().filter_map(|path| file_of(path)).filter(|used| *used != at));
+    }
+    // Files that use none of those left are taken away, over and over: what stays is a circle, or leads to one.
+    let mut left: Vec<usize> = (0..files.len()).collect();
+    loop {
+        let is_free = |at: &usize| !uses[*at].iter().any(|used| left.contains(used));
+        let (free, rest): (Vec<usize>, Vec<usize>) = left.iter().copied().partition(is_free);
+        left = rest;
+        if free.is_empty() {
+            break;
+        }
+    }
+    let shown = |at: usize| files[at].join("::");
+    let named = |at: &usize| {
+        let used: Vec<String> = uses[*at].iter().filter(|used| left.contains(used)).map(|used| shown(*used)).collect();
+        format!("{} uses {}", shown(*at), used.join(", "))
+    };
+    assert_none(&left.iter().map(named).collect::<Vec<_>>());
+}
+
+#[test]
+fn the_map_names_what_is_there() {
+    let map = std::fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let lib = std::fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    let modules = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+    let mut wrong = Vec::new();
+    for module in modules {
+        if !map.contains(&format!("`{module}`")) && !map.contains(&format!("`{module}/`")) {
+            wrong.push(format!("src/{module} is not on the map"));
+        }
+    }
+    for quoted in map.split('`').skip(1).step_by(2) {
+        let is_source = [".rs", ".cpp", ".h"].iter().any(|end| quoted.ends_with(end)) && quoted.contains('/');
+        let path = if quoted.starts_with("src/") { quoted.to_owned() } else { format!("src/{quoted}") };
+        if is_source && !root().join(&path).is_file() {
+            wrong.push(format!("{quoted} is not there"));
+        }
+    }
+    assert_none(&wrong);
+}
+
 #[test]
 fn unsafe_code_stays_in_its_rooms() {
-    let rooms = ["src/torch/", "src/comm/nccl/", "src/model/weights.rs", "src/data/cache.rs"];
+    let rooms = ["src/torch/", "src/comm/nccl/", "src/formats/safetensors_in.rs", "src/data/cache.rs"];
     assert_none(&found_in_sources(&["unsafe {", "unsafe fn", "unsafe impl", "unsafe extern", "unsafe_code"], &rooms));
     for (name, code) in sources() {
         let text = std::fs::read_to_string(root().join(&name)).unwrap();

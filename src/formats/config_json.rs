@@ -8,7 +8,7 @@ use crate::error::{Error, Fault, Result, shell_quoted};
 use crate::formats::json;
 use crate::formats::keys::{is_neutral, passed_over, short};
 use crate::formats::model_keys::{CONFIG, GENERATION_CONFIG, OTHER_ARCHITECTURES};
-use crate::model::other_formats::other_kind;
+use crate::formats::other_formats::other_kind;
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeScaling;
 

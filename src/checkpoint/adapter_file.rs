@@ -11,10 +11,10 @@ use crate::error::{Error, Fault, Result};
 use crate::formats::json as files;
 use crate::formats::keys::{Effect, short};
 use crate::formats::model_keys::ADAPTER_CONFIG;
+use crate::formats::safetensors_in::TensorFiles;
+use crate::formats::safetensors_out::{Planned, TensorFileWriter};
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Layout, ParamBuffer};
-use crate::model::tensor_file_out::{Planned, TensorFileWriter};
-use crate::model::weights::TensorFiles;
 
 /// The weights of an adapter folder.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
