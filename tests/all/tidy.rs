@@ -221,10 +221,11 @@ fn no_files_use_each_other() {
         let own: Vec<&str> = own.iter().map(String::as_str).collect();
         uses[at].extend(used_paths(&own, code).iter().filter_map(|path| file_of(path)).filter(|used| *used != at));
     }
-    // Files that use none of those left are taken away, over and over: what stays is a circle, or leads to one.
+    // Files that use none of those left, or are used by none, are taken away, over and over: what stays is circles.
     let mut left: Vec<usize> = (0..files.len()).collect();
     loop {
-        let is_free = |at: &usize| !uses[*at].iter().any(|used| left.contains(used));
+        let is_used = |at: &usize| left.iter().any(|other| uses[*other].contains(at));
+        let is_free = |at: &usize| !is_used(at) || !uses[*at].iter().any(|used| left.contains(used));
         let (free, rest): (Vec<usize>, Vec<usize>) = left.iter().copied().partition(is_free);
         left = rest;
         if free.is_empty() {
