@@ -13,14 +13,15 @@ use tch::{Device, Kind, Tensor};
 
 pub use report::{Piece, Report, Settings};
 
-use super::report::{Machine, dtype, median};
+use super::report::{Machine, median};
 use crate::config::Config;
 use crate::data::Lengths;
 use crate::error::Result;
-use crate::model::config::LlamaConfig;
+use crate::formats::config_json::LlamaConfig;
 use crate::ops::attention::Heads;
 use crate::run::resolve_auto;
 use crate::torch::cuda::{Blas, prefer_blas, set_numerics};
+use crate::torch::dtype;
 use crate::torch::memory;
 use crate::torch::timer::seconds_of;
 
@@ -126,7 +127,7 @@ pub fn measure(
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         device: Machine::of(device),
-        dtype: dtype(kind),
+        dtype: dtype::name(kind),
         settings,
         pieces: pieces.found,
     })
