@@ -6,6 +6,7 @@
 use tch::Tensor;
 
 use crate::error::Result;
+use crate::model::frozen_weight::FrozenWeight;
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::gemm;
 use crate::torch::number::WithNumber;
@@ -38,7 +39,7 @@ struct Adapters {
 /// A frozen linear map `[O, I]` and the adapters on parts of its output.
 #[derive(Debug)]
 pub struct AdaptedLinear {
-    weight_oi: Tensor,
+    weight: FrozenWeight,
     bias_o: Option<Tensor>,
     adapters: Option<Adapters>,
 }
@@ -59,7 +60,7 @@ pub struct AdapterPlace {
 impl AdaptedLinear {
     /// Puts adapters on a frozen map; the places are ascending and their `lora_A` adjoin in the layout.
     pub fn new(
-        weight_oi: Tensor,
+        weight: FrozenWeight,
         bias_o: Option<Tensor>,
         places: &[AdapterPlace],
         scale: f64,
@@ -81,7 +82,7 @@ impl AdaptedLinear {
                 scale,
             }),
         };
-        Ok(Self { weight_oi, bias_o, adapters })
+        Ok(Self { weight, bias_o, adapters })
     }
 
     /// Whether an adapter reads this map's input, and so its dropped form is needed.
@@ -91,7 +92,7 @@ impl AdaptedLinear {
 
     /// Computes `y [N, O]` and `s x̃ Aᵀ [N, kR]`, which backward needs.
     pub fn forward(&self, x_ni: &Tensor, dropped_ni: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        let mut y_no = gemm::nt(x_ni, &self.weight_oi)?;
+        let mut y_no = self.weight.product(x_ni)?;
         if let Some(bias) = &self.bias_o {
             let _ = y_no.f_add_(bias)?;
         }
@@ -121,7 +122,7 @@ impl AdaptedLinear {
 
     /// Computes `dy W`, the gradient of the input through the frozen map.
     pub fn backward_input(&self, dy_no: &Tensor) -> Result<Tensor> {
-        gemm::nn(dy_no, &self.weight_oi)
+        self.weight.product_transposed(dy_no)
     }
 
     /// Adds the adapters' share `drop(dS A)` to the gradient of the input; `drop` applies the input's mask.

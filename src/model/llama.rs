@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::formats::config_json::LlamaConfig;
 use crate::model::adapted_linear::{AdaptedLinear, AdapterPlace};
 use crate::model::block::{Block, BlockSaved};
+use crate::model::frozen_weight::FrozenWeight;
 use crate::model::kv_cache::KvCache;
 use crate::model::lora::{LoraSpec, Projection, Table};
 use crate::model::params::{Gradients, ParamBuffer, lora_key, padded_head_rows, table_key};
@@ -313,20 +314,20 @@ fn load_block(
 ) -> Result<Block> {
     let Compute { kind, device, .. } = compute;
     let map = |projections: &[Projection]| -> Result<AdaptedLinear> {
-        let rows: i64 = projections.iter().map(|p| p.shape(config)[0]).sum();
-        let weight_oi = Tensor::f_empty([rows, projections[0].shape(config)[1]], (kind, device))?;
+        let named = |p: &Projection| (format!("{}.weight", p.module(layer)), p.shape(config)[0]);
+        let parts: Vec<(String, i64)> = projections.iter().map(named).collect();
+        let weight = FrozenWeight::load(base, &parts, projections[0].shape(config)[1], config, (kind, device))?;
         let mut places = Vec::new();
         let mut start = 0;
         for p in projections {
             let width = p.shape(config)[0];
-            base.fill(&format!("{}.weight", p.module(layer)), config, &weight_oi.f_narrow(0, start, width)?)?;
             let index = |matrix| params.layout().index_of(&lora_key(*p, layer, matrix));
             if let (Some(a_index), Some(b_index)) = (index("lora_A"), index("lora_B")) {
                 places.push(AdapterPlace { start, width, a_index, b_index });
             }
             start += width;
         }
-        AdaptedLinear::new(weight_oi, None, &places, lora.scale(), params)
+        AdaptedLinear::new(weight, None, &places, lora.scale(), params)
     };
     let norm = |name: &str| {
         let name = format!("model.layers.{layer}.{name}.weight");

@@ -3,6 +3,7 @@
 pub mod adapted_linear;
 pub mod block;
 pub mod flops;
+pub mod frozen_weight;
 pub mod init;
 pub mod kv_cache;
 pub mod llama;

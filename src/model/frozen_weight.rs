@@ -1,0 +1,47 @@
+//! A frozen weight: the products that a step needs of it, however it is stored.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::formats::config_json::LlamaConfig;
+use crate::model::weights::BaseWeights;
+use crate::ops::gemm;
+
+/// A frozen matrix `W [O, I]` in the compute dtype.
+#[derive(Debug)]
+pub struct FrozenWeight {
+    weight_oi: Tensor,
+}
+
+impl FrozenWeight {
+    /// Loads tensors of the base that share their input, each with its rows, one below the other.
+    ///
+    /// # Errors
+    /// As [`BaseWeights::fill`].
+    pub fn load(
+        base: BaseWeights<'_>,
+        parts: &[(String, i64)],
+        n_inputs: i64,
+        config: &LlamaConfig,
+        (kind, device): (Kind, Device),
+    ) -> Result<Self> {
+        let rows: i64 = parts.iter().map(|(_, rows)| rows).sum();
+        let weight_oi = Tensor::f_empty([rows, n_inputs], (kind, device))?;
+        let mut start = 0;
+        for (name, rows) in parts {
+            base.fill(name, config, &weight_oi.f_narrow(0, start, *rows)?)?;
+            start += rows;
+        }
+        Ok(Self { weight_oi })
+    }
+
+    /// Computes `x Wᵀ [N, O]`.
+    pub fn product(&self, x_ni: &Tensor) -> Result<Tensor> {
+        gemm::nt(x_ni, &self.weight_oi)
+    }
+
+    /// Computes `dy W [N, I]`, the gradient of the input.
+    pub fn product_transposed(&self, dy_no: &Tensor) -> Result<Tensor> {
+        gemm::nn(dy_no, &self.weight_oi)
+    }
+}
