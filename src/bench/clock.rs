@@ -6,7 +6,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::engine::metrics::StepMetrics;
-use crate::engine::step::{Part, Trainer};
+use crate::engine::step::{StepPart, Trainer};
 use crate::error::Result;
 use crate::torch::memory::synchronize;
 
@@ -85,14 +85,14 @@ pub(super) fn time_parts(trainer: &mut Trainer, n: u64, device: Device) -> Resul
     let mut parts = Parts { updates: n, ..Parts::default() };
     synchronize(device)?;
     let mut last = Instant::now();
-    let mut after = |part: Part| -> Result<()> {
+    let mut after = |part: StepPart| -> Result<()> {
         synchronize(device)?;
         let secs = match part {
-            Part::Input => &mut parts.input_secs,
-            Part::Forward => &mut parts.forward_secs,
-            Part::Head => &mut parts.head_secs,
-            Part::Backward => &mut parts.backward_secs,
-            Part::Optimizer => &mut parts.optimizer_secs,
+            StepPart::Input => &mut parts.input_secs,
+            StepPart::Forward => &mut parts.forward_secs,
+            StepPart::Head => &mut parts.head_secs,
+            StepPart::Backward => &mut parts.backward_secs,
+            StepPart::Optimizer => &mut parts.optimizer_secs,
         };
         *secs += last.elapsed().as_secs_f64() / n as f64;
         last = Instant::now();

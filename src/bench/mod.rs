@@ -36,7 +36,7 @@ use crate::run::resolve_auto;
 use crate::run::setup::{self, ModelSetup};
 use crate::torch::cuda::set_numerics;
 use crate::torch::memory;
-use report::{AllocatorReport, Measured, MemoryReport, Report};
+use report::{AllocatorReport, BenchReport, Measured, MemoryReport};
 
 /// Samples that are drawn, at most; more updates than they last for begin with them again.
 const MOST_SAMPLES: usize = 1 << 20;
@@ -88,7 +88,7 @@ impl Bench {
     ///
     /// # Errors
     /// [`Error::Invalid`] for what the config and the files that it names have wrong; else whatever ends a training.
-    pub fn run(mut self, tell: &dyn Fn(&str)) -> Result<Report> {
+    pub fn run(mut self, tell: &dyn Fn(&str)) -> Result<BenchReport> {
         if let Some(file) = &self.trace {
             trace::check_file(file)?;
         }
@@ -154,7 +154,11 @@ impl Bench {
             predicted,
             allocator,
         };
-        Ok(Report::new(&subject, &trainer.settings, Measured { ceiling, warmup, timed, parts, mix, memory, trace }))
+        Ok(BenchReport::new(
+            &subject,
+            &trainer.settings,
+            Measured { ceiling, warmup, timed, parts, mix, memory, trace },
+        ))
     }
 
     /// Fits the config to the lengths and settles where and in what dtype is computed; gives what is worth a word about the

@@ -22,11 +22,11 @@ const NAME_COLUMNS: usize = 90;
 
 /// A measurement and what it was made of.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct BenchReport {
     /// The version of this program.
     pub version: &'static str,
     /// Where it was made.
-    pub device: Machine,
+    pub device: MeasuredMachine,
     /// Of weights, activations and products.
     pub dtype: &'static str,
     /// The base.
@@ -69,7 +69,7 @@ pub struct Report {
 
 /// A device.
 #[derive(Debug, Serialize)]
-pub struct Machine {
+pub struct MeasuredMachine {
     /// `cpu` or `cuda`.
     pub kind: &'static str,
     /// The processor's name.
@@ -170,7 +170,7 @@ pub(super) struct Measured {
     pub(super) trace: Option<Trace>,
 }
 
-impl Report {
+impl BenchReport {
     pub(super) fn new(subject: &Subject, settings: &StepSettings, measured: Measured) -> Self {
         let Measured { ceiling, warmup, timed, parts, mix, memory, trace } = measured;
         let Subject { shape, lora, kind, device, .. } = subject;
@@ -181,7 +181,7 @@ impl Report {
         let a_sample = |count: fn(&Update) -> u64| timed.iter().map(count).sum::<u64>() as f64 / n_samples;
         Self {
             version: env!("CARGO_PKG_VERSION"),
-            device: Machine::of(*device),
+            device: MeasuredMachine::of(*device),
             dtype: dtype::name(*kind),
             model: Model::of(subject),
             lora: Adapters {
@@ -225,7 +225,7 @@ impl Report {
         let mut line = |name: &str, value: String| {
             let _ = writeln!(text, "{}", format!("{name:<14}{value}").trim_end());
         };
-        let Machine { kind, name, threads } = &self.device;
+        let MeasuredMachine { kind, name, threads } = &self.device;
         let threads = if *kind == "cpu" { format!(", {threads} threads") } else { String::new() };
         line("device", format!("{name}{threads}, {}; bellora {}", self.dtype, self.version));
         line("model", self.model.in_words());
@@ -303,7 +303,7 @@ fn trace_lines(trace: &Trace, line: &mut dyn FnMut(&str, String)) {
     }
 }
 
-impl Machine {
+impl MeasuredMachine {
     pub(super) fn of(device: Device) -> Self {
         let threads = tch::get_num_threads();
         match (device, crate::device::cuda()) {

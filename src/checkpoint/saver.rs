@@ -39,7 +39,7 @@ pub struct Saved {
 }
 
 /// What became of the checkpoint of a step.
-pub type Outcome = (u64, Result<Saved>);
+pub type SaveOutcome = (u64, Result<Saved>);
 
 impl Saver {
     /// Writes nothing yet.
@@ -73,13 +73,13 @@ impl Saver {
     }
 
     /// What became of the checkpoint in flight, if it is done.
-    pub fn poll(&mut self) -> Option<Outcome> {
+    pub fn poll(&mut self) -> Option<SaveOutcome> {
         let is_done = self.in_flight.as_ref().is_some_and(|in_flight| in_flight.thread.is_finished());
         if is_done { self.wait() } else { None }
     }
 
     /// Waits for the checkpoint in flight, if there is one.
-    pub fn wait(&mut self) -> Option<Outcome> {
+    pub fn wait(&mut self) -> Option<SaveOutcome> {
         let InFlight { step, thread } = self.in_flight.take()?;
         let saved =
             thread.join().unwrap_or_else(|panic| Err(Error::of_panic("the thread that writes checkpoints", &*panic)));

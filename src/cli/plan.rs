@@ -14,7 +14,7 @@ use crate::log::show_progress;
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
 use crate::model::shapes;
-use crate::plan::estimate::{Files, Machine, Plan, Samples, Task};
+use crate::plan::estimate::{Files, Plan, PlannedMachine, Samples, Task};
 use crate::plan::gib;
 use crate::plan::gpus::GpuModel;
 use crate::run::banner::grouped;
@@ -143,11 +143,11 @@ impl Subject {
     }
 
     /// The compute dtype and where it is computed.
-    fn machine(&self, gpu: Option<GpuModel>, n_gpus: i64) -> Result<(Kind, Machine)> {
+    fn machine(&self, gpu: Option<GpuModel>, n_gpus: i64) -> Result<(Kind, PlannedMachine)> {
         let Some(gpu) = gpu else {
             let device = resolve_auto::device(&self.here);
             let available = i64::try_from(memory::free_bytes(device)?).unwrap_or(i64::MAX);
-            return Ok((resolve_auto::kind(&self.here), Machine { device, available, gpu: None, n_gpus: 1 }));
+            return Ok((resolve_auto::kind(&self.here), PlannedMachine { device, available, gpu: None, n_gpus: 1 }));
         };
         let kind = match self.config.model.dtype {
             Auto::Is(Dtype::Bf16) if !gpu.has_bf16 => {
@@ -160,7 +160,7 @@ impl Subject {
             Auto::Auto if gpu.has_bf16 => Kind::BFloat16,
             Auto::Auto => Kind::Half,
         };
-        Ok((kind, Machine::of_gpu(gpu, n_gpus)?))
+        Ok((kind, PlannedMachine::of_gpu(gpu, n_gpus)?))
     }
 }
 

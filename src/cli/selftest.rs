@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use crate::cli::{print, say, signals};
 use crate::device::{self, Cuda};
 use crate::error::{Error, Result};
-use crate::selftest::{self, Machine, Report, Row, Scope, Target};
+use crate::selftest::{self, Row, Scope, SelftestReport, Target, TestedMachine};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Where {
@@ -72,7 +72,7 @@ fn target(asked: Option<Where>) -> Result<Target<'static>> {
 }
 
 /// The report as a table.
-fn text(report: &Report) -> String {
+fn text(report: &SelftestReport) -> String {
     let mut text = machine_lines(&report.machine);
     let width = report.rows.iter().map(|row| row.op.chars().count()).max().unwrap_or_default();
     text.push_str(&format!("\n{:width$}  dtype  largest error  tolerance\n", "result"));
@@ -95,7 +95,7 @@ fn table_line(row: &Row, width: usize) -> String {
     format!("{}{:pad$}  {:<5}  {measured}  {verdict}\n", row.op, "", row.dtype)
 }
 
-fn machine_lines(machine: &Machine) -> String {
+fn machine_lines(machine: &TestedMachine) -> String {
     let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
     let device = match &machine.gpu {
         None => format!("the CPU, {} threads, {:.1} GiB free", tch::get_num_threads(), gib(machine.free_bytes)),

@@ -47,7 +47,7 @@ pub(super) fn supervise(args: &RankArgs, nproc: usize, can_resume: bool) -> Resu
     };
     let mut restarts = 0;
     loop {
-        let mut job = Job::start(args, nproc, interface, can_resume && restarts > 0)?;
+        let mut job = SupervisedJob::start(args, nproc, interface, can_resume && restarts > 0)?;
         let ended = job.watch(args, &requests);
         match ended {
             Err(error) if restarts < args.max_restarts && is_worth_another_try(&error) => {
@@ -90,7 +90,7 @@ struct RankProcess {
     ended: Option<ExitStatus>,
 }
 
-struct Job {
+struct SupervisedJob {
     ranks: Vec<RankProcess>,
     /// The signal to stop that was handed on to the ranks; 0 before.
     asked: i32,
@@ -98,7 +98,7 @@ struct Job {
     rendezvous: Option<Rendezvous>,
 }
 
-impl Job {
+impl SupervisedJob {
     fn start(args: &RankArgs, nproc: usize, interface: IpAddr, resumes: bool) -> Result<Self> {
         let world_size = nproc * args.nnodes;
         let meet = Duration::from_secs(args.meet_timeout);
@@ -313,7 +313,7 @@ impl Job {
     }
 }
 
-impl Drop for Job {
+impl Drop for SupervisedJob {
     /// Leaves nothing behind, however the supervisor came to its end.
     fn drop(&mut self) {
         self.signal(Signal::KILL);

@@ -19,7 +19,7 @@ use crate::progress;
 use crate::run::begin;
 use crate::run::folder::expect_run;
 use crate::run::start::Host;
-use crate::run::training_loop::Outcome;
+use crate::run::training_loop::RunOutcome;
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -97,10 +97,10 @@ fn tell_of_work(work: &progress::State) {
     }
 }
 
-fn end(rank: usize, outcome: Result<Outcome>) -> Result<()> {
+fn end(rank: usize, outcome: Result<RunOutcome>) -> Result<()> {
     match outcome {
-        Ok(Outcome::AlreadyFinished) => say("the run is finished already: nothing to do\n"),
-        Ok(Outcome::Trained) => {}
+        Ok(RunOutcome::AlreadyFinished) => say("the run is finished already: nothing to do\n"),
+        Ok(RunOutcome::Trained) => {}
         // All have stopped after the same step, and rank 0 has saved it.
         Err(error @ Error::Interrupted { .. }) if rank != 0 => {
             return Err(Error::SaidByAnother { exit_code: error.exit_code() });

@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::cli::{print, signals};
 use crate::error::{Error, Result};
-use crate::run::verify::{Part, Verdict, inspect};
+use crate::run::verify::{Verdict, VerifiedPart, inspect};
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
@@ -36,7 +36,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<()> {
     ))
 }
 
-fn line(part: &Part) -> String {
+fn line(part: &VerifiedPart) -> String {
     let details = if part.details.is_empty() { String::new() } else { format!(": {}", part.details.join("; ")) };
     format!("{}: {}{details}\n", part.name, part.verdict.as_str())
 }

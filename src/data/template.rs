@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::reason::Reason;
 use super::record::Record;
-use super::tokenizer::{Part, SpecialTokens, Tokenizer};
+use super::tokenizer::{PromptPart, SpecialTokens, Tokenizer};
 use crate::error::{Error, Result};
 
 /// What stands before and after a text.
@@ -147,11 +147,11 @@ impl Template {
     ///
     /// # Errors
     /// Where the record has a system prompt and the template no place for it.
-    pub fn prompt<'a>(&'a self, record: &'a Record) -> std::result::Result<Vec<Part<'a>>, Reason> {
+    pub fn prompt<'a>(&'a self, record: &'a Record) -> std::result::Result<Vec<PromptPart<'a>>, Reason> {
         let mut parts = Vec::with_capacity(5 + 6 * record.history.len());
-        let own = |text: &'a String| Part { text, of_template: true };
+        let own = |text: &'a String| PromptPart { text, of_template: true };
         let mut around = |strings: &'a Around, text: &'a String| {
-            parts.extend([own(&strings[0]), Part { text, of_template: false }, own(&strings[1])]);
+            parts.extend([own(&strings[0]), PromptPart { text, of_template: false }, own(&strings[1])]);
         };
         match (&record.system, &self.system) {
             (Some(system), Some(strings)) => around(strings, system),

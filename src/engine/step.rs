@@ -12,7 +12,7 @@ use crate::engine::gather::gather;
 use crate::engine::metrics::StepMetrics;
 use crate::engine::non_finite::{NonFinite, SampleLoss};
 use crate::engine::optim::adamw::AdamW;
-use crate::engine::optim::control::{Asks, Outcome, Reading, StepControl};
+use crate::engine::optim::control::{Asks, Reading, StepControl, UpdateOutcome};
 use crate::engine::optim::loss_scale;
 use crate::engine::optim::schedule::LrSchedule;
 use crate::engine::reduce::{Reducer, touched_ids};
@@ -50,7 +50,7 @@ pub struct StepSettings {
 
 /// The parts of a step, in the order in which each micro-batch goes through them; the last is of the step as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum StepPart {
     /// Packing, upload, gradients set to zero.
     Input,
     /// Embedding and blocks.
@@ -63,7 +63,7 @@ pub enum Part {
     Optimizer,
 }
 
-impl std::fmt::Display for Part {
+impl std::fmt::Display for StepPart {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Input => "input",
@@ -181,7 +181,7 @@ impl Trainer {
     ///
     /// # Errors
     /// As [`Self::step`], and those of `after`.
-    pub fn step_by_part(&mut self, after: &mut dyn FnMut(Part) -> Result<()>) -> Result<Option<StepMetrics>> {
+    pub fn step_by_part(&mut self, after: &mut dyn FnMut(StepPart) -> Result<()>) -> Result<Option<StepMetrics>> {
         let started = Instant::now();
         let samples = self.next_samples();
         let reading = self.update(&samples, after)?;
@@ -199,7 +199,7 @@ impl Trainer {
     }
 
     /// One update over samples; `None` when there is nothing in them to learn.
-    fn update(&mut self, samples: &[u32], after: &mut dyn FnMut(Part) -> Result<()>) -> Result<Option<Reading>> {
+    fn update(&mut self, samples: &[u32], after: &mut dyn FnMut(StepPart) -> Result<()>) -> Result<Option<Reading>> {
         if samples.iter().all(|&sample| self.samples.label_tokens(sample as usize) == 0) {
             return Ok(None);
         }
@@ -219,7 +219,7 @@ impl Trainer {
         if self.params.is_sharded() {
             gather(&mut *self.ranks, &self.params, &self.params.compute()?)?;
         }
-        after(Part::Optimizer)?;
+        after(StepPart::Optimizer)?;
         Ok(Some(reading))
     }
 
@@ -230,7 +230,7 @@ impl Trainer {
         &mut self,
         samples: &[u32],
         batches: &[PackedBatch],
-        after: &mut dyn FnMut(Part) -> Result<()>,
+        after: &mut dyn FnMut(StepPart) -> Result<()>,
     ) -> Result<Accumulated> {
         let dropout = self.dropout(self.state.step);
         let step = &self.state.step;
@@ -250,15 +250,15 @@ impl Trainer {
                     false => Ok(()),
                 };
                 let batch = model.batch(packed, dropout)?;
-                after(Part::Input)?;
+                after(StepPart::Input)?;
                 let (hidden_nd, saved) = model.forward(&batch, settings.recompute)?;
-                after(Part::Forward)?;
+                after(StepPart::Forward)?;
                 let dhidden_nd = model.head_loss(&hidden_nd, &batch, grads, &control.loss)?;
                 completed(Done::Head)?;
-                after(Part::Head)?;
+                after(StepPart::Head)?;
                 drop(hidden_nd);
                 model.backward(saved, dhidden_nd, &batch, grads, &mut completed)?;
-                after(Part::Backward)
+                after(StepPart::Backward)
             };
             match pass() {
                 Err(error) if error.is_out_of_memory() => {
@@ -379,8 +379,8 @@ impl Trainer {
     ///
     /// # Errors
     /// It is one more than the settings let pass.
-    fn not_finite(&mut self, step: u64, outcome: &Outcome, samples: &[u32]) -> Result<()> {
-        let &Outcome { loss, grad_norm, loss_scale, .. } = outcome;
+    fn not_finite(&mut self, step: u64, outcome: &UpdateOutcome, samples: &[u32]) -> Result<()> {
+        let &UpdateOutcome { loss, grad_norm, loss_scale, .. } = outcome;
         // This is told even where the device has no room or no strength left to look closer.
         let losses = self.sample_losses(step, samples).unwrap_or_else(|_| self.without_losses(step, samples));
         let found = NonFinite {

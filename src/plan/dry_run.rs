@@ -17,7 +17,7 @@ use meter::{Bytes, Held, Meter};
 
 use crate::model::llama::rows_per_chunk;
 use crate::model::params::padded_head_rows;
-use crate::plan::parts::{Part, PartBytes, Passes, Stage};
+use crate::plan::parts::{MemoryPart, PartBytes, Passes, Stage};
 
 /// Bytes of an fp32 element.
 const FP32: i64 = 4;
@@ -128,8 +128,9 @@ pub(super) fn passes(dims: &Dims, tokens: i64) -> Passes {
     dry.backward(saved, dhidden);
     let backward = meter.take_peak();
 
-    let by_part =
-        |bytes: Bytes| Part::ALL.into_iter().map(|part| PartBytes { part, bytes: bytes[part as usize] }).collect();
+    let by_part = |bytes: Bytes| {
+        MemoryPart::ALL.into_iter().map(|part| PartBytes { part, bytes: bytes[part as usize] }).collect()
+    };
     let peaks =
         [(Stage::Forward, by_part(forward)), (Stage::Head, by_part(head)), (Stage::Backward, by_part(backward))];
     Passes { lasting, kept, peaks }
@@ -161,23 +162,23 @@ struct DryRun<'m> {
 
 impl<'m> DryRun<'m> {
     /// `[N, width]` in the compute dtype.
-    fn rows(&self, part: Part, width: i64) -> Held<'m> {
+    fn rows(&self, part: MemoryPart, width: i64) -> Held<'m> {
         self.meter.hold(part, self.dims.element() * width * self.n)
     }
 
     /// `[N, width]` in the compute dtype, gone before the block is left.
     fn passing(&self, width: i64) -> Held<'m> {
-        self.rows(Part::Temporaries, width)
+        self.rows(MemoryPart::Temporaries, width)
     }
 
     /// `[N, width]` in fp32.
-    fn wide(&self, part: Part, width: i64) -> Held<'m> {
+    fn wide(&self, part: MemoryPart, width: i64) -> Held<'m> {
         self.meter.hold(part, FP32 * width * self.n)
     }
 
     /// The fp32 form of something passing; in fp32 it is the thing itself.
     fn widened(&self, width: i64) -> Option<Held<'m>> {
-        self.dims.is_half_precision().then(|| self.wide(Part::Temporaries, width))
+        self.dims.is_half_precision().then(|| self.wide(MemoryPart::Temporaries, width))
     }
 
     // ---- what a run holds ----
@@ -194,13 +195,13 @@ impl<'m> DryRun<'m> {
         // Products read the masters themselves in fp32: all of them, then.
         let masters_len = if dims.is_half_precision() { shard_len } else { dims.buffer_len };
         vec![
-            self.meter.hold(Part::FrozenWeights, dims.element() * dims.frozen_params + frozen_padding),
-            self.meter.hold(Part::Masters, params(masters_len)),
-            self.meter.hold(Part::Gradients, params(dims.buffer_len)),
-            self.meter.hold(Part::Moments, 2 * params(shard_len)),
-            self.meter.hold(Part::ComputeCopy, copy),
-            self.meter.hold(Part::Workspaces, self.workspaces()),
-            self.meter.hold(Part::Batch, rotations),
+            self.meter.hold(MemoryPart::FrozenWeights, dims.element() * dims.frozen_params + frozen_padding),
+            self.meter.hold(MemoryPart::Masters, params(masters_len)),
+            self.meter.hold(MemoryPart::Gradients, params(dims.buffer_len)),
+            self.meter.hold(MemoryPart::Moments, 2 * params(shard_len)),
+            self.meter.hold(MemoryPart::ComputeCopy, copy),
+            self.meter.hold(MemoryPart::Workspaces, self.workspaces()),
+            self.meter.hold(MemoryPart::Batch, rotations),
         ]
     }
 
@@ -217,13 +218,13 @@ impl<'m> DryRun<'m> {
     fn batch(&self) -> Held<'m> {
         let numbers = 5 * I64 + FP32;
         let copies = if self.dims.is_cuda { 1 } else { 2 };
-        self.meter.hold(Part::Batch, (copies * numbers + FP32 * self.dims.head_dim) * self.n)
+        self.meter.hold(MemoryPart::Batch, (copies * numbers + FP32 * self.dims.head_dim) * self.n)
     }
 
     // ---- model/llama.rs ----
 
     fn forward(&self) -> (Held<'m>, Vec<SavedBlock<'m>>) {
-        let mut x_nd = self.rows(Part::KeptActivations, self.dims.hidden);
+        let mut x_nd = self.rows(MemoryPart::KeptActivations, self.dims.hidden);
         let mut blocks = Vec::with_capacity(self.dims.layers);
         for _ in 0..self.dims.layers {
             let (out_nd, saved) = self.block_forward(x_nd);
@@ -239,14 +240,14 @@ impl<'m> DryRun<'m> {
     /// `Llama::head_loss`, all rows learned.
     fn head_loss(&self) -> Held<'m> {
         let d = self.dims.hidden;
-        let head = |width: i64| self.rows(Part::Head, width);
+        let head = |width: i64| self.rows(MemoryPart::Head, width);
         let _rows_md = head(d);
-        let (_h_md, _rstd) = self.rms_norm_forward(Part::Head);
+        let (_h_md, _rstd) = self.rms_norm_forward(MemoryPart::Head);
         let _dh_md = head(d);
         self.head_chunk();
         let _no_residual = head(d);
-        let _drows_md = self.rms_norm_backward(Part::Head).0;
-        self.rows(Part::KeptActivations, d)
+        let _drows_md = self.rms_norm_backward(MemoryPart::Head).0;
+        self.rows(MemoryPart::KeptActivations, d)
     }
 
     /// One chunk: logits, their gradient, what it gives the rows and the table.
@@ -255,7 +256,7 @@ impl<'m> DryRun<'m> {
         let device = if dims.is_cuda { Device::Cuda(0) } else { Device::Cpu };
         let chunk = rows_per_chunk(dims.vocab, device).min(self.n);
         let padded = padded_head_rows(dims.vocab, dims.kind);
-        let hold = |bytes: i64| self.meter.hold(Part::Head, bytes);
+        let hold = |bytes: i64| self.meter.hold(MemoryPart::Head, bytes);
         let logits = hold(dims.element() * padded * chunk);
         let _dlogits = match dims.has_row_kernels() {
             // Overwritten by their gradient.
@@ -275,7 +276,7 @@ impl<'m> DryRun<'m> {
         };
         drop(hold(dims.element() * dims.hidden * chunk));
         if dims.trains_head {
-            self.accumulate(Part::Head, dims.vocab, dims.hidden);
+            self.accumulate(MemoryPart::Head, dims.vocab, dims.hidden);
         }
     }
 
@@ -299,8 +300,8 @@ impl<'m> DryRun<'m> {
 
     fn block_forward(&self, x_nd: Held<'m>) -> (Held<'m>, BlockSaved<'m>) {
         let Dims { hidden: d, n_heads, qkv, o: o_group, gate_up, down, .. } = self.dims;
-        let (d, kept) = (*d, Part::KeptActivations);
-        let (h_nd, rstd) = self.rms_norm_forward(Part::Temporaries);
+        let (d, kept) = (*d, MemoryPart::KeptActivations);
+        let (h_nd, rstd) = self.rms_norm_forward(MemoryPart::Temporaries);
         let (qkv, qkv_xa) = self.linear(qkv, kept);
         drop(h_nd);
         self.rotate();
@@ -309,7 +310,7 @@ impl<'m> DryRun<'m> {
         self.attention_forward();
         let (x2, o_xa) = self.linear(o_group, kept);
 
-        let (h_nd, mlp_rstd) = self.rms_norm_forward(Part::Temporaries);
+        let (h_nd, mlp_rstd) = self.rms_norm_forward(MemoryPart::Temporaries);
         let (gu, gate_up_xa) = self.linear(gate_up, kept);
         drop(h_nd);
         let _h_nf = self.swiglu_forward();
@@ -336,7 +337,7 @@ impl<'m> DryRun<'m> {
         let dh_nd = self.backward_input(gate_up);
         drop(dgu_n2f);
         self.add_adapters(gate_up);
-        let (dx2_nd, h_nd) = self.rms_norm_backward(Part::Temporaries);
+        let (dx2_nd, h_nd) = self.rms_norm_backward(MemoryPart::Temporaries);
         drop((dh_nd, dout_nd, saved.x2));
         self.accumulate_a(gate_up, ds, Some(h_nd));
 
@@ -359,7 +360,7 @@ impl<'m> DryRun<'m> {
         let _dh_nd = self.backward_input(qkv);
         drop(dqkv);
         self.add_adapters(qkv);
-        let (dx_nd, h_nd) = self.rms_norm_backward(Part::Temporaries);
+        let (dx_nd, h_nd) = self.rms_norm_backward(MemoryPart::Temporaries);
         self.accumulate_a(qkv, ds, Some(h_nd));
         debug_assert_eq!(dx_nd.bytes, self.dims.element() * d * self.n);
         Some(dx_nd)
@@ -370,10 +371,10 @@ impl<'m> DryRun<'m> {
         if !self.dims.drops {
             return None;
         }
-        let dropped = self.rows(Part::Dropout, width);
+        let dropped = self.rows(MemoryPart::Dropout, width);
         if self.dims.is_cuda {
             let calls = (self.n * width / 8).min(CUDA_MASK_CALLS);
-            drop(self.meter.hold(Part::Dropout, CUDA_MASK_TENSORS * I64 * calls));
+            drop(self.meter.hold(MemoryPart::Dropout, CUDA_MASK_TENSORS * I64 * calls));
         }
         Some(dropped)
     }
@@ -381,20 +382,20 @@ impl<'m> DryRun<'m> {
     fn accumulate_a(&self, group: &InputGroup, ds: Option<Held<'m>>, x: Option<Held<'m>>) {
         if ds.is_some() {
             let _dropped = self.dropped(group.input);
-            self.accumulate(Part::Temporaries, self.dims.rank * group.adapted.len() as i64, group.input);
+            self.accumulate(MemoryPart::Temporaries, self.dims.rank * group.adapted.len() as i64, group.input);
         }
         drop((ds, x));
     }
 
     // ---- model/adapted_linear.rs ----
 
-    fn linear(&self, group: &InputGroup, part: Part) -> (Held<'m>, Option<Held<'m>>) {
+    fn linear(&self, group: &InputGroup, part: MemoryPart) -> (Held<'m>, Option<Held<'m>>) {
         let _dropped = if group.adapted.is_empty() { None } else { self.dropped(group.input) };
         let y_no = self.rows(part, group.output);
         if group.adapted.is_empty() {
             return (y_no, None);
         }
-        let xa_nr = self.rows(Part::KeptActivations, self.ranks(group));
+        let xa_nr = self.rows(MemoryPart::KeptActivations, self.ranks(group));
         for width in &group.adapted {
             self.add_product(*width);
         }
@@ -413,7 +414,7 @@ impl<'m> DryRun<'m> {
             // A GPU's product goes into its columns of `ds_nr` itself.
             let apart = (!self.dims.is_cuda).then(|| self.passing(self.dims.rank));
             drop((copy, apart));
-            self.accumulate(Part::Temporaries, *width, self.dims.rank);
+            self.accumulate(MemoryPart::Temporaries, *width, self.dims.rank);
         }
         Some(ds_nr)
     }

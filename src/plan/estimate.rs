@@ -77,7 +77,7 @@ pub struct Files {
 
 /// Where the job is to run.
 #[derive(Debug, Clone, Copy)]
-pub struct Machine {
+pub struct PlannedMachine {
     /// The kind of memory.
     pub device: Device,
     /// Bytes that the program may hold on each device.
@@ -203,7 +203,7 @@ impl Samples {
 
 impl Task<'_> {
     /// The memory of the job on each device of a machine.
-    pub fn memory(&self, machine: &Machine, form: Form) -> MemoryModel {
+    pub fn memory(&self, machine: &PlannedMachine, form: Form) -> MemoryModel {
         let model = MemoryModel::new(self.shape, self.lora, self.layout, self.kind, machine.device, form.recompute);
         if form.shard { model.sharded(machine.n_gpus as usize) } else { model }
     }
@@ -212,7 +212,7 @@ impl Task<'_> {
     ///
     /// # Errors
     /// A longest sample that does not fit, where the config leaves the micro-batch to the plan.
-    pub fn plan(&self, machine: &Machine) -> Result<Plan> {
+    pub fn plan(&self, machine: &PlannedMachine) -> Result<Plan> {
         let Solved { tokens, form } = self.micro_batch(machine)?;
         let Form { recompute, shard } = form;
         let largest =
@@ -251,7 +251,7 @@ impl Task<'_> {
     }
 
     /// Tokens of a micro-batch and what they cost.
-    fn micro_batch(&self, machine: &Machine) -> Result<Solved> {
+    fn micro_batch(&self, machine: &PlannedMachine) -> Result<Solved> {
         let share = (self.global_batch + machine.n_gpus - 1) / machine.n_gpus.max(1);
         let bounds = Bounds { max_length: self.max_length, samples: share };
         let wanted = Wanted { tokens: self.micro_batch_tokens, recompute: self.recompute, shard: self.shard };
@@ -291,7 +291,7 @@ impl Task<'_> {
 /// GPUs that one job may have.
 const MOST_GPUS: i64 = 1 << 20;
 
-impl Machine {
+impl PlannedMachine {
     /// A GPU of the list, or several.
     ///
     /// # Errors

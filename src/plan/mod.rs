@@ -13,5 +13,5 @@ pub mod solve;
 
 pub use fit::{expect_to_fit, gib};
 pub use memory::MemoryModel;
-pub use parts::{Part, PartBytes, Stage};
+pub use parts::{MemoryPart, PartBytes, Stage};
 pub use solve::Solved;

@@ -7,7 +7,7 @@ use crate::engine::probe::Expected;
 /// What bytes are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Part {
+pub enum MemoryPart {
     /// Frozen weights in the compute dtype.
     FrozenWeights,
     /// The trained parameters in fp32.
@@ -32,7 +32,7 @@ pub enum Part {
     Workspaces,
 }
 
-impl Part {
+impl MemoryPart {
     /// All of them, the lasting ones first.
     pub const ALL: [Self; 11] = [
         Self::FrozenWeights,
@@ -70,7 +70,7 @@ impl Part {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct PartBytes {
     /// What for.
-    pub part: Part,
+    pub part: MemoryPart,
     /// How many.
     pub bytes: i64,
 }

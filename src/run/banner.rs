@@ -7,7 +7,7 @@ use crate::engine::probe::Probed;
 use crate::error::Result;
 use crate::plan::memory::frozen_params;
 use crate::plan::parts::sum;
-use crate::plan::{Part, gib};
+use crate::plan::{MemoryPart, gib};
 use crate::run::resolve_auto::copied_bytes;
 use crate::run::setup::Job;
 
@@ -97,9 +97,9 @@ pub fn lines(job: &Job) -> Result<Vec<String>> {
 fn memory_line(job: &Job) -> String {
     let tokens = largest_micro_batch(job);
     let parts = job.model.memory_model().by_part(tokens);
-    let of = |which: &[Part]| sum(&parts.iter().filter(|p| which.contains(&p.part)).copied().collect::<Vec<_>>());
-    let weights = of(&[Part::FrozenWeights]);
-    let trained = of(&[Part::Masters, Part::Gradients, Part::Moments, Part::ComputeCopy]);
+    let of = |which: &[MemoryPart]| sum(&parts.iter().filter(|p| which.contains(&p.part)).copied().collect::<Vec<_>>());
+    let weights = of(&[MemoryPart::FrozenWeights]);
+    let trained = of(&[MemoryPart::Masters, MemoryPart::Gradients, MemoryPart::Moments, MemoryPart::ComputeCopy]);
     format!(
         "memory      about {} at the peak of a step (weights {}, trainable {}, micro-batches {}: up to {} tokens)",
         gib(sum(&parts)),

@@ -14,14 +14,14 @@ use crate::run::lock::RunLock;
 use crate::run::resume_position::computed_on;
 use crate::run::setup::{CacheUse, Job};
 use crate::run::start::{Host, Start};
-use crate::run::training_loop::{Outcome, Run};
+use crate::run::training_loop::{Run, RunOutcome};
 
 /// Starts a run in its output folder; with `resume` goes on with the run that is there, if any.
 ///
 /// # Errors
 /// [`Error::Invalid`] before any file is created; [`Error::Interrupted`] after a signal, when the present step is
 /// finished and saved.
-pub fn train(config: Config, resume: bool, host: &Host, ranks: Box<dyn Communicator>) -> Result<Outcome> {
+pub fn train(config: Config, resume: bool, host: &Host, ranks: Box<dyn Communicator>) -> Result<RunOutcome> {
     let n_ranks = ranks.world_size();
     together(ranks, host, || start_or_go_on(config, resume, host, n_ranks))
 }
@@ -42,7 +42,7 @@ fn start_or_go_on(config: Config, resume: bool, host: &Host, n_ranks: usize) -> 
 ///
 /// # Errors
 /// As [`train`].
-pub fn resume(run_dir: &Path, sets: &[String], host: &Host, ranks: Box<dyn Communicator>) -> Result<Outcome> {
+pub fn resume(run_dir: &Path, sets: &[String], host: &Host, ranks: Box<dyn Communicator>) -> Result<RunOutcome> {
     let n_ranks = ranks.world_size();
     together(ranks, host, || {
         expect_run(run_dir)?;
@@ -59,12 +59,12 @@ fn together(
     mut ranks: Box<dyn Communicator>,
     host: &Host,
     decide: impl FnOnce() -> Result<Option<Start>>,
-) -> Result<Outcome> {
+) -> Result<RunOutcome> {
     let start = if ranks.rank() == 0 { decide()? } else { None };
     let settled = start.as_ref().map_or_else(String::new, |start| start.job.model.config.to_toml());
     let settled = broadcast_bytes(&mut *ranks, settled.into_bytes())?;
     if settled.is_empty() {
-        return Ok(Outcome::AlreadyFinished);
+        return Ok(RunOutcome::AlreadyFinished);
     }
     let start = match start {
         Some(start) => start,

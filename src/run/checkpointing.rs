@@ -89,7 +89,7 @@ impl Run<'_> {
     }
 
     /// Tells what became of a checkpoint. One that a disk would not take costs the save, not the run.
-    pub(super) fn was_saved(&mut self, outcome: Option<saver::Outcome>) -> Result<()> {
+    pub(super) fn was_saved(&mut self, outcome: Option<saver::SaveOutcome>) -> Result<()> {
         let Some((step, saved)) = outcome else { return Ok(()) };
         if let Some(tell) = self.tell {
             tell(SAVED);

@@ -29,7 +29,7 @@ use crate::run::start::{Host, Start};
 
 /// How a call that should train ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum RunOutcome {
     /// The last update is done and the adapter is written.
     Trained,
     /// There was nothing to do: the run had finished before.
@@ -182,13 +182,13 @@ impl<'a> Run<'a> {
         self.take_note()
     }
 
-    pub(super) fn run_to_end(mut self) -> Result<Outcome> {
+    pub(super) fn run_to_end(mut self) -> Result<RunOutcome> {
         let ended = self.steps().and_then(|()| self.end());
         // Whatever ended the run, a checkpoint in flight becomes whole, or the user learns why it did not.
         if let (Err(_), Some((step, Err(error)))) = (&ended, self.saver.wait()) {
             self.log.warn(&format!("the checkpoint of step {step} was not written: {error}"))?;
         }
-        ended.map(|()| Outcome::Trained)
+        ended.map(|()| RunOutcome::Trained)
     }
 
     fn steps(&mut self) -> Result<()> {

@@ -19,16 +19,16 @@ const N_TOLD: usize = 3;
 
 /// What was found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Report {
+pub struct Verification {
     /// Whether no part is damaged.
     pub whole: bool,
     /// The parts.
-    pub parts: Vec<Part>,
+    pub parts: Vec<VerifiedPart>,
 }
 
 /// A file or folder that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Part {
+pub struct VerifiedPart {
     /// Its name below the folder that was asked about.
     pub name: String,
     /// What it is.
@@ -65,7 +65,7 @@ impl Verdict {
 ///
 /// # Errors
 /// [`Error::Invalid`] for a folder that is neither; [`Error::Io`] for one that cannot be read.
-pub fn inspect(dir: &Path) -> Result<Report> {
+pub fn inspect(dir: &Path) -> Result<Verification> {
     let refused = |what: &str| {
         Error::invalid(dir.display().to_string(), what)
             .hint("name the folder that train.output named, an adapter/ of a run, or what `bellora export` wrote")
@@ -82,10 +82,10 @@ pub fn inspect(dir: &Path) -> Result<Report> {
     } else {
         return Err(refused(&format!("holds neither a run ({CONFIG_FILE}) nor a {MANIFEST_FILE}")));
     };
-    Ok(Report { whole: parts.iter().all(|part| part.verdict != Verdict::Damaged), parts })
+    Ok(Verification { whole: parts.iter().all(|part| part.verdict != Verdict::Damaged), parts })
 }
 
-fn parts_of_run(dir: &Path, checkpoints: &[(u64, PathBuf)]) -> Result<Vec<Part>> {
+fn parts_of_run(dir: &Path, checkpoints: &[(u64, PathBuf)]) -> Result<Vec<VerifiedPart>> {
     let mut parts = vec![config(dir)];
     let mut newest = None;
     for (_, checkpoint) in checkpoints {
@@ -108,7 +108,7 @@ fn parts_of_run(dir: &Path, checkpoints: &[(u64, PathBuf)]) -> Result<Vec<Part>>
     }
     for place in [dir, &dir.join(CHECKPOINTS_DIR)] {
         let left = names(place)?.into_iter().filter(|name| is_incomplete(name) || is_temporary(name));
-        parts.extend(left.map(|name| Part {
+        parts.extend(left.map(|name| VerifiedPart {
             name: below(dir, &place.join(name)),
             verdict: Verdict::Harmless,
             details: vec!["left by something that was interrupted, or being written now; nothing reads it".to_owned()],
@@ -123,10 +123,10 @@ fn below(dir: &Path, path: &Path) -> String {
 }
 
 /// Puts a part together from its faults.
-fn part(name: &str, faults: Vec<String>, details: Vec<String>) -> Part {
+fn part(name: &str, faults: Vec<String>, details: Vec<String>) -> VerifiedPart {
     match faults.is_empty() {
-        true => Part { name: name.to_owned(), verdict: Verdict::Whole, details },
-        false => Part { name: name.to_owned(), verdict: Verdict::Damaged, details: faults },
+        true => VerifiedPart { name: name.to_owned(), verdict: Verdict::Whole, details },
+        false => VerifiedPart { name: name.to_owned(), verdict: Verdict::Damaged, details: faults },
     }
 }
 
@@ -142,7 +142,7 @@ fn faults_of(dir: &Path, error: &Error) -> Vec<String> {
 }
 
 /// A folder with a manifest, and what it says of its run if it is a checkpoint.
-fn folder(dir: &Path, name: &str) -> (Part, Option<Record>) {
+fn folder(dir: &Path, name: &str) -> (VerifiedPart, Option<Record>) {
     let manifest = match verify(dir) {
         Ok(manifest) => manifest,
         Err(error) => return (part(name, faults_of(dir, &error), Vec::new()), None),
@@ -163,7 +163,7 @@ fn folder(dir: &Path, name: &str) -> (Part, Option<Record>) {
     }
 }
 
-fn config(dir: &Path) -> Part {
+fn config(dir: &Path) -> VerifiedPart {
     let path = dir.join(CONFIG_FILE);
     // Where the files lie that it names is no matter of this folder.
     let faults = match Config::load_without_files(Some(&path), &[]) {
@@ -175,7 +175,7 @@ fn config(dir: &Path) -> Part {
 
 /// Every update must stand there once and in order, up to the newest checkpoint at least. `None`: there is no such file, and
 /// nothing yet that it should tell of.
-fn metrics(dir: &Path, newest: Option<&Record>) -> Result<Option<Part>> {
+fn metrics(dir: &Path, newest: Option<&Record>) -> Result<Option<VerifiedPart>> {
     let path = dir.join(METRICS_FILE);
     let Some(metrics) = Metrics::read(&path)? else {
         let faults = vec!["missing".to_owned()];
@@ -219,7 +219,7 @@ fn metrics(dir: &Path, newest: Option<&Record>) -> Result<Option<Part>> {
 }
 
 /// TensorBoard's files have a checksum in every record.
-fn events(dir: &Path) -> Result<Option<Part>> {
+fn events(dir: &Path) -> Result<Option<VerifiedPart>> {
     let (mut faults, mut n_records) = (Vec::new(), 0);
     let files = names(&dir.join(EVENTS_DIR))?;
     for name in &files {

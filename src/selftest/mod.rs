@@ -22,7 +22,7 @@ use crate::torch::memory;
 
 /// What the self-test computes on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Machine {
+pub struct TestedMachine {
     /// `cpu` or `cuda`.
     pub device: &'static str,
     /// The dtypes it computes in.
@@ -54,9 +54,9 @@ pub struct GpuFound {
 
 /// All that was found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Report {
+pub struct SelftestReport {
     /// What it was found on.
-    pub machine: Machine,
+    pub machine: TestedMachine,
     /// One row a result and dtype.
     pub rows: Vec<Row>,
     /// The losses of the tiny run in each dtype, and of its judge.
@@ -65,9 +65,9 @@ pub struct Report {
     pub ok: bool,
 }
 
-impl Report {
+impl SelftestReport {
     /// Puts the parts together.
-    pub fn new(machine: Machine, rows: Vec<Row>, training: Vec<TrainingCurve>) -> Self {
+    pub fn new(machine: TestedMachine, rows: Vec<Row>, training: Vec<TrainingCurve>) -> Self {
         let ok = rows.iter().all(|row| row.ok);
         Self { machine, rows, training, ok }
     }
@@ -103,9 +103,9 @@ impl Target<'_> {
         }
     }
 
-    fn machine(self) -> Result<Machine> {
+    fn machine(self) -> Result<TestedMachine> {
         let version = |number: u32| format!("{}.{}", number / 1000, number % 1000 / 10);
-        Ok(Machine {
+        Ok(TestedMachine {
             device: if self.device() == Device::Cpu { "cpu" } else { "cuda" },
             dtypes: self.kinds().into_iter().map(dtype::name).collect(),
             free_bytes: memory::free_bytes(self.device())?,
@@ -138,13 +138,13 @@ pub enum Scope {
 ///
 /// # Errors
 /// Only where the judge itself, or the look at the machine, fails: an op that cannot run is a row that is not in order.
-pub fn run(target: Target<'_>, scope: Scope, tell: &dyn Fn(&Row)) -> Result<Report> {
+pub fn run(target: Target<'_>, scope: Scope, tell: &dyn Fn(&Row)) -> Result<SelftestReport> {
     set_numerics(false)?;
     let (device, kinds) = (target.device(), target.kinds());
     let machine = target.machine()?;
     let mut rows: Vec<Row> = kinds.iter().flat_map(|&kind| ops::try_all(kind, device, tell)).collect();
     if scope == Scope::Kernels {
-        return Ok(Report::new(machine, rows, Vec::new()));
+        return Ok(SelftestReport::new(machine, rows, Vec::new()));
     }
     let (training, training_rows) = training::try_all(&kinds, device)?;
     training_rows.iter().for_each(tell);
@@ -152,5 +152,5 @@ pub fn run(target: Target<'_>, scope: Scope, tell: &dyn Fn(&Row)) -> Result<Repo
     let of_ranks = collectives::try_all(device);
     of_ranks.iter().for_each(tell);
     rows.extend(of_ranks);
-    Ok(Report::new(machine, rows, training))
+    Ok(SelftestReport::new(machine, rows, training))
 }

@@ -13,7 +13,7 @@ use bellora::error::{Error, Result};
 use bellora::run::begin;
 use bellora::run::requests::Requests;
 use bellora::run::start::Host;
-use bellora::run::training_loop::Outcome;
+use bellora::run::training_loop::RunOutcome;
 
 use crate::faulty_disk::{Fault, FaultyDisk, Point};
 use crate::resume::{assert_same_folder, assert_same_metrics, copy_folder};
@@ -58,7 +58,7 @@ impl Bench {
         ]);
         let mut bench = Self { straight: lab.path("straight"), lab, root, done: Vec::new() };
         let disk = FaultyDisk::new(&bench.root);
-        assert_eq!(bench.train(&disk, false).unwrap(), Outcome::Trained);
+        assert_eq!(bench.train(&disk, false).unwrap(), RunOutcome::Trained);
         // A lock must be the system's own; all else goes through the disk.
         assert_eq!(disk.written_past(), ["/runs/one/run.lock"]);
         bench.done = disk.done();
@@ -71,7 +71,7 @@ impl Bench {
         self.root.join("runs/one")
     }
 
-    fn train(&self, disk: &FaultyDisk, resume: bool) -> Result<Outcome> {
+    fn train(&self, disk: &FaultyDisk, resume: bool) -> Result<RunOutcome> {
         let host = Host { disk: disk.shared(), requests: Requests::default(), tell: None, n_local_ranks: 1 };
         begin::train(self.lab.config(&[]), resume, &host, Box::new(Solo))
     }
@@ -121,7 +121,7 @@ impl Bench {
         }
     }
 
-    fn judge_outcome(&self, what: &str, at: &Point, fault: Fault, outcome: &Result<Outcome>, is_start: bool) {
+    fn judge_outcome(&self, what: &str, at: &Point, fault: Fault, outcome: &Result<RunOutcome>, is_start: bool) {
         let is_log = ["runs/one/train.log", "runs/one/metrics.jsonl", "runs/one/tensorboard/events"]
             .iter()
             .any(|l| at.path.starts_with(l));
@@ -365,7 +365,7 @@ fn every_truncation_and_a_byte_that_has_changed_show() {
         // And the run goes on from the one before.
         std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
         let disk = FaultyDisk::new(&bench.root);
-        assert_eq!(bench.train(&disk, true).unwrap(), Outcome::Trained);
+        assert_eq!(bench.train(&disk, true).unwrap(), RunOutcome::Trained);
         assert!(bench.train_log().contains(&format!("goes on from step {} of {LAST_STEP}", LAST_STEP - 2)));
         assert_same_folder(&name, &adapter, &bench.straight.join("adapter"));
         assert_same_folder(&name, &dir, &step_dir(&bench.straight.join("checkpoints"), LAST_STEP));

@@ -12,7 +12,7 @@ use bellora::model::lora::{LoraSpec, Projection, Table};
 use bellora::model::params::{Gradients, Layout};
 use bellora::model::shapes;
 use bellora::plan::memory::MemoryModel;
-use bellora::plan::parts::{Part, sum};
+use bellora::plan::parts::{MemoryPart, sum};
 use bellora::plan::solve::{Bounds, Form, Wanted, settle, usable};
 use bellora::plan::{Solved, Stage, gib};
 use safetensors::Dtype;
@@ -53,14 +53,14 @@ fn the_reference_job_has_its_published_numbers() {
     let memory = model_of(&shape, &lora, Kind::Half, GPU, false);
 
     let parts = memory.by_part(0);
-    let bytes = |part: Part| parts.iter().find(|p| p.part == part).unwrap().bytes;
+    let bytes = |part: MemoryPart| parts.iter().find(|p| p.part == part).unwrap().bytes;
     // 6,476,005,376 elements of seven projections, 65 norms; no table is frozen.
-    assert_eq!(bytes(Part::FrozenWeights), 2 * (32 * 202_375_168 + 65 * 4096));
-    assert_eq!(bytes(Part::Masters), 4 * layout.n_params());
-    assert_eq!(bytes(Part::Moments), 8 * layout.n_params());
+    assert_eq!(bytes(MemoryPart::FrozenWeights), 2 * (32 * 202_375_168 + 65 * 4096));
+    assert_eq!(bytes(MemoryPart::Masters), 4 * layout.n_params());
+    assert_eq!(bytes(MemoryPart::Moments), 8 * layout.n_params());
     // 30 rows fill the half-precision head up to 49,984.
-    assert_eq!(bytes(Part::ComputeCopy), 2 * (layout.n_params() + 30 * 4096));
-    let lasting = (memory.lasting() - bytes(Part::Workspaces)) as f64 / 1e9;
+    assert_eq!(bytes(MemoryPart::ComputeCopy), 2 * (layout.n_params() + 30 * 4096));
+    let lasting = (memory.lasting() - bytes(MemoryPart::Workspaces)) as f64 / 1e9;
     assert!((lasting - 23.2).abs() < 0.05, "{lasting} GB");
 
     // x, qkv, o, x2, gate and up, `x Aᵀ` of seven adapters; in fp32 the log-sum-exp and the statistics of two norms. 94 KB.
@@ -89,7 +89,7 @@ fn a_13b_job_has_its_numbers() {
 }
 
 /// Bytes of a part at the peak of a stage.
-fn at_peak(memory: &MemoryModel, tokens: i64, stage: Stage, part: Part) -> i64 {
+fn at_peak(memory: &MemoryModel, tokens: i64, stage: Stage, part: MemoryPart) -> i64 {
     let (_, parts) = &memory.passes(tokens).peaks[stage as usize];
     parts.iter().find(|found| found.part == part).unwrap().bytes
 }
@@ -101,7 +101,7 @@ fn a_gpu_holds_two_tables_of_logits_in_fp32_and_three_in_half_precision() {
     for (kind, bytes) in [(Kind::Float, 2 * 4), (Kind::BFloat16, 2 * 2 + 4)] {
         let of_vocab = |vocab_size| {
             let shape = LlamaConfig { vocab_size, ..reference_shape("tiny") };
-            at_peak(&model_of(&shape, &reference_lora(), kind, GPU, false), n, Stage::Head, Part::Head)
+            at_peak(&model_of(&shape, &reference_lora(), kind, GPU, false), n, Stage::Head, MemoryPart::Head)
         };
         assert_eq!(of_vocab(6400 + more) - of_vocab(6400), bytes * more * n, "{kind:?}");
     }
@@ -121,7 +121,7 @@ fn flash_attention_backward_has_128_rows_in_fp32_for_every_document() {
     };
     let lora = LoraSpec { target_modules: vec![Projection::Gate], ..reference_lora() };
     let memory = model_of(&shape, &lora, Kind::BFloat16, GPU, false);
-    let at = |tokens| at_peak(&memory, tokens, Stage::Backward, Part::Temporaries);
+    let at = |tokens| at_peak(&memory, tokens, Stage::Backward, MemoryPart::Temporaries);
     // Documents of 64 tokens: the gradient of q in fp32 and a number a head, with 128 rows more for each of them; the gradients of
     // the block's input, of o and of q, k and v, the latter side by side and apart; keys and values repeated for every head.
     let (q, kv, documents) = (heads * width, width, 64);

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use bellora::device::{self, Cuda};
 use bellora::ops::rms_norm;
-use bellora::selftest::{Machine, Report, Row, largest_error, tolerance};
+use bellora::selftest::{Row, SelftestReport, TestedMachine, largest_error, tolerance};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -92,8 +92,8 @@ fn a_missing_gpu_is_named_with_exit_code_2() {
     assert_eq!(stderr, format!("error: --device cuda: {what}\n  hint: {hint}\n"));
 }
 
-fn machine() -> Machine {
-    Machine { device: "cpu", dtypes: vec!["fp32"], free_bytes: 1, gpu: None }
+fn machine() -> TestedMachine {
+    TestedMachine { device: "cpu", dtypes: vec!["fp32"], free_bytes: 1, gpu: None }
 }
 
 #[test]
@@ -121,11 +121,11 @@ fn a_wrong_result_is_noticed() {
         Row::new("b", Kind::Float, f64::NAN, 1e-6),
         Row::without_result("b", Kind::Float, "no kernel".into()),
     ] {
-        let report = Report::new(machine(), vec![good.clone(), bad], Vec::new());
+        let report = SelftestReport::new(machine(), vec![good.clone(), bad], Vec::new());
         assert!(!report.ok);
         assert_eq!(report.failed().map(|row| row.op.as_str()).collect::<Vec<_>>(), ["b"]);
     }
-    assert!(Report::new(machine(), vec![good], Vec::new()).ok);
+    assert!(SelftestReport::new(machine(), vec![good], Vec::new()).ok);
 }
 
 /// One row of a norm in bf16 that was made of its neighbour's statistics, which are a few hundredths off.

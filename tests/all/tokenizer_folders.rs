@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use bellora::data::tokenizer::Part;
+use bellora::data::tokenizer::PromptPart;
 use bellora::data::tokenizer::proto::{ModelProto, NormalizerProto, PieceKind, PieceProto, TrainerProto};
 use bellora::data::{SpecialTokens, Tokenizer};
 use bellora::formats::keys::{Effect, KeyTable};
@@ -122,7 +122,7 @@ fn only_a_texts_beginning_gets_a_space_where_legacy_is_false_and_the_rows_tokens
         let plain = |text| tokenizer.encode(text, SpecialTokens::Text).unwrap();
         let x = tokenizer.encode("<x>", SpecialTokens::Special).unwrap();
         let encode = |parts: &[(&str, bool)]| {
-            let parts: Vec<_> = parts.iter().map(|&(text, of_template)| Part { text, of_template }).collect();
+            let parts: Vec<_> = parts.iter().map(|&(text, of_template)| PromptPart { text, of_template }).collect();
             let mut ids = Vec::new();
             tokenizer.encode_parts(&parts, SpecialTokens::Text, &mut ids).unwrap();
             ids

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use bellora::data::tokenizer::Part;
+use bellora::data::tokenizer::PromptPart;
 use bellora::data::tokenizer::proto::{ModelProto, NormalizerProto, PieceKind, PieceProto, TrainerProto};
 use bellora::data::{DataSpec, Dataset, SpecialTokens, Template, TokenCache, Tokenizer, Truncation};
 use prost::Message;
@@ -201,7 +201,7 @@ fn special_tokens_split_a_text_and_each_stretch_begins_anew() {
 
     // The template's own special tokens are special even where the sample's are text.
     let parts = [("ab</s>", true), ("a</s>", false), ("b", true)];
-    let parts = parts.map(|(text, of_template)| Part { text, of_template });
+    let parts = parts.map(|(text, of_template)| PromptPart { text, of_template });
     let mut ids = Vec::new();
     tokenizer.encode_parts(&parts, SpecialTokens::Text, &mut ids).unwrap();
     assert_eq!(ids, [stretch("ab"), vec![2], stretch("a</s>b")].concat());

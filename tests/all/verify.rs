@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use bellora::run::verify::{Part, Report, Verdict, inspect};
+use bellora::run::verify::{Verdict, Verification, VerifiedPart, inspect};
 use serde_json::Value;
 
 use crate::resume::{files, step_dir};
@@ -27,13 +27,13 @@ fn verify(path: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
     (output.status.code(), stdout, stderr)
 }
 
-fn damaged(report: &Report) -> Vec<&Part> {
+fn damaged(report: &Verification) -> Vec<&VerifiedPart> {
     report.parts.iter().filter(|part| part.verdict == Verdict::Damaged).collect()
 }
 
 /// Changes a file, looks at the run, and puts the file back: the one part that is damaged then.
 #[track_caller]
-fn damaged_by(run_dir: &Path, file: &Path, contents: Option<&[u8]>) -> Part {
+fn damaged_by(run_dir: &Path, file: &Path, contents: Option<&[u8]>) -> VerifiedPart {
     let before = std::fs::read(file).unwrap();
     match contents {
         Some(contents) => std::fs::write(file, contents).unwrap(),

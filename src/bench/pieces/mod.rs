@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-pub use report::{Piece, Report, Settings};
+pub use report::{Piece, PiecesReport, Settings};
 
-use super::report::{Machine, median};
+use super::report::{MeasuredMachine, median};
 use crate::config::Config;
 use crate::data::Lengths;
 use crate::error::Result;
@@ -78,7 +78,7 @@ pub fn measure(
     shape: &LlamaConfig,
     lengths: Option<Lengths>,
     tell: &dyn Fn(&str),
-) -> Result<Report> {
+) -> Result<PiecesReport> {
     if let Some(note) = resolve_auto::device_and_dtype(&mut config)? {
         tell(&note);
     }
@@ -124,9 +124,9 @@ pub fn measure(
         before.map(prefer_blas).transpose()?;
         timed?;
     }
-    Ok(Report {
+    Ok(PiecesReport {
         version: env!("CARGO_PKG_VERSION"),
-        device: Machine::of(device),
+        device: MeasuredMachine::of(device),
         dtype: dtype::name(kind),
         settings,
         pieces: pieces.found,

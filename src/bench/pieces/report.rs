@@ -4,15 +4,15 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::{Machine, Work, median};
+use super::{MeasuredMachine, Work, median};
 
 /// The pieces, and what they were made of.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct PiecesReport {
     /// The version of this program.
     pub version: &'static str,
     /// Where they ran.
-    pub device: Machine,
+    pub device: MeasuredMachine,
     /// Of weights and activations.
     pub dtype: &'static str,
     /// Their sizes.
@@ -96,7 +96,7 @@ impl Piece {
     }
 }
 
-impl Report {
+impl PiecesReport {
     /// The report as one line of JSON.
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("numbers and strings make JSON")

@@ -46,7 +46,7 @@ pub struct TokenizerFile {
 
 /// A stretch of a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part<'a> {
+pub struct PromptPart<'a> {
     /// The text.
     pub text: &'a str,
     /// Whether it belongs to the template: special tokens in it are always special.
@@ -133,7 +133,12 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Self::encode`].
-    pub fn encode_parts(&self, parts: &[Part<'_>], special_tokens: SpecialTokens, ids: &mut Vec<u32>) -> Result<()> {
+    pub fn encode_parts(
+        &self,
+        parts: &[PromptPart<'_>],
+        special_tokens: SpecialTokens,
+        ids: &mut Vec<u32>,
+    ) -> Result<()> {
         let mut stretch = String::with_capacity(parts.iter().map(|part| part.text.len()).sum());
         let mut at_start = true;
         for part in parts {

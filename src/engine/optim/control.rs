@@ -73,7 +73,7 @@ pub struct Decision {
 
 /// What became of an update, once the host knows.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Outcome {
+pub struct UpdateOutcome {
     /// The mean loss, without the scale.
     pub loss: f64,
     /// The gradient's L2 norm before clipping, without the scale.
@@ -221,12 +221,12 @@ impl Rates {
 
 impl Reading {
     /// Waits for the outcome.
-    pub fn wait(self) -> Result<Outcome> {
+    pub fn wait(self) -> Result<UpdateOutcome> {
         let numbers = Vec::<f64>::try_from(self.numbers.wait()?)?;
         let [loss, grad_norm, is_finite, loss_scale, next, good, ref asks @ ..] = numbers[..] else {
             unreachable!("six numbers and what was asked were queued");
         };
-        Ok(Outcome {
+        Ok(UpdateOutcome {
             loss,
             grad_norm,
             is_finite: is_finite > 0.0,

@@ -3,7 +3,7 @@
 use super::{Bytes, Dims, DryRun, FP32, Held, Meter};
 use crate::model::llama::rows_per_chunk;
 use crate::model::params::padded_head_rows;
-use crate::plan::parts::{Part, PartBytes};
+use crate::plan::parts::{MemoryPart, PartBytes};
 use tch::Device;
 
 /// Follows `Llama::nll` over a micro-batch of `tokens` tokens, all of them learned.
@@ -13,7 +13,7 @@ pub(in crate::plan) fn evaluation(dims: &Dims, tokens: i64) -> Vec<PartBytes> {
     let _lasting = dry.for_reading(tokens);
     let _batch = dry.batch();
     let hidden = dry.hidden();
-    let _rows_md = dry.rows(Part::Head, dims.hidden);
+    let _rows_md = dry.rows(MemoryPart::Head, dims.hidden);
     drop(hidden);
     dry.nll_chunk();
     by_part(meter.take_peak())
@@ -25,15 +25,15 @@ pub(in crate::plan) fn generation(dims: &Dims, prompt: i64, positions: i64) -> V
     let dry = DryRun { dims, n: prompt, meter: &meter };
     let _lasting = dry.for_reading(positions);
     let cached = 2 * dims.kv_width * dims.layers as i64 * positions;
-    let _cache = meter.hold(Part::KeptActivations, dims.element() * cached);
+    let _cache = meter.hold(MemoryPart::KeptActivations, dims.element() * cached);
     let hidden = dry.hidden();
     drop(hidden);
-    drop(meter.hold(Part::Head, (dims.element() + 2 * FP32) * dims.vocab));
+    drop(meter.hold(MemoryPart::Head, (dims.element() + 2 * FP32) * dims.vocab));
     by_part(meter.take_peak())
 }
 
 fn by_part(bytes: Bytes) -> Vec<PartBytes> {
-    Part::ALL.into_iter().map(|part| PartBytes { part, bytes: bytes[part as usize] }).collect()
+    MemoryPart::ALL.into_iter().map(|part| PartBytes { part, bytes: bytes[part as usize] }).collect()
 }
 
 impl<'m> DryRun<'m> {
@@ -48,17 +48,17 @@ impl<'m> DryRun<'m> {
             false => (FP32 * dims.buffer_len, 0),
         };
         vec![
-            self.meter.hold(Part::FrozenWeights, dims.element() * dims.frozen_params + padding),
-            self.meter.hold(Part::Masters, masters),
-            self.meter.hold(Part::ComputeCopy, copy),
-            self.meter.hold(Part::Workspaces, self.workspaces()),
-            self.meter.hold(Part::Batch, FP32 * dims.head_dim * positions.min(dims.max_positions)),
+            self.meter.hold(MemoryPart::FrozenWeights, dims.element() * dims.frozen_params + padding),
+            self.meter.hold(MemoryPart::Masters, masters),
+            self.meter.hold(MemoryPart::ComputeCopy, copy),
+            self.meter.hold(MemoryPart::Workspaces, self.workspaces()),
+            self.meter.hold(MemoryPart::Batch, FP32 * dims.head_dim * positions.min(dims.max_positions)),
         ]
     }
 
     /// `Llama::hidden`: what each block would keep goes with the block.
     fn hidden(&self) -> Held<'m> {
-        let x_nd = self.rows(Part::Temporaries, self.dims.hidden);
+        let x_nd = self.rows(MemoryPart::Temporaries, self.dims.hidden);
         self.block_forward(x_nd).0
     }
 
@@ -68,7 +68,7 @@ impl<'m> DryRun<'m> {
         let device = if dims.is_cuda { Device::Cuda(0) } else { Device::Cpu };
         let chunk = rows_per_chunk(dims.vocab, device).min(self.n);
         let padded = padded_head_rows(dims.vocab, dims.kind);
-        let hold = |bytes: i64| self.meter.hold(Part::Head, bytes);
+        let hold = |bytes: i64| self.meter.hold(MemoryPart::Head, bytes);
         let _h_md = hold(dims.element() * dims.hidden * chunk);
         let _logits = hold(dims.element() * padded * chunk);
         let is_copied = dims.is_half_precision() || padded > dims.vocab;

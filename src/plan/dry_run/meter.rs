@@ -2,10 +2,10 @@
 
 use std::cell::Cell;
 
-use crate::plan::parts::Part;
+use crate::plan::parts::MemoryPart;
 
 /// Bytes by part; the index is the part's own.
-pub(super) type Bytes = [i64; Part::ALL.len()];
+pub(super) type Bytes = [i64; MemoryPart::ALL.len()];
 
 /// Counts what is held, and remembers the most.
 #[derive(Debug, Default)]
@@ -15,7 +15,7 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    fn change(&self, part: Part, bytes: i64) {
+    fn change(&self, part: MemoryPart, bytes: i64) {
         let mut live = self.live.get();
         live[part as usize] += bytes;
         self.live.set(live);
@@ -29,7 +29,7 @@ impl Meter {
         total(&self.live.get())
     }
 
-    pub(super) fn hold(&self, part: Part, bytes: i64) -> Held<'_> {
+    pub(super) fn hold(&self, part: MemoryPart, bytes: i64) -> Held<'_> {
         self.change(part, bytes);
         Held { meter: self, part, bytes }
     }
@@ -48,7 +48,7 @@ fn total(bytes: &Bytes) -> i64 {
 #[derive(Debug)]
 pub(super) struct Held<'m> {
     meter: &'m Meter,
-    part: Part,
+    part: MemoryPart,
     pub(super) bytes: i64,
 }
 

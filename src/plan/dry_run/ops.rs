@@ -4,7 +4,7 @@ use tch::Kind;
 
 use super::{Dims, DryRun, FP32, Held};
 use crate::ops::attention::ROWS_PER_RUN;
-use crate::plan::parts::Part;
+use crate::plan::parts::MemoryPart;
 
 /// What attention's backward on a GPU holds in fp32, as multiples of the queries' width. The memory-efficient kernel sums
 /// the gradients of q, k and v there; flash attention that of q and a number for every head, with 128 rows more for every document
@@ -26,7 +26,7 @@ impl<'m> DryRun<'m> {
     }
 
     /// `accumulate_tn_` onto a gradient `[rows, columns]`.
-    pub(super) fn accumulate(&self, part: Part, rows: i64, columns: i64) {
+    pub(super) fn accumulate(&self, part: MemoryPart, rows: i64, columns: i64) {
         // A GPU's product goes into the fp32 gradient itself.
         if self.dims.is_half_precision() && !self.dims.is_cuda {
             drop(self.meter.hold(part, self.dims.element() * rows * columns));
@@ -36,25 +36,25 @@ impl<'m> DryRun<'m> {
     // ---- ops/rms_norm.rs ----
 
     /// The normed rows and their statistics, which alone are kept.
-    pub(super) fn rms_norm_forward(&self, part: Part) -> (Held<'m>, Held<'m>) {
+    pub(super) fn rms_norm_forward(&self, part: MemoryPart) -> (Held<'m>, Held<'m>) {
         let d = self.dims.hidden;
-        let rstd = self.wide(if part == Part::Head { part } else { Part::KeptActivations }, 1);
+        let rstd = self.wide(if part == MemoryPart::Head { part } else { MemoryPart::KeptActivations }, 1);
         if self.dims.has_row_kernels() {
             return (self.rows(part, d), rstd);
         }
         let _x = self.widened(d);
-        drop(self.wide(Part::Temporaries, d));
-        let _scaled = [self.wide(Part::Temporaries, d), self.wide(Part::Temporaries, d)];
+        drop(self.wide(MemoryPart::Temporaries, d));
+        let _scaled = [self.wide(MemoryPart::Temporaries, d), self.wide(MemoryPart::Temporaries, d)];
         (self.rows(part, d), rstd)
     }
 
     /// The gradient of the rows, and the normed rows again.
-    pub(super) fn rms_norm_backward(&self, part: Part) -> (Held<'m>, Held<'m>) {
+    pub(super) fn rms_norm_backward(&self, part: MemoryPart) -> (Held<'m>, Held<'m>) {
         let d = self.dims.hidden;
         if self.dims.has_row_kernels() {
             return (self.rows(part, d), self.rows(part, d));
         }
-        let wide = || self.wide(Part::Temporaries, d);
+        let wide = || self.wide(MemoryPart::Temporaries, d);
         let _x = self.widened(d);
         let dy = self.widened(d);
         let _g = wide();
@@ -68,14 +68,14 @@ impl<'m> DryRun<'m> {
     }
 
     pub(super) fn rms_norm_again(&self) -> Held<'m> {
-        self.rms_norm_again_as(Part::Temporaries)
+        self.rms_norm_again_as(MemoryPart::Temporaries)
     }
 
     /// `recompute`, which is made of libtorch's ops everywhere.
-    pub(super) fn rms_norm_again_as(&self, part: Part) -> Held<'m> {
+    pub(super) fn rms_norm_again_as(&self, part: MemoryPart) -> Held<'m> {
         let d = self.dims.hidden;
         let _x = self.widened(d);
-        let _scaled = [self.wide(Part::Temporaries, d), self.wide(Part::Temporaries, d)];
+        let _scaled = [self.wide(MemoryPart::Temporaries, d), self.wide(MemoryPart::Temporaries, d)];
         self.rows(part, d)
     }
 
@@ -88,7 +88,7 @@ impl<'m> DryRun<'m> {
         let half = (self.dims.q_width + self.dims.kv_width) / 2;
         let _halves = [self.widened(half), self.widened(half)];
         // Four products and two sums, none freed before the last is made.
-        let _made = [(); 6].map(|()| self.wide(Part::Temporaries, half));
+        let _made = [(); 6].map(|()| self.wide(MemoryPart::Temporaries, half));
     }
 
     pub(super) fn swiglu_forward(&self) -> Held<'m> {
@@ -127,11 +127,11 @@ impl<'m> DryRun<'m> {
         if self.dims.is_cuda {
             let _repeated = self.repeated();
             let _apart = self.passing(3 * q_width);
-            drop(self.wide(Part::Temporaries, CUDA_ACCUMULATORS * (q_width + n_heads)));
+            drop(self.wide(MemoryPart::Temporaries, CUDA_ACCUMULATORS * (q_width + n_heads)));
             if is_grouped {
                 // The sums over the groups in fp32, rounded.
                 let _sums = self.passing(2 * kv_width);
-                drop(self.wide(Part::Temporaries, kv_width));
+                drop(self.wide(MemoryPart::Temporaries, kv_width));
             }
             return;
         }
@@ -158,7 +158,7 @@ impl<'m> DryRun<'m> {
 
     /// Rows in fp32 of as many documents as the CPU's kernel takes at once. (A longer document is taken alone, and whole.)
     fn in_run(&self, width: i64) -> Held<'m> {
-        self.meter.hold(Part::Temporaries, FP32 * width * self.n.min(ROWS_PER_RUN))
+        self.meter.hold(MemoryPart::Temporaries, FP32 * width * self.n.min(ROWS_PER_RUN))
     }
 
     /// Keys and values repeated for their group of query heads, as one of a GPU's two kernels wants them.
