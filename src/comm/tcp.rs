@@ -27,7 +27,7 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub struct Tcp {
     rank: usize,
     world_size: usize,
-    jobs: Option<Sender<Job>>,
+    jobs: Option<Sender<QueuedOperation>>,
     ends: Receiver<std::result::Result<(), Fault>>,
     n_queued: usize,
     n_issued: u64,
@@ -38,7 +38,7 @@ pub struct Tcp {
 }
 
 /// A queued operation; without a tensor where there is nothing in it.
-type Job = (Operation, Option<Tensor>);
+type QueuedOperation = (Operation, Option<Tensor>);
 
 impl Tcp {
     /// Joins the job whose launcher, or rank 0, listens at the address of the place.
@@ -213,7 +213,7 @@ impl Drop for Tcp {
 }
 
 /// The worker: carries operations out in the order of their calls until one fails or the queue is closed.
-fn work(mut team: Team, queue: &Receiver<Job>, done: &Sender<std::result::Result<(), Fault>>) {
+fn work(mut team: Team, queue: &Receiver<QueuedOperation>, done: &Sender<std::result::Result<(), Fault>>) {
     let mut last = Operation { number: 0, kind: OpKind::Barrier, dtype: Dtype::None, root: 0, n_bytes: 0 };
     for (operation, tensor) in queue {
         if let Err(failure) = run(&mut team, operation, tensor.as_ref()) {
