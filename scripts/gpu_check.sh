@@ -75,7 +75,7 @@ else
     pieces=(--rows 11200 --hidden 4096 --intermediate 11008 --heads 32 --r 64 --repeats 10)
 fi
 JOB=(
-    --shape "$shape" --vocab-size "$vocabulary" --warmup "$WARMUP" --json
+    --shape "$shape" --vocab-size "$vocabulary" --json
     --set "model.device=$device" --set "lora.r=$rank" --set "lora.alpha=$((2 * rank))"
     --set 'lora.modules_to_save=["embed_tokens", "lm_head"]' --set "train.global_batch=$samples" --set train.seed=42
 )
@@ -228,7 +228,7 @@ fi
 describe_machine
 # What was set for the program is none of PYTHON's.
 by_python() { part "$1" "$2" env "LD_LIBRARY_PATH=$library_path" "$python" "${@:3}"; }
-bench() { part "$1" "$2" "$bellora" bench "${JOB[@]}" --updates "$3" --set "model.dtype=$4" --set "lora.dropout=$5"; }
+bench() { part "$1" "$2" "$bellora" bench "${JOB[@]}" --warmup "$WARMUP" --updates "$3" --set "model.dtype=$4" --set "lora.dropout=$5"; }
 peers() {
     by_python "$1" "$2" scripts/peers/peft_gpu.py "$out/$1.json" --device "$device" --shape "$shape" --vocab "$vocabulary" \
         --r "$rank" --update "$samples" --warmup "$WARMUP" --tokens "$tokens" "${@:3}"
@@ -240,7 +240,7 @@ if [ "$with_peers" = true ]; then peers peers 110 --updates "$updates" --seconds
 bench bench-again 45 "$again_updates" bf16 0.05
 if [ "$with_peers" = true ]; then peers peers-again 45 --updates "$again_updates" --seconds 40 --again "$out/peers.json"; fi
 bench bench-dropout0 35 "$again_updates" bf16 0
-part trace 45 "$bellora" bench "${JOB[@]}" --updates 1 --set model.dtype=bf16 --set lora.dropout=0.05 --trace "$out/trace-events.json"
+part trace 45 "$bellora" bench "${JOB[@]}" --warmup "$WARMUP" --updates 1 --set model.dtype=bf16 --set lora.dropout=0.05 --trace "$out/trace-events.json"
 bench bench-fp16 35 1 fp16 0.05
 part repeat 60 bash -c repeat
 if command -v compute-sanitizer >/dev/null && [ "$rehearse" = false ]; then

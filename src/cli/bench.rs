@@ -43,10 +43,10 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "dtypes")]
     trace: Option<PathBuf>,
     /// Time the products of each dtype for a tenth of a second, print the fastest dtype first, and do nothing else
-    #[arg(long, conflicts_with_all = ["config", "shape", "lengths"])]
+    #[arg(long, conflicts_with_all = ["config", "shape", "lengths", "updates", "warmup", "micro_batch_tokens"])]
     dtypes: bool,
     /// Time the pieces of one block's step, each by itself, over an update of train.global_batch samples, and do nothing else
-    #[arg(long, requires = "shape", conflicts_with_all = ["config", "dtypes", "trace"])]
+    #[arg(long, requires = "shape", conflicts_with_all = ["config", "dtypes", "trace", "updates", "warmup", "micro_batch_tokens"])]
     pieces: bool,
     /// Print one line of JSON instead of a table
     #[arg(long)]

@@ -2,6 +2,7 @@
 
 mod bench;
 mod check;
+mod claim;
 mod defects;
 mod eval;
 mod export;

@@ -13,7 +13,8 @@ use super::communicator::{Communicator, check_root};
 use super::exchange::{Failure, Team, run};
 use super::frame::{Dtype, OpKind, Operation};
 use super::link::{Farewell, Link};
-use super::rendezvous::{Place, Rendezvous, join};
+use super::place::Place;
+use super::rendezvous::{Rendezvous, join};
 use crate::error::{Error, Fault, Result};
 use crate::torch;
 

@@ -249,7 +249,7 @@ impl TensorFiles {
             let t = self.tensors.get(name)?;
             Some((t.dtype, &t.shape, self.sampled_pages(t).collect::<Vec<_>>()))
         };
-        sampled(one).is_some() && sampled(one) == sampled(other)
+        sampled(one).is_some_and(|one| sampled(other) == Some(one))
     }
 
     /// Pages of a tensor, spread evenly from its first to its last.

@@ -17,7 +17,7 @@ use crate::torch::write_bytes;
 /// Elements of a piece: stored and converted it stays within a core's cache.
 const PIECE: usize = 1 << 18;
 
-/// Elements of each of the two buffers by which a GPU is filled: 16 MiB in half precision, which a file gives in some milliseconds.
+/// Elements of each of the two buffers by which a GPU is filled: 16 MiB in half precision. Not tuned: no GPU was at hand.
 const BUFFER: usize = 1 << 23;
 
 /// Whether [`read_into`] can fill a tensor.

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use bellora::data::Dataset;
 use bellora::data::lengths::{Length, Lengths};
-use bellora::formats::config_json::LlamaConfig;
 use bellora::model::flops::{Flops, TokenMix};
-use bellora::model::lora::{LoraSpec, Projection, Table};
+use bellora::model::lora::LoraSpec;
+use bellora::model::shape::{ModelShape, Projection, Table};
 use bellora::model::shapes;
 use bellora::model::weights::BaseWeights;
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ use crate::place::{Place, golden};
 use crate::support::{bellora, run};
 
 /// Parameters of a base, tables counted once where they are one.
-fn n_params(shape: &LlamaConfig) -> i64 {
+fn n_params(shape: &ModelShape) -> i64 {
     let projections: i64 = Projection::ALL.iter().map(|p| p.shape(shape).iter().product::<i64>()).sum();
     let tables = if shape.tie_word_embeddings { 1 } else { 2 };
     let layers = shape.num_hidden_layers as i64;
@@ -434,4 +434,15 @@ fn every_piece_of_a_block_is_timed() {
     let table = run(bellora().args(["bench", "--shape", "tiny", "--set", "model.device=cpu"]).args(call)).ok().stdout;
     assert!(table.lines().any(|line| line.starts_with("frozen gate_up") && line.ends_with("TFLOP/s")), "{table}");
     assert!(table.lines().any(|line| line.starts_with("copy ") && line.ends_with("GB/s")), "{table}");
+}
+
+#[test]
+fn options_that_a_way_of_measuring_does_not_read_are_refused() {
+    for way in [&["--pieces", "--shape", "tiny"][..], &["--dtypes"]] {
+        for (option, value) in [("--updates", "3"), ("--warmup", "1"), ("--micro-batch-tokens", "64")] {
+            let ran = run(bellora().arg("bench").args(way).args([option, value]));
+            assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+            assert!(ran.stderr.contains(option) && ran.stderr.contains("cannot be used with"), "{}", ran.stderr);
+        }
+    }
 }
