@@ -8,7 +8,7 @@ use tch::{Device, Kind};
 use crate::comm::Communicator;
 use crate::data::{Dataset, LossAverage, build_batches};
 use crate::error::{Error, Result, STOP_SIGNALS};
-use crate::model::llama::Llama;
+use crate::model::decoder::Decoder;
 use crate::progress::Work;
 use crate::torch::transfer;
 
@@ -33,7 +33,7 @@ pub struct EvalResult {
 /// # Errors
 /// [`Error::Interrupted`] on every rank when `stop` holds the number of a signal on one.
 pub fn evaluate(
-    model: &Llama,
+    model: &Decoder,
     dataset: &Dataset,
     micro_batch_tokens: usize,
     ranks: &mut dyn Communicator,

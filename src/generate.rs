@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::data::Tokenizer;
 use crate::error::Result;
-use crate::model::llama::Llama;
+use crate::model::decoder::Decoder;
 use crate::torch::number::WithNumber;
 
 /// How the next token is chosen.
@@ -24,7 +24,7 @@ pub struct Sampling {
 ///
 /// Ends before a stop id, or after a stop string, which are not emitted. The prompt has at least one token.
 pub fn generate(
-    model: &Llama,
+    model: &Decoder,
     tokenizer: &Tokenizer,
     prompt: &[u32],
     stop_ids: &[u32],

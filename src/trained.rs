@@ -10,11 +10,12 @@ use crate::config::{Dtype, ModelOfRun};
 use crate::data::{SpecialTokens, Template, TemplateFile, Tokenizer};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Fault, Result, shell_quoted};
-use crate::formats::config_json::{LlamaConfig, ReadConfig};
 use crate::formats::safetensors_in::TensorFiles;
-use crate::model::llama::{Compute, Llama};
-use crate::model::lora::{LoraSpec, Table};
+use crate::model::arch::{self, ReadShape};
+use crate::model::decoder::{Compute, Decoder};
+use crate::model::lora::LoraSpec;
 use crate::model::params::{Layout, ParamBuffer, table_key};
+use crate::model::shape::{ModelShape, Table};
 use crate::model::weights::{BaseWeights, check_base};
 use crate::plan::MemoryModel;
 use crate::run::folder::{CHECKPOINTS_DIR, CONFIG_FILE, finished_adapter, holds_run, verify_adapter};
@@ -37,7 +38,7 @@ pub struct Trained {
     /// The base's folder.
     pub base_dir: PathBuf,
     /// The base's shape.
-    pub base: LlamaConfig,
+    pub base: ModelShape,
     /// The base's tensors.
     pub base_files: TensorFiles,
     /// The adapter on it.
@@ -89,7 +90,7 @@ impl Trained {
     }
 
     fn on_base(dir: &Path, allowed: &[String]) -> Result<Self> {
-        let ReadConfig { config: base, warnings } = LlamaConfig::load(dir, allowed)?;
+        let ReadShape { config: base, warnings } = arch::load(dir, allowed)?;
         let base_files = TensorFiles::open_model(dir)?;
         let faults = check_base(&base_files, &base);
         if !faults.is_empty() {
@@ -175,10 +176,10 @@ impl Trained {
     }
 
     /// Loads the model for texts of at most `max_positions` tokens, where its parameters are.
-    pub fn load(&self, params: &ParamBuffer, kind: Kind, max_positions: i64) -> Result<Llama> {
+    pub fn load(&self, params: &ParamBuffer, kind: Kind, max_positions: i64) -> Result<Decoder> {
         set_numerics(false)?;
         let compute = Compute { kind, device: params.device(), max_positions };
-        Llama::load(&self.base, BaseWeights::Files(&self.base_files), &self.lora(), params, compute)
+        Decoder::load(&self.base, BaseWeights::Files(&self.base_files), &self.lora(), params, compute)
     }
 
     /// The folders that files may lie in beside the model: the adapter's before the base's.

@@ -24,12 +24,12 @@ use crate::engine::optim::schedule::{LrSchedule, Shape};
 use crate::engine::state::TrainState;
 use crate::engine::step::{StepSettings, Trainer};
 use crate::error::{Error, Result};
-use crate::formats::config_json::LlamaConfig;
+use crate::model::decoder::{Compute, Decoder};
 use crate::model::flops::TokenMix;
 use crate::model::init::{NewRows, initialise};
-use crate::model::llama::{Compute, Llama};
 use crate::model::lora::LoraSpec;
 use crate::model::params::{Layout, ParamBuffer};
+use crate::model::shape::ModelShape;
 use crate::model::weights::BaseWeights;
 use crate::plan::{MemoryModel, expect_to_fit};
 use crate::run::resolve_auto;
@@ -50,7 +50,7 @@ pub struct Bench {
     /// Adapters, dtype, batch and the like; base and data as well, where no others are given.
     pub config: Config,
     /// A shape by its name, to be filled with random weights.
-    pub shape: Option<(String, LlamaConfig)>,
+    pub shape: Option<(String, ModelShape)>,
     /// The lengths of samples of random ids.
     pub lengths: Option<Lengths>,
     /// Updates that are timed.
@@ -68,7 +68,7 @@ pub struct Subject {
     /// Whether the weights were drawn.
     pub is_random: bool,
     /// The base's shape, with as many rows in its tables as are trained.
-    pub shape: LlamaConfig,
+    pub shape: ModelShape,
     /// The adapters.
     pub lora: LoraSpec,
     /// Where the trained parameters lie.
@@ -196,7 +196,7 @@ impl Bench {
             None => {
                 let setup = ModelSetup::inspect(config, 1)?;
                 config = setup.config.clone();
-                let shape = LlamaConfig { vocab_size: setup.vocab_size, ..setup.base.clone() };
+                let shape = ModelShape { vocab_size: setup.vocab_size, ..setup.base.clone() };
                 let name = config.model.base.display().to_string();
                 (name, shape, setup.lora.clone(), setup.layout.clone(), Some(setup))
             }
@@ -225,20 +225,20 @@ impl Bench {
 
 impl Subject {
     /// The parameters and the model, drawn where they stay.
-    fn drawn(&self) -> Result<(ParamBuffer, Llama)> {
+    fn drawn(&self) -> Result<(ParamBuffer, Decoder)> {
         let Self { shape, lora, layout, config, kind, device, .. } = self;
         let (seed, kind, device) = (config.train.seed, *kind, *device);
         let base = BaseWeights::Random { seed };
         let mut params = ParamBuffer::new(layout.clone(), kind, device)?;
         initialise(&mut params, shape, lora, base, NewRows::Normal, seed)?;
         let compute = Compute { kind, device, max_positions: config.data.max_length as i64 };
-        let model = Llama::load(shape, base, lora, &params, compute)?;
+        let model = Decoder::load(shape, base, lora, &params, compute)?;
         Ok((params, model))
     }
 }
 
 /// Refuses a model that this machine's memory does not hold; on a GPU the size of micro-batches was settled by that.
-fn refuse_what_does_not_fit(config: &Config, shape: &LlamaConfig, lora: &LoraSpec, layout: &Layout) -> Result<()> {
+fn refuse_what_does_not_fit(config: &Config, shape: &ModelShape, lora: &LoraSpec, layout: &Layout) -> Result<()> {
     let (device, recompute) = (resolve_auto::device(config), config.train.recompute == Auto::Is(Recompute::All));
     let model = MemoryModel::new(shape, lora, layout, resolve_auto::kind(config), device, recompute);
     let hint = "measure a smaller shape, or the same in model.dtype = \"bf16\", or on a machine with more memory";
@@ -246,7 +246,7 @@ fn refuse_what_does_not_fit(config: &Config, shape: &LlamaConfig, lora: &LoraSpe
 }
 
 /// A trainer before its first step, with a learning rate that stays the same.
-fn trainer(subject: &Subject, params: ParamBuffer, model: Llama, samples: Dataset, total: u64) -> Result<Trainer> {
+fn trainer(subject: &Subject, params: ParamBuffer, model: Decoder, samples: Dataset, total: u64) -> Result<Trainer> {
     let train = &subject.config.train;
     let schedule = LrSchedule { learning_rate: train.learning_rate, shape: Shape::Constant, warmup: 0, total };
     let settings = setup::step_settings(&subject.config, schedule);

@@ -13,8 +13,9 @@ use crate::formats::keys::{Effect, short};
 use crate::formats::model_keys::ADAPTER_CONFIG;
 use crate::formats::safetensors_in::TensorFiles;
 use crate::formats::safetensors_out::{Planned, TensorFileWriter};
-use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::lora::LoraSpec;
 use crate::model::params::{Layout, ParamBuffer};
+use crate::model::shape::{Projection, Table};
 
 /// The weights of an adapter folder.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";

@@ -9,10 +9,10 @@ use crate::cli::{ConfigArgs, print, signals};
 use crate::config::{self, Auto, Config, Dtype, Duration, Recompute};
 use crate::data::Lengths;
 use crate::error::{Error, Result};
-use crate::formats::config_json::LlamaConfig;
 use crate::log::show_progress;
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
+use crate::model::shape::ModelShape;
 use crate::model::shapes;
 use crate::plan::estimate::{Files, Plan, PlannedMachine, Samples, Task};
 use crate::plan::gib;
@@ -51,7 +51,7 @@ pub(super) struct PlanArgs {
 struct Subject {
     /// As asked for, `auto` where the user left it at that.
     config: Config,
-    shape: LlamaConfig,
+    shape: ModelShape,
     lora: LoraSpec,
     layout: Layout,
     lengths: Vec<(usize, usize)>,

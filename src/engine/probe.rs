@@ -8,7 +8,7 @@ use tch::Device;
 
 use crate::batch::PackedBatch;
 use crate::error::{Error, Result};
-use crate::model::llama::Llama;
+use crate::model::decoder::Decoder;
 use crate::model::params::Gradients;
 use crate::ops::cross_entropy::ScaledLoss;
 use crate::ops::dropout::DropoutKey;
@@ -80,7 +80,7 @@ impl Probed {
 /// # Errors
 /// Memory that runs out ([`Error::is_out_of_memory`]), like any other fault of libtorch.
 pub fn probe(
-    model: &Llama,
+    model: &Decoder,
     grads: &mut Gradients,
     predict: Predict<'_>,
     trial: Trial,
@@ -91,7 +91,7 @@ pub fn probe(
     outcome
 }
 
-fn passes(model: &Llama, grads: &Gradients, expected: Expected, trial: Trial, device: Device) -> Result<Probed> {
+fn passes(model: &Decoder, grads: &Gradients, expected: Expected, trial: Trial, device: Device) -> Result<Probed> {
     let mut found = Vec::new();
     let now = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
     let in_use = || -> Result<i64> {

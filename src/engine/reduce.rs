@@ -9,7 +9,7 @@ use tch::Tensor;
 use crate::comm::Communicator;
 use crate::data::Dataset;
 use crate::error::Result;
-use crate::model::llama::Done;
+use crate::model::decoder::Done;
 use crate::model::params::{Bucket, Gradients, Holds, ParamBuffer};
 use crate::torch::transfer::upload;
 

@@ -18,7 +18,7 @@ use crate::engine::optim::schedule::LrSchedule;
 use crate::engine::reduce::{Reducer, touched_ids};
 use crate::engine::state::TrainState;
 use crate::error::{Error, Result};
-use crate::model::llama::{Done, Llama};
+use crate::model::decoder::{Decoder, Done};
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::dropout::DropoutKey;
 use crate::progress::Work;
@@ -82,7 +82,7 @@ pub struct Trainer {
     /// The samples to learn.
     pub samples: Dataset,
     /// The frozen base with its adapters.
-    pub model: Llama,
+    pub model: Decoder,
     /// The trainable parameters.
     pub params: ParamBuffer,
     /// AdamW and its moments.
@@ -133,7 +133,7 @@ impl Trainer {
     pub fn new(
         settings: StepSettings,
         samples: Dataset,
-        model: Llama,
+        model: Decoder,
         params: ParamBuffer,
         optimizer: AdamW,
         state: TrainState,

@@ -15,8 +15,9 @@ use crate::formats::json as files;
 use crate::formats::model_keys::{CONFIG, GENERATION_CONFIG};
 use crate::formats::safetensors_in::TensorFiles;
 use crate::formats::safetensors_out::{Planned, TensorFileWriter};
-use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::lora::LoraSpec;
 use crate::model::params::{lora_key, table_key};
+use crate::model::shape::{Projection, Table};
 use crate::progress::Work;
 use crate::torch::number::WithNumber;
 use crate::trained::{OpenedAdapter, Trained};
@@ -141,7 +142,7 @@ impl Merge<'_> {
     fn adapted(&self, name: &str) -> Option<(usize, Projection)> {
         let layers = 0..self.trained.base.num_hidden_layers;
         let layer = name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok()?;
-        let is_it = |p: &&Projection| format!("{}.weight", p.module(layer)) == name;
+        let is_it = |p: &&Projection| p.weight(layer) == name;
         let projection = self.lora.target_modules.iter().find(is_it)?;
         layers.contains(&layer).then_some((layer, *projection))
     }

@@ -5,7 +5,7 @@ pub mod config_json;
 pub mod json;
 pub mod keys;
 pub mod model_keys;
-mod other_formats;
+pub mod other_formats;
 pub mod safetensors_in;
 pub mod safetensors_out;
 mod tensor_read;

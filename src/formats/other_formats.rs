@@ -22,7 +22,7 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 /// Names the kind of a directory that holds a model of another form, with the way to a form that is read.
-pub(super) fn other_kind(dir: &Path) -> Option<Error> {
+pub fn other_kind(dir: &Path) -> Option<Error> {
     let names = names(dir);
     let has = |test: &dyn Fn(&str) -> bool| names.iter().any(|name| test(name));
     let (what, hint) = if has(&|n| n.starts_with("pytorch_model") && n.contains(".bin")) {

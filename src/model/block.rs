@@ -5,6 +5,7 @@ use tch::Tensor;
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::model::adapted_linear::AdaptedLinear;
+use crate::model::head_norms::{HeadNorms, HeadNormsSaved};
 use crate::model::kv_cache::LayerCache;
 use crate::model::params::Gradients;
 use crate::ops::attention::{self, AttentionSaved, Documents, Heads};
@@ -35,6 +36,8 @@ pub struct Block {
     pub input_norm_d: Tensor,
     /// `q_proj`, `k_proj`, `v_proj` as one map.
     pub qkv: AdaptedLinear,
+    /// `q_norm` and `k_norm`, where the model has them.
+    pub head_norms: Option<HeadNorms>,
     /// `o_proj`.
     pub o: AdaptedLinear,
     /// `post_attention_layernorm`.
@@ -51,7 +54,8 @@ pub struct BlockSaved {
     x_nd: Tensor,
     input_norm: RmsNormSaved,
     qkv_xa: Option<Tensor>,
-    /// After RoPE.
+    head_norms: Option<HeadNormsSaved>,
+    /// After the norms of the heads and RoPE.
     qkv: Tensor,
     attention: AttentionSaved,
     o: Tensor,
@@ -69,6 +73,7 @@ impl Block {
         let (h_nd, input_norm) = rms_norm::forward(&x_nd, &self.input_norm_d, self.rms_norm_eps)?;
         let (qkv, qkv_xa) = self.linear(&self.qkv, &h_nd, Site::Attention, batch)?;
         drop(h_nd);
+        let head_norms = self.norm_heads_(&qkv)?;
         rope::forward_(&self.heads.rotated(&qkv)?, &batch.rotation)?;
         let (o, attention) = attention::forward(&qkv, self.heads, &batch.documents)?;
         let (mut x2_nd, o_xa) = self.linear(&self.o, &o, Site::Output, batch)?;
@@ -84,6 +89,7 @@ impl Block {
             x_nd,
             input_norm,
             qkv_xa,
+            head_norms,
             qkv,
             attention,
             o,
@@ -102,6 +108,7 @@ impl Block {
     pub fn decode(&self, x_nd: &Tensor, rotation: &Rotation, cache: &mut LayerCache) -> Result<Tensor> {
         let (h_nd, _) = rms_norm::forward(x_nd, &self.input_norm_d, self.rms_norm_eps)?;
         let (qkv, _) = self.qkv.forward(&h_nd, &h_nd)?;
+        self.norm_heads_(&qkv)?;
         rope::forward_(&self.heads.rotated(&qkv)?, rotation)?;
         cache.append(&qkv, self.heads)?;
         let n = qkv.size()[0];
@@ -154,6 +161,9 @@ impl Block {
         let dqkv = attention::backward(&do_, &saved.qkv, &saved.o, self.heads, &batch.documents, &saved.attention)?;
         drop((do_, saved.qkv, saved.o));
         rope::backward_(&self.heads.rotated(&dqkv)?, &batch.rotation)?;
+        if let Some((norms, saved)) = self.head_norms.as_ref().zip(saved.head_norms) {
+            norms.backward_(&dqkv, self.heads, &saved)?;
+        }
 
         let ds = self.qkv.backward_b(&dqkv, saved.qkv_xa.as_ref(), grads)?;
         if !need_dx {
@@ -167,6 +177,11 @@ impl Block {
         let (dx_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm, &dx2_nd)?;
         self.accumulate_a(&self.qkv, ds, h_nd, Site::Attention, batch, grads)?;
         Ok(Some(dx_nd))
+    }
+
+    /// Norms the heads of queries and keys, where the model does.
+    fn norm_heads_(&self, qkv: &Tensor) -> Result<Option<HeadNormsSaved>> {
+        self.head_norms.as_ref().map(|norms| norms.forward_(qkv, self.heads)).transpose()
     }
 
     fn site(&self, site: Site) -> u32 {

@@ -3,8 +3,8 @@
 
 use serde::Serialize;
 
-use crate::formats::config_json::LlamaConfig;
-use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::lora::LoraSpec;
+use crate::model::shape::{ModelShape, Projection, Table};
 
 /// What the tokens of a data set are like, on average.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -50,7 +50,7 @@ pub struct Flops {
 
 impl Flops {
     /// Counts a step's operations a token. With `recompute` every block's forward runs twice.
-    pub fn a_token(config: &LlamaConfig, lora: &LoraSpec, mix: TokenMix, recompute: bool) -> Self {
+    pub fn a_token(config: &ModelShape, lora: &LoraSpec, mix: TokenMix, recompute: bool) -> Self {
         let layers = config.num_hidden_layers as f64;
         let elements = |p: Projection| p.shape(config).iter().product::<i64>() as f64;
         let weights: f64 = Projection::ALL.into_iter().map(elements).sum();

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::formats::config_json::LlamaConfig;
+use crate::model::shape::ModelShape;
 use crate::model::weights::BaseWeights;
 use crate::ops::gemm;
 
@@ -22,7 +22,7 @@ impl FrozenWeight {
         base: BaseWeights<'_>,
         parts: &[(String, i64)],
         n_inputs: i64,
-        config: &LlamaConfig,
+        config: &ModelShape,
         (kind, device): (Kind, Device),
     ) -> Result<Self> {
         let rows: i64 = parts.iter().map(|(_, rows)| rows).sum();

@@ -3,9 +3,9 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::formats::config_json::LlamaConfig;
-use crate::model::lora::{LoraSpec, Table};
+use crate::model::lora::LoraSpec;
 use crate::model::params::{ParamBuffer, table_key};
+use crate::model::shape::{ModelShape, Table};
 use crate::model::weights::BaseWeights;
 
 /// What the rows of a grown vocabulary begin as.
@@ -23,7 +23,7 @@ pub enum NewRows {
 /// libtorch's generator on the CPU, seeded anew, tensor by tensor in the order of the buffer.
 pub fn initialise(
     params: &mut ParamBuffer,
-    config: &LlamaConfig,
+    config: &ModelShape,
     lora: &LoraSpec,
     base: BaseWeights<'_>,
     new_rows: NewRows,
@@ -52,7 +52,7 @@ pub fn initialise(
 fn fill_table(
     tensor: &Tensor,
     table: Table,
-    config: &LlamaConfig,
+    config: &ModelShape,
     base: BaseWeights<'_>,
     new_rows: NewRows,
 ) -> Result<()> {

@@ -8,8 +8,8 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::formats::config_json::LlamaConfig;
-use crate::model::lora::{LoraSpec, PEFT_PREFIX, Projection, Table};
+use crate::model::lora::{LoraSpec, PEFT_PREFIX};
+use crate::model::shape::{ModelShape, Projection, Table};
 
 /// Every group of tensors starts at a multiple of this many fp32 elements (256 bytes).
 const ALIGNMENT: i64 = 64;
@@ -118,12 +118,12 @@ pub const INPUT_GROUPS: [&[Projection]; 4] = [
 
 impl Layout {
     /// Lays the parameters of a run on one rank out; `vocab_size` counts grown rows too.
-    pub fn new(config: &LlamaConfig, lora: &LoraSpec, vocab_size: i64) -> Self {
+    pub fn new(config: &ModelShape, lora: &LoraSpec, vocab_size: i64) -> Self {
         Self::for_ranks(config, lora, vocab_size, 1)
     }
 
     /// Lays the parameters out so that every bucket can be cut into equal parts, one a rank.
-    pub fn for_ranks(config: &LlamaConfig, lora: &LoraSpec, vocab_size: i64, n_ranks: usize) -> Self {
+    pub fn for_ranks(config: &ModelShape, lora: &LoraSpec, vocab_size: i64, n_ranks: usize) -> Self {
         let mut layout = Self { entries: Vec::new(), buckets: Vec::new(), len: 0 };
         let table = |table: Table| vec![(table_key(table), [vocab_size, config.hidden_size])];
         if lora.trains(Table::Embed) {

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::formats::config_json::LlamaConfig;
+use crate::model::arch;
+use crate::model::shape::ModelShape;
 use crate::ops::rope::RopeScaling;
 
 /// The names of the known shapes, the smallest first.
@@ -14,14 +15,14 @@ pub const NAMES: [&str; 7] =
 /// names keys of the file that are passed over.
 ///
 /// # Errors
-/// An unknown name that is no file either; a `config.json` at fault, as [`LlamaConfig::load`] says; a vocabulary out of
+/// An unknown name that is no file either; a `config.json` at fault, as [`ModelShape::load`] says; a vocabulary out of
 /// range.
-pub fn open(name_or_path: &str, vocab_size: Option<i64>, allowed: &[String]) -> Result<LlamaConfig> {
+pub fn open(name_or_path: &str, vocab_size: Option<i64>, allowed: &[String]) -> Result<ModelShape> {
     let path = Path::new(name_or_path);
     let mut shape = match named(name_or_path) {
         Some(shape) => shape,
-        None if path.is_dir() => LlamaConfig::load(path, allowed)?.config,
-        None if path.is_file() => LlamaConfig::read(path, allowed)?.config,
+        None if path.is_dir() => arch::load(path, allowed)?.config,
+        None if path.is_file() => arch::read(path, allowed)?.config,
         None => {
             let what = format!("{name_or_path:?} is neither a known shape nor a file");
             return Err(Error::invalid("--shape", what)
@@ -39,9 +40,9 @@ pub fn open(name_or_path: &str, vocab_size: Option<i64>, allowed: &[String]) -> 
 }
 
 /// A known shape, in the numbers of the model's own `config.json`.
-pub fn named(name: &str) -> Option<LlamaConfig> {
+pub fn named(name: &str) -> Option<ModelShape> {
     let shape = match name {
-        "tiny" => LlamaConfig {
+        "tiny" => ModelShape {
             hidden_size: 64,
             intermediate_size: 176,
             num_hidden_layers: 2,
@@ -52,7 +53,7 @@ pub fn named(name: &str) -> Option<LlamaConfig> {
             max_position_embeddings: 2048,
             ..llama_2()
         },
-        "smollm2-135m" => LlamaConfig {
+        "smollm2-135m" => ModelShape {
             hidden_size: 576,
             intermediate_size: 1536,
             num_hidden_layers: 30,
@@ -66,7 +67,7 @@ pub fn named(name: &str) -> Option<LlamaConfig> {
             initializer_range: 1.0 / 24.0,
             ..llama_2()
         },
-        "tinyllama-1.1b" => LlamaConfig {
+        "tinyllama-1.1b" => ModelShape {
             hidden_size: 2048,
             intermediate_size: 5632,
             num_hidden_layers: 22,
@@ -76,7 +77,7 @@ pub fn named(name: &str) -> Option<LlamaConfig> {
             ..llama_2()
         },
         "llama-2-7b" => llama_2(),
-        "llama-2-13b" => LlamaConfig {
+        "llama-2-13b" => ModelShape {
             hidden_size: 5120,
             intermediate_size: 13824,
             num_hidden_layers: 40,
@@ -84,7 +85,7 @@ pub fn named(name: &str) -> Option<LlamaConfig> {
             num_key_value_heads: 40,
             ..llama_2()
         },
-        "llama-2-70b" => LlamaConfig {
+        "llama-2-70b" => ModelShape {
             hidden_size: 8192,
             intermediate_size: 28672,
             num_hidden_layers: 80,
@@ -92,7 +93,7 @@ pub fn named(name: &str) -> Option<LlamaConfig> {
             num_key_value_heads: 8,
             ..llama_2()
         },
-        "llama-3-8b" => LlamaConfig {
+        "llama-3-8b" => ModelShape {
             intermediate_size: 14336,
             num_key_value_heads: 8,
             vocab_size: 128_256,
@@ -108,8 +109,9 @@ pub fn named(name: &str) -> Option<LlamaConfig> {
 }
 
 /// Llama-2-7B; the others are told by how they differ from it.
-fn llama_2() -> LlamaConfig {
-    LlamaConfig {
+fn llama_2() -> ModelShape {
+    ModelShape {
+        model_type: "llama",
         hidden_size: 4096,
         intermediate_size: 11008,
         num_hidden_layers: 32,
@@ -126,5 +128,7 @@ fn llama_2() -> LlamaConfig {
         initializer_range: 0.02,
         eos_token_ids: vec![2],
         bos_token_id: Some(1),
+        biases: Vec::new(),
+        has_head_norms: false,
     }
 }

@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Fault, Result};
-use crate::formats::config_json::LlamaConfig;
 use crate::formats::safetensors_in::TensorFiles;
-use crate::model::lora::{Projection, Table};
+use crate::model::shape::{ModelShape, Table};
 use crate::torch::number::WithNumber;
 
 /// Where the frozen weights of a base come from.
@@ -33,7 +32,7 @@ impl BaseWeights<'_> {
     ///
     /// # Errors
     /// As [`TensorFiles::copy_into`].
-    pub fn fill(self, name: &str, config: &LlamaConfig, to: &Tensor) -> Result<()> {
+    pub fn fill(self, name: &str, config: &ModelShape, to: &Tensor) -> Result<()> {
         let mut to = to.shallow_clone();
         match self {
             Self::Files(files) => return files.copy_into(name, &to),
@@ -62,7 +61,7 @@ impl BaseWeights<'_> {
         self,
         name: &str,
         shape: &[i64],
-        config: &LlamaConfig,
+        config: &ModelShape,
         (kind, device): (Kind, Device),
     ) -> Result<Tensor> {
         let to = Tensor::f_empty(shape, (kind, device))?;
@@ -72,8 +71,8 @@ impl BaseWeights<'_> {
 }
 
 /// Holds the files of a base against the tensors that its configuration asks for: names, shapes and dtypes.
-pub fn check_base(files: &TensorFiles, config: &LlamaConfig) -> Vec<Fault> {
-    let expected = expected_tensors(config);
+pub fn check_base(files: &TensorFiles, config: &ModelShape) -> Vec<Fault> {
+    let expected = config.tensors();
     let mut faults = files.check(
         expected.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())),
         |name| name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == Table::Head.base_key()),
@@ -88,25 +87,4 @@ pub fn check_base(files: &TensorFiles, config: &LlamaConfig) -> Vec<Fault> {
         faults.push(fault.hint("set tie_word_embeddings to false in config.json, or remove this tensor"));
     }
     faults
-}
-
-/// Every tensor of the model with its shape.
-fn expected_tensors(config: &LlamaConfig) -> Vec<(String, Vec<i64>)> {
-    let d = config.hidden_size;
-    let mut all = vec![
-        (Table::Embed.base_key().to_string(), vec![config.vocab_size, d]),
-        ("model.norm.weight".to_string(), vec![d]),
-    ];
-    for layer in 0..config.num_hidden_layers {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            all.push((format!("model.layers.{layer}.{norm}.weight"), vec![d]));
-        }
-        for projection in Projection::ALL {
-            all.push((format!("{}.weight", projection.module(layer)), projection.shape(config).to_vec()));
-        }
-    }
-    if !config.tie_word_embeddings {
-        all.push((Table::Head.base_key().to_string(), vec![config.vocab_size, d]));
-    }
-    all
 }

@@ -1,6 +1,6 @@
 //! A micro-batch's passes with bytes in place of tensors.
 //!
-//! The functions follow `model/block.rs`, `model/llama.rs`, `model/adapted_linear.rs` and `ops/` line by line: a tensor there
+//! The functions follow `model/block.rs`, `model/decoder.rs`, `model/adapted_linear.rs` and `ops/` line by line: a tensor there
 //! is a [`Held`] here, made where it is made and dropped where it is dropped. Views take nothing. What libtorch's own kernels
 //! allocate besides their results is counted where it grows with the tokens; what is the same for all sizes is measured, as
 //! part of the workspaces.
@@ -15,7 +15,7 @@ use tch::{Device, Kind};
 
 use meter::{Bytes, Held, Meter};
 
-use crate::model::llama::rows_per_chunk;
+use crate::model::decoder::rows_per_chunk;
 use crate::model::params::padded_head_rows;
 use crate::plan::parts::{MemoryPart, PartBytes, Passes, Stage};
 
@@ -65,6 +65,7 @@ pub(super) struct Dims {
     pub(super) kv_width: i64,
     pub(super) n_heads: i64,
     pub(super) head_dim: i64,
+    pub(super) has_head_norms: bool,
     /// Rows of the tables, grown ones included.
     pub(super) vocab: i64,
     pub(super) layers: usize,
@@ -145,9 +146,10 @@ struct BlockSaved<'m> {
     o: Held<'m>,
     /// Statistics of norms and attention, and the adapters' `x Aᵀ`.
     rest: [Option<Held<'m>>; 7],
+    head_norms: Vec<Held<'m>>,
 }
 
-/// `SavedBlock` of `model/llama.rs`.
+/// `SavedBlock` of `model/decoder.rs`.
 enum SavedBlock<'m> {
     All(Box<BlockSaved<'m>>),
     Input(Held<'m>),
@@ -214,14 +216,14 @@ impl<'m> DryRun<'m> {
         CPU_PROCESS + products[usize::from(self.dims.sizes_differ)]
     }
 
-    /// `Llama::batch`: five columns of i64, the weights, the rotations. On the CPU the plain numbers lie there too.
+    /// `Decoder::batch`: five columns of i64, the weights, the rotations. On the CPU the plain numbers lie there too.
     fn batch(&self) -> Held<'m> {
         let numbers = 5 * I64 + FP32;
         let copies = if self.dims.is_cuda { 1 } else { 2 };
         self.meter.hold(MemoryPart::Batch, (copies * numbers + FP32 * self.dims.head_dim) * self.n)
     }
 
-    // ---- model/llama.rs ----
+    // ---- model/decoder.rs ----
 
     fn forward(&self) -> (Held<'m>, Vec<SavedBlock<'m>>) {
         let mut x_nd = self.rows(MemoryPart::KeptActivations, self.dims.hidden);
@@ -237,7 +239,7 @@ impl<'m> DryRun<'m> {
         (x_nd, blocks)
     }
 
-    /// `Llama::head_loss`, all rows learned.
+    /// `Decoder::head_loss`, all rows learned.
     fn head_loss(&self) -> Held<'m> {
         let d = self.dims.hidden;
         let head = |width: i64| self.rows(MemoryPart::Head, width);
@@ -304,6 +306,7 @@ impl<'m> DryRun<'m> {
         let (h_nd, rstd) = self.rms_norm_forward(MemoryPart::Temporaries);
         let (qkv, qkv_xa) = self.linear(qkv, kept);
         drop(h_nd);
+        let head_norms = self.head_norms_forward();
         self.rotate();
         let o = self.rows(kept, self.dims.q_width);
         let lse = self.wide(kept, *n_heads);
@@ -318,7 +321,7 @@ impl<'m> DryRun<'m> {
         debug_assert_eq!(out_nd.bytes, self.dims.element() * d * self.n);
 
         let rest = [Some(rstd), qkv_xa, Some(lse), o_xa, Some(mlp_rstd), gate_up_xa, down_xa];
-        (out_nd, BlockSaved { x: x_nd, gu, x2, qkv, o, rest })
+        (out_nd, BlockSaved { x: x_nd, gu, x2, qkv, o, rest, head_norms })
     }
 
     fn block_backward(&self, saved: BlockSaved<'m>, dout_nd: Held<'m>, need_dx: bool) -> Option<Held<'m>> {
@@ -349,6 +352,8 @@ impl<'m> DryRun<'m> {
         self.attention_backward();
         drop((do_, saved.qkv, saved.o));
         self.rotate();
+        self.head_norms_backward();
+        drop(saved.head_norms);
 
         let ds = self.backward_b(qkv);
         let _held = (saved.x, saved.rest, dx2_nd);

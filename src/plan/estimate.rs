@@ -5,10 +5,10 @@ use tch::{Device, Kind};
 
 use crate::checkpoint::save::RunBytes;
 use crate::error::{Error, Result};
-use crate::formats::config_json::LlamaConfig;
 use crate::model::flops::{Flops, TokenMix};
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
+use crate::model::shape::ModelShape;
 use crate::plan::gpus::GpuModel;
 use crate::plan::memory::{MemoryModel, frozen_params};
 use crate::plan::parts::{PartBytes, sum};
@@ -26,7 +26,7 @@ const CACHE_BYTES: (i64, i64) = (4, 16);
 #[derive(Debug, Clone)]
 pub struct Task<'a> {
     /// The base's shape; its vocabulary with grown rows.
-    pub shape: &'a LlamaConfig,
+    pub shape: &'a ModelShape,
     /// The adapters.
     pub lora: &'a LoraSpec,
     /// The trained parameters.

@@ -7,9 +7,9 @@
 use tch::{Device, Kind};
 
 use crate::engine::probe::Expected;
-use crate::formats::config_json::LlamaConfig;
-use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::lora::LoraSpec;
 use crate::model::params::{INPUT_GROUPS, Layout, table_key};
+use crate::model::shape::{ModelShape, Projection, Table};
 use crate::plan::dry_run::{self, Dims, InputGroup, inference};
 use crate::plan::parts::{PartBytes, Passes, sum};
 
@@ -26,7 +26,7 @@ pub struct MemoryModel {
 impl MemoryModel {
     /// Takes down what the memory of a run depends on; `layout` is that of its trained parameters.
     pub fn new(
-        shape: &LlamaConfig,
+        shape: &ModelShape,
         lora: &LoraSpec,
         layout: &Layout,
         kind: Kind,
@@ -47,6 +47,7 @@ impl MemoryModel {
             kv_width: heads.kv_width(),
             n_heads: heads.n_heads,
             head_dim: heads.head_dim,
+            has_head_norms: shape.has_head_norms,
             vocab: table.unwrap_or(shape.vocab_size),
             layers: shape.num_hidden_layers,
             max_positions: shape.max_position_embeddings,
@@ -127,11 +128,12 @@ impl MemoryModel {
 }
 
 /// Parameters of the frozen base, tables that are trained apart.
-pub fn frozen_params(shape: &LlamaConfig, lora: &LoraSpec) -> i64 {
-    let d = shape.hidden_size;
-    let per_block: i64 = Projection::ALL.iter().map(|p| p.shape(shape).iter().product::<i64>()).sum::<i64>() + 2 * d;
-    let table = shape.vocab_size * d;
+pub fn frozen_params(shape: &ModelShape, lora: &LoraSpec) -> i64 {
+    let is_table = |name: &str| Table::ALL.iter().any(|table| table.base_key() == name);
+    let others = shape.tensors().into_iter().filter(|(name, _)| !is_table(name));
+    let others: i64 = others.map(|(_, dims)| dims.iter().product::<i64>()).sum();
+    let table = shape.vocab_size * shape.hidden_size;
     let frozen = Table::ALL.iter().filter(|t| !lora.trains(**t)).count() as i64;
     let tables = if shape.tie_word_embeddings { frozen.min(1) } else { frozen };
-    shape.num_hidden_layers as i64 * per_block + d + tables * table
+    others + tables * table
 }

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use crate::data::Tokenizer;
 use crate::error::Fault;
-use crate::formats::config_json::LlamaConfig;
 use crate::formats::model_keys::CONFIG;
+use crate::model::shape::ModelShape;
 
 /// Refuses a base whose attention weights would be dropped at random in training: that is not computed.
-pub(super) fn attention_dropout(base: &LlamaConfig, dir: &Path) -> Option<Fault> {
+pub(super) fn attention_dropout(base: &ModelShape, dir: &Path) -> Option<Fault> {
     let place = format!("{}: attention_dropout", dir.join(CONFIG.file).display());
     let what = format!("is {}, and dropout of attention weights is not supported", base.attention_dropout);
     let hint =
@@ -18,7 +18,7 @@ pub(super) fn attention_dropout(base: &LlamaConfig, dir: &Path) -> Option<Fault>
 }
 
 /// Where the base and the tokenizer name other tokens as the ends of a text.
-pub(super) fn other_ends(dir: &Path, base: &LlamaConfig, tokenizer: &Tokenizer) -> Vec<Fault> {
+pub(super) fn other_ends(dir: &Path, base: &ModelShape, tokenizer: &Tokenizer) -> Vec<Fault> {
     let shown =
         |id: u32| format!("{id} ({})", tokenizer.token(id).map_or("no token of it".to_owned(), |t| format!("`{t}`")));
     let place = |key: &str| format!("{}: {key}", dir.join(CONFIG.file).display());

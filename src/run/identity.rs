@@ -5,8 +5,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint::state::{BaseIdentity, Identity};
 use crate::data::Dataset;
-use crate::formats::config_json::LlamaConfig;
 use crate::formats::safetensors_in::TensorFiles;
+use crate::model::shape::ModelShape;
 use crate::ops::rope::RopeScaling;
 use crate::run::setup::{Job, ModelSetup};
 
@@ -42,8 +42,9 @@ impl ModelSetup {
 const TENSORS: &str = "tensors";
 
 /// The values that decide what a base computes. What only says where a text ends, or how long one may be, is left out.
-fn named(base: &LlamaConfig, files: &TensorFiles) -> Map<String, Value> {
-    let LlamaConfig {
+fn named(base: &ModelShape, files: &TensorFiles) -> Map<String, Value> {
+    let ModelShape {
+        model_type,
         hidden_size,
         intermediate_size,
         num_hidden_layers,
@@ -60,6 +61,9 @@ fn named(base: &LlamaConfig, files: &TensorFiles) -> Map<String, Value> {
         attention_dropout: _,
         eos_token_ids: _,
         bos_token_id: _,
+        // Both follow from the architecture and the tensors.
+        biases: _,
+        has_head_norms: _,
     } = base;
     let rope_scaling = match rope_scaling {
         RopeScaling::None => Value::Null,
@@ -72,6 +76,7 @@ fn named(base: &LlamaConfig, files: &TensorFiles) -> Map<String, Value> {
         }),
     };
     let values = [
+        ("model_type", json!(model_type)),
         ("hidden_size", json!(hidden_size)),
         ("intermediate_size", json!(intermediate_size)),
         ("num_hidden_layers", json!(num_hidden_layers)),
@@ -91,7 +96,7 @@ fn named(base: &LlamaConfig, files: &TensorFiles) -> Map<String, Value> {
 
 /// The checksums that a checkpoint of format 2 may have of this base. They depend on the ends of a text as well, those of
 /// `config.json` first; a `generation_config.json` may have come since.
-fn sums_of_format_2(base: &LlamaConfig, files: &TensorFiles) -> Vec<String> {
+fn sums_of_format_2(base: &ModelShape, files: &TensorFiles) -> Vec<String> {
     let rope_scaling = match base.rope_scaling {
         RopeScaling::None => "None".to_owned(),
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => format!(

@@ -6,10 +6,10 @@ use crate::checkpoint::adapter_file::{self, AdapterConfig};
 use crate::config::Config;
 use crate::data::Tokenizer;
 use crate::error::{Error, Fault, Result};
-use crate::formats::config_json::LlamaConfig;
 use crate::formats::safetensors_in::TensorFiles;
-use crate::model::lora::{LoraSpec, Table};
+use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
+use crate::model::shape::{ModelShape, Table};
 
 pub(super) fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
     Tokenizer::open(path).map_err(|error| {
@@ -18,7 +18,7 @@ pub(super) fn open_tokenizer(path: &Path) -> Result<Tokenizer> {
 }
 
 /// The rows of the tables: the base's, or the tokenizer's where it may grow them.
-pub(super) fn vocab_size(config: &Config, base: &LlamaConfig, tokenizer: &Tokenizer, lora: &LoraSpec) -> Result<i64> {
+pub(super) fn vocab_size(config: &Config, base: &ModelShape, tokenizer: &Tokenizer, lora: &LoraSpec) -> Result<i64> {
     let tokens = tokenizer.vocab_size() as i64;
     if tokens <= base.vocab_size {
         return Ok(base.vocab_size);

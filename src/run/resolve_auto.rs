@@ -6,9 +6,9 @@ use crate::checkpoint::save::BYTES_PER_PARAM;
 use crate::config::{self, Auto, Config};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Result};
-use crate::formats::config_json::LlamaConfig;
 use crate::model::lora::LoraSpec;
 use crate::model::params::Layout;
+use crate::model::shape::ModelShape;
 use crate::plan::MemoryModel;
 use crate::plan::solve::{self, Bounds, Form, Solved, Wanted};
 use crate::torch::memory;
@@ -45,7 +45,7 @@ pub fn device_and_dtype(config: &mut Config) -> Result<Option<String>> {
 /// A GPU that has no room for a sample of `data.max_length`.
 pub fn micro_batches(
     config: &mut Config,
-    base: &LlamaConfig,
+    base: &ModelShape,
     lora: &LoraSpec,
     layout: &Layout,
     n_ranks: usize,

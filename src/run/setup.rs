@@ -14,12 +14,13 @@ use crate::data::{
 use crate::engine::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::engine::step::StepSettings;
 use crate::error::{Error, Fault, Result};
-use crate::formats::config_json::LlamaConfig;
 use crate::formats::safetensors_in::TensorFiles;
+use crate::model::arch;
+use crate::model::decoder::{Compute, Decoder};
 use crate::model::init::{NewRows, initialise};
-use crate::model::llama::{Compute, Llama};
-use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::lora::LoraSpec;
 use crate::model::params::{Layout, ParamBuffer};
+use crate::model::shape::{ModelShape, Projection, Table};
 use crate::model::weights::{BaseWeights, check_base};
 use crate::plan::MemoryModel;
 use crate::run::disagreements::{attention_dropout, other_ends};
@@ -34,7 +35,7 @@ pub struct ModelSetup {
     /// How many ranks share the work.
     pub n_ranks: usize,
     /// The base's shape.
-    pub base: LlamaConfig,
+    pub base: ModelShape,
     /// The base's files.
     pub files: TensorFiles,
     /// The adapters.
@@ -113,7 +114,7 @@ impl ModelSetup {
         let mut warnings = config.warnings.clone();
         let device_note = faults.take(resolve_auto::device_and_dtype(&mut config))?.flatten();
         let lora = lora_spec(&config);
-        let read = faults.take(LlamaConfig::load(&config.model.base, &config.model.allow_config_keys))?;
+        let read = faults.take(arch::load(&config.model.base, &config.model.allow_config_keys))?;
         let base = read.map(|read| {
             warnings.extend(read.warnings);
             faults.0.extend(attention_dropout(&read.config, &config.model.base));
@@ -201,11 +202,11 @@ impl ModelSetup {
     }
 
     /// Loads the base and puts the adapters on it; products are computed from now on as the config has it.
-    pub fn load(&self, params: &ParamBuffer) -> Result<Llama> {
+    pub fn load(&self, params: &ParamBuffer) -> Result<Decoder> {
         set_numerics(self.config.train.deterministic)?;
         let max_positions = self.config.data.max_length as i64;
         let compute = Compute { kind: self.kind(), device: self.device(), max_positions };
-        Llama::load(&self.base, BaseWeights::Files(&self.files), &self.lora, params, compute)
+        Decoder::load(&self.base, BaseWeights::Files(&self.files), &self.lora, params, compute)
     }
 
     /// Loads and encodes data files, or finds their samples in the token cache.

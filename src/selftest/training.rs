@@ -1,7 +1,7 @@
 //! A tiny training run on the device, in each of its dtypes, against the same run on the CPU with products in fp64.
 //!
-//! The model is made in the process: three blocks of grouped attention, a vocabulary that is no multiple of 64, adapters on
-//! all seven projections, both tables trained, dropout. The samples are ragged, and an update takes several micro-batches.
+//! The model is made in the process: three blocks of grouped attention, a vocabulary that is no multiple of 64, biases and
+//! adapters on all seven projections, norms of the heads, both tables trained, dropout. The samples are ragged, and an update takes several micro-batches.
 
 use std::collections::BTreeMap;
 
@@ -16,11 +16,11 @@ use crate::engine::optim::schedule::{LrSchedule, Shape};
 use crate::engine::state::TrainState;
 use crate::engine::step::{StepSettings, Trainer};
 use crate::error::{Error, Result};
-use crate::formats::config_json::LlamaConfig;
+use crate::model::decoder::{Compute, Decoder};
 use crate::model::init::{NewRows, initialise};
-use crate::model::llama::{Compute, Llama};
-use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::lora::LoraSpec;
 use crate::model::params::{Layout, ParamBuffer};
+use crate::model::shape::{ModelShape, Projection, Table};
 use crate::model::weights::BaseWeights;
 use crate::ops::rope::RopeScaling;
 use crate::selftest::judge::{Row, unit_roundoff};
@@ -123,7 +123,7 @@ fn trainer(kind: Kind, device: Device) -> Result<Trainer> {
     let mut params = ParamBuffer::new(Layout::new(&shape, &lora, VOCABULARY), kind, device)?;
     initialise(&mut params, &shape, &lora, base, NewRows::Normal, SEED)?;
     let compute = Compute { kind, device, max_positions: i64::from(LONGEST) };
-    let model = Llama::load(&shape, base, &lora, &params, compute)?;
+    let model = Decoder::load(&shape, base, &lora, &params, compute)?;
     let adamw = AdamWConfig { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 };
     let optimizer = AdamW::new(adamw, &params)?;
     let settings = StepSettings {
@@ -152,8 +152,9 @@ fn samples() -> Dataset {
     Dataset::random(&lengths, VOCABULARY as u32, SEED)
 }
 
-fn shape() -> LlamaConfig {
-    LlamaConfig {
+fn shape() -> ModelShape {
+    ModelShape {
+        model_type: "llama",
         hidden_size: 64,
         intermediate_size: 176,
         num_hidden_layers: 3,
@@ -170,6 +171,8 @@ fn shape() -> LlamaConfig {
         initializer_range: 0.1,
         eos_token_ids: Vec::new(),
         bos_token_id: None,
+        biases: Projection::ALL.to_vec(),
+        has_head_norms: true,
     }
 }
 
@@ -186,26 +189,15 @@ fn lora() -> LoraSpec {
 
 /// The base: drawn on the CPU, so that it is the same for every device, and in bf16, so that rounding it to another dtype
 /// changes next to nothing.
-fn tensors(shape: &LlamaConfig) -> Result<BTreeMap<String, Tensor>> {
+fn tensors(shape: &ModelShape) -> Result<BTreeMap<String, Tensor>> {
     tch::manual_seed(SEED as i64);
     let draw = |dims: &[i64], mean: f64, std: f64| -> Result<Tensor> {
         let drawn = Tensor::f_randn(dims, (Kind::Float, Device::Cpu))?.f_times(std)?.f_plus(mean)?;
         Ok(drawn.f_to_kind(Kind::BFloat16)?)
     };
-    let (d, std) = (shape.hidden_size, shape.initializer_range);
-    let mut tensors = BTreeMap::new();
-    for table in Table::ALL {
-        tensors.insert(table.base_key().to_string(), draw(&[shape.vocab_size, d], 0.0, std)?);
-    }
-    tensors.insert("model.norm.weight".to_string(), draw(&[d], 1.0, 0.2)?);
-    for layer in 0..shape.num_hidden_layers {
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            tensors.insert(format!("model.layers.{layer}.{norm}.weight"), draw(&[d], 1.0, 0.2)?);
-        }
-        for projection in Projection::ALL {
-            let weight = draw(&projection.shape(shape), 0.0, std)?;
-            tensors.insert(format!("{}.weight", projection.module(layer)), weight);
-        }
-    }
-    Ok(tensors)
+    let draw = |(name, dims): (String, Vec<i64>)| {
+        let (mean, std) = if name.ends_with("norm.weight") { (1.0, 0.2) } else { (0.0, shape.initializer_range) };
+        Ok((name, draw(&dims, mean, std)?))
+    };
+    shape.tensors().into_iter().map(draw).collect()
 }

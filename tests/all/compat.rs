@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 use bellora::data::Tokenizer;
 use bellora::error::{Error, Fault};
-use bellora::formats::config_json::LlamaConfig;
 use bellora::formats::model_keys::OTHER_ARCHITECTURES;
+use bellora::model::arch;
 use serde_json::{Value, json};
 
 /// A file of `tests/compat/`.
@@ -72,7 +72,7 @@ impl Model {
     fn base(&self) -> Option<Outcome> {
         let folder = tempfile::tempdir().unwrap();
         let has = self.write(&["config", "generation_config"], folder.path());
-        has.then(|| match LlamaConfig::load(folder.path(), &[]) {
+        has.then(|| match arch::load(folder.path(), &[]) {
             Ok(read) => Outcome { refused: None, warnings: read.warnings },
             Err(error) => refused(&error),
         })

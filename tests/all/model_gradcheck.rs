@@ -7,9 +7,9 @@
 use std::collections::BTreeMap;
 
 use bellora::data::build_batches;
-use bellora::formats::config_json::LlamaConfig;
-use bellora::model::lora::{LoraSpec, Projection, Table};
+use bellora::model::lora::LoraSpec;
 use bellora::model::params::{lora_key, table_key};
+use bellora::model::shape::{ModelShape, Projection, Table};
 use bellora::ops::dropout::{self, DropoutKey, RowOrigin};
 use bellora::ops::rope::RopeScaling;
 use tch::{Device, Kind, Tensor};
@@ -22,7 +22,7 @@ const LOSS_BOUND: f64 = 2e-6;
 
 /// A Llama as its papers write it, in fp64, with the trained tensors as leaves.
 struct Judge {
-    config: LlamaConfig,
+    config: ModelShape,
     lora: LoraSpec,
     frozen: BTreeMap<String, Tensor>,
     trained: BTreeMap<String, Tensor>,

@@ -5,11 +5,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use bellora::engine::probe::{Trial, probe};
-use bellora::formats::config_json::LlamaConfig;
 use bellora::formats::safetensors_out::{Planned, TensorFileWriter};
+use bellora::model::arch;
 use bellora::model::flops::{Flops, TokenMix};
-use bellora::model::lora::{LoraSpec, Projection, Table};
+use bellora::model::lora::LoraSpec;
 use bellora::model::params::{Gradients, Layout};
+use bellora::model::shape::{ModelShape, Projection, Table};
 use bellora::model::shapes;
 use bellora::plan::memory::MemoryModel;
 use bellora::plan::parts::{MemoryPart, sum};
@@ -34,11 +35,11 @@ fn reference_lora() -> LoraSpec {
 }
 
 /// The shape of the reference job: Llama-2-7B (or 13B) with its grown vocabulary.
-fn reference_shape(name: &str) -> LlamaConfig {
+fn reference_shape(name: &str) -> ModelShape {
     shapes::open(name, Some(49_954), &[]).unwrap()
 }
 
-fn model_of(shape: &LlamaConfig, lora: &LoraSpec, kind: Kind, device: Device, recompute: bool) -> MemoryModel {
+fn model_of(shape: &ModelShape, lora: &LoraSpec, kind: Kind, device: Device, recompute: bool) -> MemoryModel {
     MemoryModel::new(shape, lora, &Layout::new(shape, lora, shape.vocab_size), kind, device, recompute)
 }
 
@@ -100,7 +101,7 @@ fn a_gpu_holds_two_tables_of_logits_in_fp32_and_three_in_half_precision() {
     let (n, more) = (40, 640);
     for (kind, bytes) in [(Kind::Float, 2 * 4), (Kind::BFloat16, 2 * 2 + 4)] {
         let of_vocab = |vocab_size| {
-            let shape = LlamaConfig { vocab_size, ..reference_shape("tiny") };
+            let shape = ModelShape { vocab_size, ..reference_shape("tiny") };
             at_peak(&model_of(&shape, &reference_lora(), kind, GPU, false), n, Stage::Head, MemoryPart::Head)
         };
         assert_eq!(of_vocab(6400 + more) - of_vocab(6400), bytes * more * n, "{kind:?}");
@@ -111,7 +112,7 @@ fn a_gpu_holds_two_tables_of_logits_in_fp32_and_three_in_half_precision() {
 fn flash_attention_backward_has_128_rows_in_fp32_for_every_document() {
     // Heads so wide, with keys and values so narrow, that nothing else is the peak; no adapter but that of the gate.
     let (heads, width, d) = (32, 128, 64);
-    let shape = LlamaConfig {
+    let shape = ModelShape {
         num_attention_heads: heads,
         num_key_value_heads: 1,
         head_dim: width,
@@ -378,7 +379,7 @@ fn write_base(dir: &Path, shape: &Value) {
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(tokenizer.join(name), dir.join(name)).unwrap();
     }
-    let llama = LlamaConfig::load(dir, &[]).unwrap().config;
+    let llama = arch::load(dir, &[]).unwrap().config;
     let (d, vocab) = (llama.hidden_size, llama.vocab_size);
     let mut tensors = vec![
         ("model.embed_tokens.weight".to_string(), vec![vocab, d]),

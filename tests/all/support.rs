@@ -14,11 +14,11 @@ use bellora::engine::optim::adamw::{AdamW, AdamWConfig};
 use bellora::engine::optim::loss_scale::LossScale;
 use bellora::engine::state::TrainState;
 use bellora::engine::step::Trainer;
-use bellora::formats::config_json::LlamaConfig;
 use bellora::formats::safetensors_in::TensorFiles;
-use bellora::model::llama::Llama;
-use bellora::model::lora::Projection;
+use bellora::model::arch;
+use bellora::model::decoder::Decoder;
 use bellora::model::params::{Gradients, ParamBuffer, named_views};
+use bellora::model::shape::Projection;
 use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::DropoutKey;
 use bellora::run::setup::{CacheUse, Job, ModelSetup};
@@ -306,7 +306,7 @@ fn write_base(dir: &Path, shape: Shape) {
         std::fs::copy(tokenizer.join(name), dir.join(name)).unwrap();
     }
 
-    let llama = LlamaConfig::load(dir, &[]).unwrap().config;
+    let llama = arch::load(dir, &[]).unwrap().config;
     let mut draws = Draws::new(5);
     let mut tensors =
         vec![("model.embed_tokens.weight".to_string(), draws.normal(&[shape.vocab_size, shape.hidden], 0.3))];
@@ -432,7 +432,7 @@ pub(crate) fn gradients(
 }
 
 /// The logits `[N, V]` that a model gives for one document.
-pub(crate) fn logits(model: &Llama, ids: &[i64]) -> Tensor {
+pub(crate) fn logits(model: &Decoder, ids: &[i64]) -> Tensor {
     let packed = PackedBatch {
         input_ids: ids.to_vec(),
         position_ids: (0..ids.len() as i64).collect(),

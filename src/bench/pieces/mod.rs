@@ -17,7 +17,7 @@ use super::report::{MeasuredMachine, median};
 use crate::config::Config;
 use crate::data::Lengths;
 use crate::error::Result;
-use crate::formats::config_json::LlamaConfig;
+use crate::model::shape::ModelShape;
 use crate::ops::attention::Heads;
 use crate::run::resolve_auto;
 use crate::torch::cuda::{Blas, prefer_blas, set_numerics};
@@ -75,7 +75,7 @@ struct Pieces {
 pub fn measure(
     mut config: Config,
     name: &str,
-    shape: &LlamaConfig,
+    shape: &ModelShape,
     lengths: Option<Lengths>,
     tell: &dyn Fn(&str),
 ) -> Result<PiecesReport> {

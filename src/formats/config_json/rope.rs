@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{ANOTHER_BASE, NOT_THE_MODELS_OWN, Reader};
+use super::{ANOTHER_BASE, ConfigFile, NOT_THE_MODELS_OWN};
 use crate::formats::keys::{is_neutral, short};
 use crate::ops::rope::RopeScaling;
 
@@ -10,9 +10,9 @@ use crate::ops::rope::RopeScaling;
 const EVERY: [&str; 4] = ["rope_type", "type", "rope_theta", "partial_rotary_factor"];
 const LLAMA3: [&str; 4] = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"];
 
-impl Reader<'_> {
+impl ConfigFile<'_> {
     /// Rotary settings: `rope_parameters` (newer) or `rope_theta` with `rope_scaling` (older).
-    pub(super) fn rope(&mut self, max_positions: i64) -> (f64, RopeScaling) {
+    pub fn rope(&mut self, max_positions: i64) -> (f64, RopeScaling) {
         // Where both are given the older one counts, as in Transformers.
         let key = ["rope_scaling", "rope_parameters"].into_iter().find(|key| self.get(key).is_some());
         let key = key.unwrap_or("rope_scaling");

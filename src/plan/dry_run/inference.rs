@@ -1,12 +1,12 @@
 //! A model that only reads: nothing is kept for backward, and there are neither gradients nor moments.
 
 use super::{Bytes, Dims, DryRun, FP32, Held, Meter};
-use crate::model::llama::rows_per_chunk;
+use crate::model::decoder::rows_per_chunk;
 use crate::model::params::padded_head_rows;
 use crate::plan::parts::{MemoryPart, PartBytes};
 use tch::Device;
 
-/// Follows `Llama::nll` over a micro-batch of `tokens` tokens, all of them learned.
+/// Follows `Decoder::nll` over a micro-batch of `tokens` tokens, all of them learned.
 pub(in crate::plan) fn evaluation(dims: &Dims, tokens: i64) -> Vec<PartBytes> {
     let meter = Meter::default();
     let dry = DryRun { dims, n: tokens, meter: &meter };
@@ -56,13 +56,13 @@ impl<'m> DryRun<'m> {
         ]
     }
 
-    /// `Llama::hidden`: what each block would keep goes with the block.
+    /// `Decoder::hidden`: what each block would keep goes with the block.
     fn hidden(&self) -> Held<'m> {
         let x_nd = self.rows(MemoryPart::Temporaries, self.dims.hidden);
         self.block_forward(x_nd).0
     }
 
-    /// One chunk of `Llama::nll`: the normed rows, their logits, the softmax in fp32.
+    /// One chunk of `Decoder::nll`: the normed rows, their logits, the softmax in fp32.
     fn nll_chunk(&self) {
         let dims = self.dims;
         let device = if dims.is_cuda { Device::Cuda(0) } else { Device::Cpu };

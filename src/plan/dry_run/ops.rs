@@ -37,8 +37,13 @@ impl<'m> DryRun<'m> {
 
     /// The normed rows and their statistics, which alone are kept.
     pub(super) fn rms_norm_forward(&self, part: MemoryPart) -> (Held<'m>, Held<'m>) {
-        let d = self.dims.hidden;
-        let rstd = self.wide(if part == MemoryPart::Head { part } else { MemoryPart::KeptActivations }, 1);
+        let kept = if part == MemoryPart::Head { part } else { MemoryPart::KeptActivations };
+        self.norms_forward(part, kept, self.dims.hidden, 1)
+    }
+
+    /// `width` columns of each row, in which so many norms lie side by side.
+    fn norms_forward(&self, part: MemoryPart, kept: MemoryPart, d: i64, n_norms: i64) -> (Held<'m>, Held<'m>) {
+        let rstd = self.wide(kept, n_norms);
         if self.dims.has_row_kernels() {
             return (self.rows(part, d), rstd);
         }
@@ -50,7 +55,10 @@ impl<'m> DryRun<'m> {
 
     /// The gradient of the rows, and the normed rows again.
     pub(super) fn rms_norm_backward(&self, part: MemoryPart) -> (Held<'m>, Held<'m>) {
-        let d = self.dims.hidden;
+        self.norms_backward(part, self.dims.hidden)
+    }
+
+    fn norms_backward(&self, part: MemoryPart, d: i64) -> (Held<'m>, Held<'m>) {
         if self.dims.has_row_kernels() {
             return (self.rows(part, d), self.rows(part, d));
         }
@@ -64,19 +72,44 @@ impl<'m> DryRun<'m> {
         drop(terms);
         let _sum = wide();
         let dx = self.rows(part, d);
-        (dx, self.rms_norm_again_as(part))
+        (dx, self.norms_again(part, d))
     }
 
     pub(super) fn rms_norm_again(&self) -> Held<'m> {
-        self.rms_norm_again_as(MemoryPart::Temporaries)
+        self.norms_again(MemoryPart::Temporaries, self.dims.hidden)
     }
 
     /// `recompute`, which is made of libtorch's ops everywhere.
-    pub(super) fn rms_norm_again_as(&self, part: MemoryPart) -> Held<'m> {
-        let d = self.dims.hidden;
+    fn norms_again(&self, part: MemoryPart, d: i64) -> Held<'m> {
         let _x = self.widened(d);
         let _scaled = [self.wide(MemoryPart::Temporaries, d), self.wide(MemoryPart::Temporaries, d)];
         self.rows(part, d)
+    }
+
+    // ---- model/head_norms.rs ----
+
+    /// The heads of queries and keys as they were, and their statistics.
+    pub(super) fn head_norms_forward(&self) -> Vec<Held<'m>> {
+        let kept = MemoryPart::KeptActivations;
+        let norm = |width: i64| {
+            let x = self.rows(kept, width);
+            let (_y, rstd) = self.norms_forward(MemoryPart::Temporaries, kept, width, width / self.dims.head_dim);
+            [x, rstd]
+        };
+        self.head_norm_widths().flat_map(norm).collect()
+    }
+
+    pub(super) fn head_norms_backward(&self) {
+        for width in self.head_norm_widths() {
+            let _dy_and_no_residual = self.passing(2 * width);
+            drop(self.norms_backward(MemoryPart::Temporaries, width));
+        }
+    }
+
+    /// Columns of what is normed a head at a time.
+    fn head_norm_widths(&self) -> impl Iterator<Item = i64> {
+        let widths = [self.dims.q_width, self.dims.kv_width];
+        widths.into_iter().filter(|_| self.dims.has_head_norms)
     }
 
     // ---- ops/rope.rs, ops/swiglu.rs ----

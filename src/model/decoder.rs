@@ -4,13 +4,14 @@ use tch::{Device, Kind, Tensor};
 
 use crate::batch::{Batch, PackedBatch};
 use crate::error::{Error, Result};
-use crate::formats::config_json::LlamaConfig;
 use crate::model::adapted_linear::{AdaptedLinear, AdapterPlace};
 use crate::model::block::{Block, BlockSaved};
 use crate::model::frozen_weight::FrozenWeight;
+use crate::model::head_norms::HeadNorms;
 use crate::model::kv_cache::KvCache;
-use crate::model::lora::{LoraSpec, Projection, Table};
+use crate::model::lora::LoraSpec;
 use crate::model::params::{Gradients, ParamBuffer, lora_key, padded_head_rows, table_key};
+use crate::model::shape::{FINAL_NORM, ModelShape, Norm, Projection, Table};
 use crate::model::weights::BaseWeights;
 use crate::ops::cross_entropy::{self, ScaledLoss};
 use crate::ops::dropout::DropoutKey;
@@ -46,10 +47,10 @@ struct TableWeight {
     param: Option<usize>,
 }
 
-/// A Llama model with adapters.
+/// A model of the Llama family with adapters.
 #[derive(Debug)]
-pub struct Llama {
-    config: LlamaConfig,
+pub struct Decoder {
+    config: ModelShape,
     embed: TableWeight,
     blocks: Vec<Block>,
     norm_d: Tensor,
@@ -71,10 +72,10 @@ pub struct Compute {
     pub max_positions: i64,
 }
 
-impl Llama {
+impl Decoder {
     /// Loads (or draws) the frozen weights and puts the adapters on them; views of `params` stay inside.
     pub fn load(
-        config: &LlamaConfig,
+        config: &ModelShape,
         base: BaseWeights<'_>,
         lora: &LoraSpec,
         params: &ParamBuffer,
@@ -94,7 +95,7 @@ impl Llama {
             config: config.clone(),
             embed,
             blocks,
-            norm_d: base.tensor("model.norm.weight", &[config.hidden_size], config, (kind, device))?,
+            norm_d: base.tensor(FINAL_NORM, &[config.hidden_size], config, (kind, device))?,
             head,
             vocab_size,
             rope: RopeTable::new(&inv_freq, max_positions, kind, device)?,
@@ -103,7 +104,7 @@ impl Llama {
     }
 
     /// The model's shape.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &ModelShape {
         &self.config
     }
 
@@ -268,7 +269,7 @@ struct Tables {
 
 /// Loads the two tables; a tied model whose tables are both frozen shares one.
 fn load_tables(
-    config: &LlamaConfig,
+    config: &ModelShape,
     base: BaseWeights<'_>,
     lora: &LoraSpec,
     params: &ParamBuffer,
@@ -305,7 +306,7 @@ fn load_tables(
 }
 
 fn load_block(
-    config: &LlamaConfig,
+    config: &ModelShape,
     base: BaseWeights<'_>,
     lora: &LoraSpec,
     params: &ParamBuffer,
@@ -314,33 +315,43 @@ fn load_block(
 ) -> Result<Block> {
     let Compute { kind, device, .. } = compute;
     let map = |projections: &[Projection]| -> Result<AdaptedLinear> {
-        let named = |p: &Projection| (format!("{}.weight", p.module(layer)), p.shape(config)[0]);
+        let named = |p: &Projection| (p.weight(layer), p.shape(config)[0]);
         let parts: Vec<(String, i64)> = projections.iter().map(named).collect();
         let weight = FrozenWeight::load(base, &parts, projections[0].shape(config)[1], config, (kind, device))?;
         let mut places = Vec::new();
         let mut start = 0;
+        let is_biased = projections.iter().any(|p| config.biases.contains(p));
+        let bias_o = match is_biased {
+            true => Some(Tensor::f_zeros(parts.iter().map(|(_, rows)| rows).sum::<i64>(), (kind, device))?),
+            false => None,
+        };
         for p in projections {
             let width = p.shape(config)[0];
+            if let Some(bias_o) = bias_o.as_ref().filter(|_| config.biases.contains(p)) {
+                base.fill(&p.bias(layer), config, &bias_o.f_narrow(0, start, width)?)?;
+            }
             let index = |matrix| params.layout().index_of(&lora_key(*p, layer, matrix));
             if let (Some(a_index), Some(b_index)) = (index("lora_A"), index("lora_B")) {
                 places.push(AdapterPlace { start, width, a_index, b_index });
             }
             start += width;
         }
-        AdaptedLinear::new(weight, None, &places, lora.scale(), params)
+        AdaptedLinear::new(weight, bias_o, &places, lora.scale(), params)
     };
-    let norm = |name: &str| {
-        let name = format!("model.layers.{layer}.{name}.weight");
-        base.tensor(&name, &[config.hidden_size], config, (kind, device))
+    let norm = |norm: Norm| base.tensor(&norm.key(layer), &[norm.width(config)], config, (kind, device));
+    let head_norms = match config.has_head_norms {
+        true => Some(HeadNorms { q_e: norm(Norm::Queries)?, k_e: norm(Norm::Keys)?, eps: config.rms_norm_eps }),
+        false => None,
     };
     Ok(Block {
         layer,
         heads: config.heads(),
         rms_norm_eps: config.rms_norm_eps,
-        input_norm_d: norm("input_layernorm")?,
+        input_norm_d: norm(Norm::Input)?,
         qkv: map(&[Projection::Q, Projection::K, Projection::V])?,
+        head_norms,
         o: map(&[Projection::O])?,
-        mlp_norm_d: norm("post_attention_layernorm")?,
+        mlp_norm_d: norm(Norm::Mlp)?,
         gate_up: map(&[Projection::Gate, Projection::Up])?,
         down: map(&[Projection::Down])?,
     })
