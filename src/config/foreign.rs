@@ -76,7 +76,7 @@ const NAMES: &[(&str, Here)] = &[
     ("additional_trainable_modules apply_lora_to_output", Key("lora.modules_to_save", TABLES)),
     ("rslora lora_use_rslora peft_use_rslora", Key("lora.use_rslora", "true or false")),
     ("use_dora lora_use_dora peft_use_dora loraplus_lr_ratio pissa_init", Absent(NOT_SUPPORTED)),
-    ("lora_bias bias fan_in_fan_out", Absent("not needed: Llama's projections have no bias")),
+    ("lora_bias bias fan_in_fan_out", Absent("leave it out: adapters have no bias of their own")),
     ("finetuning_type adapter peft_type task_type fine_tune_type stage do_train", Absent(ONLY_LORA)),
     ("layers_to_transform num_layers freeze_trainable_layers", Absent("not supported: every layer is adapted")),
     // [data]

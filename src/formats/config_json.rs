@@ -137,6 +137,21 @@ impl<'a> ConfigFile<'a> {
         self.float_in(self.map, key, Some(default))
     }
 
+    /// A positive number, the default where the key is absent, and none where it is null.
+    pub fn int_or_null(&mut self, key: &str, default: i64) -> Option<i64> {
+        let is_null = self.map.get(key).is_some_and(Value::is_null);
+        (!is_null).then(|| self.int_or(key, default))
+    }
+
+    /// Wants keys to be there whose absence means something else to this architecture than to others.
+    pub fn required(&mut self, keys: &[&str]) {
+        for key in keys {
+            if self.get(key).is_none() {
+                self.fault(key, "missing", NOT_THE_MODELS_OWN);
+            }
+        }
+    }
+
     fn float_in(&mut self, map: &Map<String, Value>, key: &str, default: Option<f64>) -> f64 {
         match (map.get(key).filter(|v| !v.is_null()), default) {
             (Some(v), _) => match v.as_f64() {

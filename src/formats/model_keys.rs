@@ -2,12 +2,12 @@
 
 use super::keys::{KeyTable, harmless, honoured, refused};
 
-/// `config.json` of a Llama model.
+/// `config.json` of a model. Each architecture may have keys beside these, or mean more by them (`model/arch/`).
 pub const CONFIG: KeyTable = KeyTable {
     file: "config.json",
     keys: &[
-        honoured("model_type", "`llama`; another is refused by its name"),
-        honoured("architectures", "a warning where it names no `LlamaForCausalLM`"),
+        honoured("model_type", "the architecture; one that is not computed is refused by its name"),
+        honoured("architectures", "a warning where it does not name the class of the `model_type`"),
         honoured("hidden_size", ""),
         honoured("intermediate_size", ""),
         honoured("num_hidden_layers", ""),
@@ -25,10 +25,8 @@ pub const CONFIG: KeyTable = KeyTable {
         honoured("eos_token_id", "one or several; generation stops there"),
         honoured("bos_token_id", "held against the tokenizer's"),
         refused("hidden_act", "`silu`, also by its other name `swish`"),
-        refused("attention_bias", "projections with a bias"),
-        refused("mlp_bias", "projections with a bias"),
         refused("attention_dropout", "dropout of attention weights while training, unless it is 0 or allowed"),
-        refused("sliding_window", "attention to a window"),
+        refused("sliding_window", "attention to a window, but for the architectures that say more of it"),
         refused("partial_rotary_factor", "heads that rotate in part, unless it is 1"),
         refused("layer_types", "layers of other kinds than `full_attention`"),
         refused("rope_interleaved", "rotation of neighbouring channels"),
@@ -46,7 +44,10 @@ pub const CONFIG: KeyTable = KeyTable {
         harmless("model_max_length", "the same"),
         harmless("seq_length", "the same"),
         harmless("max_seq_len", "the same"),
-        harmless("use_sliding_window", "whether `sliding_window` holds: that one is refused by itself"),
+        harmless(
+            "use_sliding_window",
+            "whether `sliding_window` holds: that one is refused by itself, but for the architectures that say more of it",
+        ),
         harmless("max_window_layers", "the same"),
         harmless("is_llama_config", "says what `model_type` says"),
         harmless("auto_map", "names Python code of the model's own, which is not run"),
@@ -77,7 +78,7 @@ pub const CONFIG: KeyTable = KeyTable {
         harmless("prefix", "of another program's calls"),
         harmless("chunk_size_feed_forward", "another order of the same sums"),
         harmless("remove_invalid_values", "of another program's calls"),
-        harmless("is_decoder", "every Llama is one"),
+        harmless("is_decoder", "every model here is one"),
         // Sampling, as older files keep it; `generate` has options of its own.
         harmless("do_sample", SAMPLING),
         harmless("temperature", SAMPLING),
@@ -190,13 +191,17 @@ pub const ADAPTER_CONFIG: KeyTable = KeyTable {
 const DORA: &str = "DoRA";
 
 /// Architectures that are not computed, by `model_type`, and what each has that a Llama has not.
-pub const OTHER_ARCHITECTURES: [(&str, &str); 34] = [
-    ("qwen2", "biases on the projections of queries, keys and values"),
+pub const OTHER_ARCHITECTURES: [(&str, &str); 38] = [
     ("qwen2_moe", "a choice of experts in each block"),
-    ("qwen3", "norms of queries and keys"),
     ("qwen3_moe", "norms of queries and keys, a choice of experts in each block"),
+    ("qwen3_next", "Gated DeltaNet in most blocks, a choice of experts"),
+    ("qwen3_5", "Gated DeltaNet in most blocks, gates on attention"),
+    ("qwen3_5_text", "Gated DeltaNet in most blocks, gates on attention"),
+    ("qwen2_vl", "a part that sees, rotation by three positions"),
+    ("qwen2_5_vl", "a part that sees, rotation by three positions"),
     ("qwen", "one projection for queries, keys and values, with a bias"),
-    ("mistral", "attention to a window, where its `sliding_window` is not null"),
+    ("ministral", "attention to a window in most blocks"),
+    ("mistral3", "a part that sees"),
     ("mixtral", "a choice of experts in each block"),
     ("gemma", "a scaled embedding, norms that add 1 to their weight, the activation gelu"),
     ("gemma2", "soft caps of scores and logits, norms after each part of a block"),

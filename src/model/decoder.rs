@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::batch::{Batch, PackedBatch};
 use crate::error::{Error, Result};
+use crate::formats::model_keys::CONFIG;
 use crate::model::adapted_linear::{AdaptedLinear, AdapterPlace};
 use crate::model::block::{Block, BlockSaved};
 use crate::model::frozen_weight::FrozenWeight;
@@ -74,6 +75,9 @@ pub struct Compute {
 
 impl Decoder {
     /// Loads (or draws) the frozen weights and puts the adapters on them; views of `params` stay inside.
+    ///
+    /// # Errors
+    /// Texts that are longer than the model attends; as [`BaseWeights::fill`].
     pub fn load(
         config: &ModelShape,
         base: BaseWeights<'_>,
@@ -82,6 +86,9 @@ impl Decoder {
         compute: Compute,
     ) -> Result<Self> {
         let Compute { kind, device, max_positions } = compute;
+        if let Some(fault) = config.refuse_longer_than_window(max_positions, CONFIG.file) {
+            return Err(Error::Invalid(vec![fault]));
+        }
         let inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling);
         let Tables { embed, head, vocab_size } = load_tables(config, base, lora, params, compute)?;
         let work = Work::begin("loading the base", "layers", config.num_hidden_layers as u64);

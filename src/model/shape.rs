@@ -1,5 +1,6 @@
 //! What a model is made of: its numbers, its projections and tables, and the tensors that its files hold.
 
+use crate::error::Fault;
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeScaling;
 
@@ -45,9 +46,20 @@ pub struct ModelShape {
     /// Whether each head of queries and keys is normed before it is rotated: one weight `[E]` for all heads of the queries of
     /// a block, and one for those of its keys.
     pub has_head_norms: bool,
+    /// How many tokens back a layer attends, itself included, where that is bounded. It is not computed: no text may be longer.
+    pub sliding_window: Option<i64>,
 }
 
 impl ModelShape {
+    /// Why texts of so many tokens cannot be computed, if they cannot; `config` is the path of `config.json`.
+    pub fn refuse_longer_than_window(&self, longest: i64, config: &str) -> Option<Fault> {
+        let window = self.sliding_window.filter(|window| *window < longest)?;
+        let what = format!("is {window}, and texts may have {longest} tokens: attention to a window is not supported");
+        Some(Fault::new(format!("{config}: sliding_window"), what).hint(format!(
+            "texts of up to {window} tokens are computed in full: lower data.max_length, or the number of new tokens"
+        )))
+    }
+
     /// The head layout of the attention.
     pub fn heads(&self) -> Heads {
         Heads { n_heads: self.num_attention_heads, n_kv_heads: self.num_key_value_heads, head_dim: self.head_dim }

@@ -4,12 +4,33 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::model::arch;
-use crate::model::shape::ModelShape;
+use crate::model::shape::{ModelShape, Projection};
 use crate::ops::rope::RopeScaling;
 
 /// The names of the known shapes, the smallest first.
-pub const NAMES: [&str; 7] =
-    ["tiny", "smollm2-135m", "tinyllama-1.1b", "llama-2-7b", "llama-3-8b", "llama-2-13b", "llama-2-70b"];
+pub const NAMES: [&str; 21] = [
+    "tiny",
+    "smollm2-135m",
+    "qwen2.5-0.5b",
+    "qwen3-0.6b",
+    "tinyllama-1.1b",
+    "qwen2.5-1.5b",
+    "qwen3-1.7b",
+    "qwen3-4b",
+    "llama-2-7b",
+    "mistral-7b",
+    "qwen2.5-7b",
+    "llama-3-8b",
+    "llama-3.1-8b",
+    "qwen3-8b",
+    "llama-2-13b",
+    "qwen2.5-14b",
+    "qwen3-14b",
+    "qwen3-32b",
+    "qwen2.5-32b",
+    "llama-2-70b",
+    "qwen2.5-72b",
+];
 
 /// Gives the shape of a name, or of a `config.json` or the folder that holds one; `vocab_size` overrides its own, and `allowed`
 /// names keys of the file that are passed over.
@@ -93,16 +114,46 @@ pub fn named(name: &str) -> Option<ModelShape> {
             num_key_value_heads: 8,
             ..llama_2()
         },
-        "llama-3-8b" => ModelShape {
+        "llama-3-8b" => llama_3(),
+        "llama-3.1-8b" => ModelShape {
+            max_position_embeddings: 131_072,
+            rope_scaling: RopeScaling::Llama3 {
+                factor: 8.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position_embeddings: 8192.0,
+            },
+            ..llama_3()
+        },
+        "mistral-7b" => ModelShape {
+            model_type: "mistral",
             intermediate_size: 14336,
             num_key_value_heads: 8,
-            vocab_size: 128_256,
-            max_position_embeddings: 8192,
-            rope_theta: 500_000.0,
-            eos_token_ids: vec![128_001],
-            bos_token_id: Some(128_000),
+            vocab_size: 32768,
+            max_position_embeddings: 32768,
+            rope_theta: 1e6,
             ..llama_2()
         },
+        "qwen2.5-0.5b" => ModelShape {
+            vocab_size: 151_936,
+            max_position_embeddings: 32768,
+            head_dim: 64,
+            tie_word_embeddings: true,
+            ..qwen_2_5(896, 4864, 24, [14, 2])
+        },
+        "qwen2.5-1.5b" => {
+            ModelShape { vocab_size: 151_936, tie_word_embeddings: true, ..qwen_2_5(1536, 8960, 28, [12, 2]) }
+        }
+        "qwen2.5-7b" => qwen_2_5(3584, 18944, 28, [28, 4]),
+        "qwen2.5-14b" => qwen_2_5(5120, 13824, 48, [40, 8]),
+        "qwen2.5-32b" => qwen_2_5(5120, 27648, 64, [40, 8]),
+        "qwen2.5-72b" => qwen_2_5(8192, 29568, 80, [64, 8]),
+        "qwen3-0.6b" => ModelShape { tie_word_embeddings: true, ..qwen_3(1024, 3072, 28, [16, 8]) },
+        "qwen3-1.7b" => ModelShape { tie_word_embeddings: true, ..qwen_3(2048, 6144, 28, [16, 8]) },
+        "qwen3-4b" => ModelShape { tie_word_embeddings: true, ..qwen_3(2560, 9728, 36, [32, 8]) },
+        "qwen3-8b" => qwen_3(4096, 12288, 36, [32, 8]),
+        "qwen3-14b" => qwen_3(5120, 17408, 40, [40, 8]),
+        "qwen3-32b" => qwen_3(5120, 25600, 64, [64, 8]),
         _ => return None,
     };
     Some(shape)
@@ -130,5 +181,53 @@ fn llama_2() -> ModelShape {
         bos_token_id: Some(1),
         biases: Vec::new(),
         has_head_norms: false,
+        sliding_window: None,
+    }
+}
+
+/// Llama-3-8B.
+fn llama_3() -> ModelShape {
+    ModelShape {
+        intermediate_size: 14336,
+        num_key_value_heads: 8,
+        vocab_size: 128_256,
+        max_position_embeddings: 8192,
+        rope_theta: 500_000.0,
+        eos_token_ids: vec![128_001],
+        bos_token_id: Some(128_000),
+        ..llama_2()
+    }
+}
+
+/// A Qwen2.5: widths, layers, heads of queries and of keys.
+fn qwen_2_5(hidden_size: i64, intermediate_size: i64, layers: usize, [n_heads, n_kv_heads]: [i64; 2]) -> ModelShape {
+    ModelShape {
+        model_type: "qwen2",
+        hidden_size,
+        intermediate_size,
+        num_hidden_layers: layers,
+        num_attention_heads: n_heads,
+        num_key_value_heads: n_kv_heads,
+        vocab_size: 152_064,
+        rms_norm_eps: 1e-6,
+        max_position_embeddings: 131_072,
+        rope_theta: 1e6,
+        eos_token_ids: vec![151_643],
+        bos_token_id: Some(151_643),
+        biases: vec![Projection::Q, Projection::K, Projection::V],
+        ..llama_2()
+    }
+}
+
+/// A Qwen3, as [`qwen_2_5`].
+fn qwen_3(hidden_size: i64, intermediate_size: i64, layers: usize, heads: [i64; 2]) -> ModelShape {
+    ModelShape {
+        model_type: "qwen3",
+        vocab_size: 151_936,
+        max_position_embeddings: 40960,
+        eos_token_ids: vec![151_645, 151_643],
+        biases: Vec::new(),
+        has_head_norms: true,
+        ..qwen_2_5(hidden_size, intermediate_size, layers, heads)
     }
 }

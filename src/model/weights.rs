@@ -26,7 +26,7 @@ pub enum BaseWeights<'a> {
 impl BaseWeights<'_> {
     /// Fills `to` with a tensor of the base, in the dtype and on the device of `to`.
     ///
-    /// Drawn matrices are N(0, `initializer_range`²) and drawn vectors, which are the norms' weights, ones. They are made
+    /// Drawn matrices and biases are N(0, `initializer_range`²), drawn weights of norms ones. They are made
     /// where they stay, by the device's own generator, which begins anew with each: the host holds no copy, and draws
     /// that are made afterwards depend on the seed alone, too.
     ///
@@ -36,7 +36,7 @@ impl BaseWeights<'_> {
         let mut to = to.shallow_clone();
         match self {
             Self::Files(files) => return files.copy_into(name, &to),
-            Self::Random { seed } if to.dim() == 2 => {
+            Self::Random { seed } if to.dim() == 2 || name.ends_with(".bias") => {
                 // libtorch takes a signed seed; the bits are what counts.
                 tch::manual_seed(xxhash_rust::xxh3::xxh3_64_with_seed(name.as_bytes(), seed) as i64);
                 let _ = to.f_normal_(0.0, config.initializer_range)?;
@@ -76,7 +76,7 @@ pub fn check_base(files: &TensorFiles, config: &ModelShape) -> Vec<Fault> {
     let mut faults = files.check(
         expected.iter().map(|(name, shape)| (name.as_str(), shape.as_slice())),
         |name| name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == Table::Head.base_key()),
-        "does config.json belong to these files, and are they all there? Biases, adapters, quantised weights and other \
+        "does config.json belong to these files, and are they all there? Adapters, quantised weights and other \
          architectures are not supported as a base",
     );
     let (head, embed) = (Table::Head.base_key(), Table::Embed.base_key());

@@ -64,6 +64,8 @@ fn named(base: &ModelShape, files: &TensorFiles) -> Map<String, Value> {
         // Both follow from the architecture and the tensors.
         biases: _,
         has_head_norms: _,
+        // No text is longer than that.
+        sliding_window: _,
     } = base;
     let rope_scaling = match rope_scaling {
         RopeScaling::None => Value::Null,

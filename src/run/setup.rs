@@ -14,6 +14,7 @@ use crate::data::{
 use crate::engine::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::engine::step::StepSettings;
 use crate::error::{Error, Fault, Result};
+use crate::formats::model_keys::CONFIG;
 use crate::formats::safetensors_in::TensorFiles;
 use crate::model::arch;
 use crate::model::decoder::{Compute, Decoder};
@@ -118,6 +119,8 @@ impl ModelSetup {
         let base = read.map(|read| {
             warnings.extend(read.warnings);
             faults.0.extend(attention_dropout(&read.config, &config.model.base));
+            let place = config.model.base.join(CONFIG.file).display().to_string();
+            faults.0.extend(read.config.refuse_longer_than_window(config.data.max_length as i64, &place));
             read.config
         });
         let files = match &base {

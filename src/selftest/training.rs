@@ -173,6 +173,7 @@ fn shape() -> ModelShape {
         bos_token_id: None,
         biases: Projection::ALL.to_vec(),
         has_head_norms: true,
+        sliding_window: None,
     }
 }
 

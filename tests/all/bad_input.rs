@@ -276,10 +276,10 @@ fn bases() {
     const OWN: &str = "the model's own config.json";
     let layers = "model.layers.0.self_attn.q_proj.weight";
     assert_all_refused(&[
-        base_config(json!({"model_type": "qwen2"}), &["config.json: model_type", "qwen2"], "Llama-family"),
+        base_config(json!({"model_type": "phi3"}), &["config.json: model_type", "phi3"], "Llama-family"),
         base_config(json!({"model_type": null}), &["model_type", "llama"], "Llama-family"),
-        base_config(json!({"attention_bias": true}), &["config.json: attention_bias"], "without biases"),
-        base_config(json!({"mlp_bias": true}), &["config.json: mlp_bias"], "without biases"),
+        base_config(json!({"attention_bias": true}), &["q_proj.bias", "missing"], "are they all there"),
+        base_config(json!({"mlp_bias": true}), &["gate_proj.bias", "missing"], "are they all there"),
         base_config(json!({"mlp_bias": "no"}), &["config.json: mlp_bias", "true or false"], OWN),
         base_config(json!({"sliding_window": 4096}), &["config.json: sliding_window", "4096"], "full attention"),
         base_config(

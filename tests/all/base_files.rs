@@ -131,7 +131,7 @@ fn values_of_another_kind_are_refused() {
     assert_refused(json!({ "hidden_act": 3 }), &["hidden_act", "3"]);
     assert_refused(json!({ "layer_types": ["full_attention", "sliding_attention"] }), &["layer_types"]);
     assert_refused(json!({ "rope_interleaved": true }), &["rope_interleaved"]);
-    assert_refused(json!({ "model_type": "qwen3" }), &["\"qwen3\"", "norms of queries and keys"]);
+    assert_refused(json!({ "model_type": "qwen3_moe" }), &["\"qwen3_moe\"", "a choice of experts"]);
     assert_refused(json!({ "model_type": "made-up" }), &["\"made-up\""]);
     assert_taken(json!({ "eos_token_id": [2, -1], "hidden_act": "swish", "quantization_config": {} }), &[]);
 }
@@ -206,4 +206,48 @@ fn damaged_files_are_named_as_what_they_are() {
         assert_eq!(ran.code, Some(2), "{words}: {}", ran.stderr);
         assert!(ran.stderr.contains(words) && ran.stderr.contains(file), "{words}: {}", ran.stderr);
     }
+}
+
+#[test]
+fn a_window_is_taken_where_no_text_is_longer() {
+    let mistral = |more: Value| {
+        let mut changes = json!({ "model_type": "mistral", "max_position_embeddings": 4096 });
+        changes.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        changes
+    };
+    assert_taken(mistral(json!({ "sliding_window": null })), &[]);
+    assert_taken(mistral(json!({})), &[]);
+    assert_taken(mistral(json!({ "sliding_window": 160 })), &[]);
+    assert_refused(mistral(json!({ "sliding_window": 159 })), &["sliding_window: is 159", "160 tokens"]);
+    assert_refused(mistral(json!({ "sliding_window": "512" })), &["sliding_window", "positive integer"]);
+    assert_refused(mistral(json!({ "num_key_value_heads": null })), &["num_key_value_heads: missing"]);
+}
+
+#[test]
+fn layers_with_a_window_are_those_that_have_it_in_use() {
+    let check = |changes: Value| {
+        let lab = Lab::new(Shape { model_type: "qwen2", ..Shape::default() });
+        change(&lab, "base/config.json", &changes);
+        lab.run("check", &[], &[])
+    };
+    let sliding = json!(["full_attention", "sliding_attention"]);
+    for taken in [
+        json!({ "use_sliding_window": false, "sliding_window": 16, "max_window_layers": 1 }),
+        json!({ "use_sliding_window": true, "sliding_window": 16, "max_window_layers": 2 }),
+        json!({ "use_sliding_window": true, "sliding_window": 16, "layer_types": ["full_attention", "full_attention"] }),
+        json!({ "use_sliding_window": true, "sliding_window": 160, "layer_types": sliding }),
+        json!({ "use_sliding_window": true, "sliding_window": null, "max_window_layers": 1 }),
+    ] {
+        let ran = check(taken.clone());
+        assert!(ran.code == Some(0) && warnings(&ran).is_empty(), "{taken}: {}{}", ran.stdout, ran.stderr);
+    }
+    for refused in [
+        json!({ "use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1 }),
+        json!({ "use_sliding_window": true, "sliding_window": 16, "layer_types": sliding }),
+    ] {
+        let ran = check(refused.clone());
+        assert!(ran.code == Some(2) && ran.stderr.contains("sliding_window: is 16"), "{refused}: {}", ran.stderr);
+    }
+    let ran = check(json!({ "use_sliding_window": false, "layer_types": sliding }));
+    assert!(ran.code == Some(2) && ran.stderr.contains("layer_types: layers of other kinds"), "{}", ran.stderr);
 }

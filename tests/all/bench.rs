@@ -20,7 +20,11 @@ fn n_params(shape: &ModelShape) -> i64 {
     let projections: i64 = Projection::ALL.iter().map(|p| p.shape(shape).iter().product::<i64>()).sum();
     let tables = if shape.tie_word_embeddings { 1 } else { 2 };
     let layers = shape.num_hidden_layers as i64;
-    layers * (projections + 2 * shape.hidden_size) + shape.hidden_size + tables * shape.vocab_size * shape.hidden_size
+    let biases: i64 = shape.biases.iter().map(|p| p.shape(shape)[0]).sum();
+    let head_norms = if shape.has_head_norms { 2 * shape.head_dim } else { 0 };
+    layers * (projections + biases + head_norms + 2 * shape.hidden_size)
+        + shape.hidden_size
+        + tables * shape.vocab_size * shape.hidden_size
 }
 
 #[test]
@@ -32,10 +36,24 @@ fn shapes_have_the_published_numbers_of_parameters() {
         ("llama-3-8b", 8_030_261_248),
         ("llama-2-13b", 13_015_864_320),
         ("llama-2-70b", 68_976_648_192),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("mistral-7b", 7_248_023_552),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-14b", 14_770_033_664),
+        ("qwen2.5-32b", 32_763_876_352),
+        ("qwen2.5-72b", 72_706_203_648),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-1.7b", 1_720_574_976),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-14b", 14_768_307_200),
+        ("qwen3-32b", 32_762_123_264),
     ] {
         let shape = shapes::open(name, None, &[]).unwrap();
         assert_eq!(n_params(&shape), published, "{name}");
-        assert_eq!(shape.heads().q_width(), shape.hidden_size, "{name}");
+        assert!(shape.has_head_norms || shape.heads().q_width() == shape.hidden_size, "{name}");
     }
     assert!(shapes::NAMES.into_iter().all(|name| shapes::named(name).is_some()));
     assert_eq!(shapes::open("llama-2-7b", Some(49_954), &[]).unwrap().vocab_size, 49_954);

@@ -73,7 +73,10 @@ impl Judge {
     }
 
     fn linear(&self, x_ti: &Tensor, layer: usize, projection: Projection, mask: &Option<Tensor>) -> Tensor {
-        let y_to = x_ti.matmul(&self.frozen[&format!("{}.weight", projection.module(layer))].tr());
+        let mut y_to = x_ti.matmul(&self.frozen[&format!("{}.weight", projection.module(layer))].tr());
+        if let Some(bias) = self.frozen.get(&format!("{}.bias", projection.module(layer))) {
+            y_to = y_to + bias;
+        }
         if !self.lora.adapts(projection) {
             return y_to;
         }
@@ -121,12 +124,16 @@ impl Judge {
         Tensor::cat(&[&a * angle.cos() - &b * angle.sin(), &b * angle.cos() + &a * angle.sin()], 2)
     }
 
-    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    fn attention(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         let (t, e) = (q.size()[0], self.config.head_dim);
         let heads = |x: &Tensor| x.view([t, -1, e]);
         let group = self.config.num_attention_heads / self.config.num_key_value_heads;
-        let q_hte = self.rope(&heads(q)).transpose(0, 1);
-        let k_hte = self.rope(&heads(k)).repeat_interleave_self_int(group, 1, None).transpose(0, 1);
+        let normed = |x: Tensor, name: &str| {
+            let name = format!("model.layers.{layer}.self_attn.{name}.weight");
+            if self.frozen.contains_key(&name) { self.norm(&x, &name) } else { x }
+        };
+        let q_hte = self.rope(&normed(heads(q), "q_norm")).transpose(0, 1);
+        let k_hte = self.rope(&normed(heads(k), "k_norm")).repeat_interleave_self_int(group, 1, None).transpose(0, 1);
         let v_hte = heads(v).repeat_interleave_self_int(group, 1, None).transpose(0, 1);
         let future = Tensor::ones([t, t], (Kind::Bool, Device::Cpu)).triu(1);
         let scores = q_hte.matmul(&k_hte.transpose(1, 2)) / (e as f64).sqrt();
@@ -145,7 +152,7 @@ impl Judge {
             let h = self.norm(&x, &format!("model.layers.{layer}.input_layernorm.weight"));
             let m = mask(&h, 0);
             let [q, k, v] = [Projection::Q, Projection::K, Projection::V].map(|p| linear(&h, p, &m));
-            let o = self.attention(&q, &k, &v);
+            let o = self.attention(layer, &q, &k, &v);
             x = &x + linear(&o, Projection::O, &mask(&o, 1));
 
             let h = self.norm(&x, &format!("model.layers.{layer}.post_attention_layernorm.weight"));
@@ -244,4 +251,27 @@ fn groups_of_samples_with_a_tied_head_trained_apart() {
 fn adapters_alone_where_the_lowest_block_passes_nothing_down() {
     let sets = ["lora.target_modules=[\"q_proj\", \"v_proj\", \"gate_proj\", \"down_proj\"]", "lora.dropout=0.3"];
     check("frozen tables, one key-value head", Shape { kv_heads: 1, ..Shape::default() }, &sets);
+}
+
+#[test]
+fn biases_on_all_projections() {
+    let shape = Shape { has_biases: true, ..Shape::default() };
+    check("biases on all seven", shape, &["lora.target_modules=[\"v_proj\", \"o_proj\", \"up_proj\"]"]);
+}
+
+#[test]
+fn biases_on_queries_keys_and_values_with_a_tied_head() {
+    let tables = "lora.modules_to_save=[\"embed_tokens\", \"lm_head\"]";
+    let shape = Shape { model_type: "qwen2", is_tied: true, kv_heads: 1, ..Shape::default() };
+    check("qwen2", shape, &[tables, "lora.dropout=0.1"]);
+}
+
+#[test]
+fn norms_of_heads_of_a_width_of_their_own() {
+    let shape = Shape { model_type: "qwen3", heads: 6, head_dim: 10, ..Shape::default() };
+    check("qwen3", shape, &["lora.dropout=0.1"]);
+    let tables = "lora.modules_to_save=[\"embed_tokens\", \"lm_head\"]";
+    let adapted = "lora.target_modules=[\"q_proj\", \"gate_proj\"]";
+    let shape = Shape { model_type: "qwen3", has_biases: true, kv_heads: 4, ..Shape::default() };
+    check("qwen3 with biases", shape, &[tables, adapted]);
 }

@@ -20,6 +20,8 @@ const WIDE: Shape = Shape {
     head_dim: 16,
     is_tied: false,
     llama3_rope: false,
+    model_type: "llama",
+    has_biases: false,
     vocab_size: 320,
     head_gain: 1.0,
 };

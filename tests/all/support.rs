@@ -1,6 +1,6 @@
 //! Small models, samples and runs for the tests of the engine, all made in the process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -71,6 +71,9 @@ pub(crate) struct Shape {
     pub(crate) head_dim: i64,
     pub(crate) is_tied: bool,
     pub(crate) llama3_rope: bool,
+    pub(crate) model_type: &'static str,
+    /// `attention_bias` and, where the architecture has it, `mlp_bias`.
+    pub(crate) has_biases: bool,
     /// Rows of the tables, at least the tokenizer's.
     pub(crate) vocab_size: i64,
     /// Multiplies the head's weights, and with them the gradients beneath it.
@@ -88,6 +91,8 @@ impl Default for Shape {
             head_dim: 8,
             is_tied: false,
             llama3_rope: false,
+            model_type: "llama",
+            has_biases: false,
             vocab_size: 320,
             head_gain: 1.0,
         }
@@ -273,7 +278,8 @@ pub(crate) fn rows(n: usize, seed: u64) -> Vec<(String, String)> {
 fn write_base(dir: &Path, shape: Shape) {
     std::fs::create_dir(dir).unwrap();
     let mut config = json!({
-        "model_type": "llama",
+        "model_type": shape.model_type,
+        "attention_bias": shape.has_biases,
         "hidden_act": "silu",
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
@@ -290,6 +296,9 @@ fn write_base(dir: &Path, shape: Shape) {
         "bos_token_id": 1,
         "eos_token_id": 2,
     });
+    if shape.model_type == "llama" {
+        config["mlp_bias"] = json!(shape.has_biases);
+    }
     if shape.llama3_rope {
         // So short an original context that all three branches of the rule occur among the few frequencies.
         config["rope_scaling"] = json!({
@@ -325,6 +334,12 @@ fn write_base(dir: &Path, shape: Shape) {
     if !shape.is_tied {
         let std = 0.1 * shape.head_gain;
         tensors.push(("lm_head.weight".to_string(), draws.normal(&[shape.vocab_size, shape.hidden], std)));
+    }
+    // What some architectures have beside these.
+    let names: BTreeSet<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
+    for (name, dims) in llama.tensors().into_iter().filter(|(name, _)| !names.contains(name)) {
+        let mean = if name.ends_with(".bias") { 0.0 } else { 1.0 };
+        tensors.push((name, draws.normal(&dims, 0.2) + mean));
     }
     write_tensors(&dir.join("model.safetensors"), &tensors);
 }
@@ -465,7 +480,7 @@ pub(crate) fn assert_tensors_close(
     judge: &BTreeMap<String, Tensor>,
     bound: f64,
 ) -> f64 {
-    let names = |it: &mut dyn Iterator<Item = &String>| it.cloned().collect::<std::collections::BTreeSet<_>>();
+    let names = |it: &mut dyn Iterator<Item = &String>| it.cloned().collect::<BTreeSet<_>>();
     assert_eq!(names(&mut ours.iter().map(|(n, _)| n)), names(&mut judge.keys()), "{what}: names");
     let mut worst = (0.0, String::new());
     for (name, tensor) in ours {

@@ -2,6 +2,9 @@
 //! (tensors, passes, memory, operations, export) follows from that.
 
 mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
 
 use std::path::Path;
 
@@ -9,10 +12,10 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Fault, Result};
 use crate::formats::config_json::{ANOTHER_BASE, ConfigFile, NOT_THE_MODELS_OWN, object};
-use crate::formats::keys::{Key, is_neutral, short};
+use crate::formats::keys::{Key, honoured, is_neutral, short};
 use crate::formats::model_keys::{CONFIG, GENERATION_CONFIG, OTHER_ARCHITECTURES};
 use crate::formats::other_formats::other_kind;
-use crate::model::shape::ModelShape;
+use crate::model::shape::{ModelShape, Projection};
 
 /// An architecture: a `model_type` of `config.json`.
 pub struct Architecture {
@@ -29,7 +32,7 @@ pub struct Architecture {
 }
 
 /// All of them.
-pub const ARCHITECTURES: [&Architecture; 1] = [&llama::LLAMA];
+pub const ARCHITECTURES: [&Architecture; 4] = [&llama::LLAMA, &qwen2::QWEN2, &qwen3::QWEN3, &mistral::MISTRAL];
 
 /// A shape that was read, and what its files hold that may not be what the user means.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,6 +77,7 @@ pub fn read(path: &Path, allowed: &[String]) -> Result<ReadShape> {
     let mut file = ConfigFile::new(&map, place, allowed);
     let mut shape = common(&mut file, architecture);
     (architecture.describe)(&mut file, &mut shape);
+    refuse_other_layers(&mut file, &shape);
     file.unknown_keys(architecture.keys);
     let (config, warnings) = file.finish(shape)?;
     Ok(ReadShape { config, warnings })
@@ -137,6 +141,45 @@ fn common(file: &mut ConfigFile<'_>, architecture: &Architecture) -> ModelShape 
         bos_token_id: file.token_ids("bos_token_id").first().copied(),
         biases: Vec::new(),
         has_head_norms: false,
+        sliding_window: None,
+    }
+}
+
+/// The biases on the projections of attention, as `attention_bias` says.
+fn attention_biases(file: &mut ConfigFile<'_>) -> Vec<Projection> {
+    let all = [Projection::Q, Projection::K, Projection::V, Projection::O];
+    if file.bool_or_false("attention_bias") { all.to_vec() } else { Vec::new() }
+}
+
+/// The keys by which [`window_of_layers`] decides.
+const WINDOW_OF_LAYERS: [Key; 3] = [
+    honoured("use_sliding_window", "whether layers attend to a window; no text may be longer than it"),
+    honoured("sliding_window", "the window, where `use_sliding_window` is on"),
+    honoured("max_window_layers", "the layers from this one on have the window, where `layer_types` does not say it"),
+];
+
+/// The window of the layers that have one: from some layer on, where it is in use at all.
+fn window_of_layers(file: &mut ConfigFile<'_>, n_layers: usize) -> Option<i64> {
+    if !file.bool_or_false("use_sliding_window") {
+        return None;
+    }
+    let has_window = match file.get("layer_types").and_then(Value::as_array) {
+        Some(types) => types.iter().any(|kind| kind == SLIDING),
+        None => file.int_or("max_window_layers", 28) < n_layers as i64,
+    };
+    file.int_or_null("sliding_window", 4096).filter(|_| has_window)
+}
+
+/// What `layer_types` calls a layer that attends to a window.
+const SLIDING: &str = "sliding_attention";
+
+/// Refuses layers that are not computed; those with a window are where the shape has one, for no text is longer.
+fn refuse_other_layers(file: &mut ConfigFile<'_>, shape: &ModelShape) {
+    let is_computed = |kind: &Value| kind == "full_attention" || (kind == SLIDING && shape.sliding_window.is_some());
+    let are_computed = |types: &&Value| types.as_array().is_some_and(|types| types.iter().all(is_computed));
+    if let Some(types) = file.get("layer_types").filter(|types| !are_computed(types)) {
+        let what = format!("layers of other kinds than \"full_attention\" are not supported: {}", short(types));
+        file.fault("layer_types", what, "choose a base with full attention");
     }
 }
 
@@ -152,12 +195,6 @@ fn refuse_what_is_not_computed(file: &mut ConfigFile<'_>, class: &str) {
     }
     if file.bool_or_false("rope_interleaved") {
         file.fault("rope_interleaved", "rotation of neighbouring channels is not supported", ANOTHER_BASE);
-    }
-    let is_full =
-        |types: &&Value| types.as_array().is_some_and(|types| types.iter().all(|kind| kind == "full_attention"));
-    if let Some(types) = file.get("layer_types").filter(|types| !is_full(types)) {
-        let what = format!("layers of other kinds than \"full_attention\" are not supported: {}", short(types));
-        file.fault("layer_types", what, "choose a base with full attention");
     }
     for key in QUANTISED {
         if let Some(quantised) = file.get(key).filter(|config| !is_neutral(config)) {

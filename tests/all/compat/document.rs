@@ -3,9 +3,10 @@
 use std::fmt::Write as _;
 
 use bellora::error::Fault;
-use bellora::formats::keys::{Effect, KeyTable};
+use bellora::formats::keys::{Effect, Key, KeyTable};
 use bellora::formats::model_keys::{ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, OTHER_ARCHITECTURES};
 use bellora::formats::tokenizer_keys::{ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON};
+use bellora::model::arch::ARCHITECTURES;
 
 use super::{Model, Outcome};
 
@@ -28,7 +29,7 @@ program says of the files in `tests/compat/`. After a change to either, write it
 
     BELLORA_WRITE_DOCS=1 cargo test --release compat
 
-Bellora trains models whose `config.json` has the `model_type` `llama`. Every key of a file is one of four things:
+Bellora trains models whose `config.json` has one of the `model_type`s below. Every key of a file is one of four things:
 
 - **honoured:** it is read, and what it says is done.
 - **harmless:** it says nothing about what is computed here.
@@ -39,6 +40,13 @@ Bellora trains models whose `config.json` has the `model_type` `llama`. Every ke
 
 A name that ends in `*` stands for all keys that begin so.
 
+## Architectures
+
+| `model_type` | class | models |
+|---|---|---|
+";
+
+const PUBLIC: &str = "
 ## Public models
 
 The settings of these files are those of the public models. Vocabularies are stand-ins of the same size, with the special
@@ -46,10 +54,10 @@ tokens at their places; weights are not looked at. The last column says where a 
 is the folder given as `model.tokenizer`; a dash means that it is not listed.
 ";
 
-const ARCHITECTURES: &str = "
+const OTHERS: &str = "
 ## Other architectures
 
-They are refused by `model_type`, and the message says what they have that a Llama has not. A `model_type` that is not in
+They are refused by `model_type`, and the message says what they have that those above have not. A `model_type` that is not in
 this table is refused too.
 
 | `model_type` | has |
@@ -59,6 +67,11 @@ this table is refused too.
 /// The whole page.
 pub(super) fn page(models: &[(Model, Option<Outcome>, Option<Outcome>)]) -> String {
     let mut page = BEGINNING.to_owned();
+    for architecture in ARCHITECTURES {
+        let cells = [format!("`{}`", architecture.class), architecture.models.to_owned()];
+        row(&mut page, &format!("`{}`", architecture.model_type), &cells);
+    }
+    page += PUBLIC;
     page += "\n| model | `config.json` | tokenizer | compared |\n|---|---|---|---|\n";
     for (model, base, tokenizer) in models {
         let cells = [said(base.as_ref()), said(tokenizer.as_ref()), model.text("source").to_owned()];
@@ -66,20 +79,34 @@ pub(super) fn page(models: &[(Model, Option<Outcome>, Option<Outcome>)]) -> Stri
     }
     for table in TABLES {
         let _ = write!(page, "\n## `{}`\n\n| key | | note |\n|---|---|---|\n", table.file);
-        for key in table.keys {
-            let effect = match key.effect {
-                Effect::Honoured => "honoured",
-                Effect::Harmless => "harmless",
-                Effect::Refused => "refused",
-            };
-            row(&mut page, &format!("`{}`", key.name), &[effect.to_owned(), key.note.to_owned()]);
+        keys(&mut page, table.keys);
+        if table.file == CONFIG.file {
+            for architecture in ARCHITECTURES {
+                let _ = write!(
+                    page,
+                    "\nOf a `{}` also these:\n\n| key | | note |\n|---|---|---|\n",
+                    architecture.model_type
+                );
+                keys(&mut page, architecture.keys);
+            }
         }
     }
-    page += ARCHITECTURES;
+    page += OTHERS;
     for (name, has) in OTHER_ARCHITECTURES {
         row(&mut page, &format!("`{name}`"), &[has.to_owned()]);
     }
     page
+}
+
+fn keys(page: &mut String, keys: &[Key]) {
+    for key in keys {
+        let effect = match key.effect {
+            Effect::Honoured => "honoured",
+            Effect::Harmless => "harmless",
+            Effect::Refused => "refused",
+        };
+        row(page, &format!("`{}`", key.name), &[effect.to_owned(), key.note.to_owned()]);
+    }
 }
 
 fn row(page: &mut String, first: &str, others: &[String]) {
