@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::ops::gemm;
+use crate::ops::target::Target;
 use crate::torch::memory::synchronize;
 
 /// Rows and columns of the operands: large enough that products of a training run are no faster.
@@ -35,14 +36,15 @@ pub(super) fn measure(kind: Kind, device: Device, time: Duration) -> Result<Ceil
     let size = if device.is_cuda() { SIZE_ON_GPU } else { SIZE_ON_CPU };
     let operand = || -> Result<Tensor> { Ok(Tensor::f_empty([size, size], (kind, device))?.f_normal_(0.0, 1.0)?) };
     let (a, b) = (operand()?, operand()?);
+    let target = Target::new(device, kind);
     for _ in 0..WARMUP {
-        let _ = gemm::nt(&a, &b)?;
+        let _ = gemm::nt(target, &a, &b)?;
     }
     synchronize(device)?;
     let (begun, mut best, mut repeats) = (Instant::now(), f64::INFINITY, 0);
     while repeats < REPEATS || begun.elapsed() < time {
         let started = Instant::now();
-        let _ = gemm::nt(&a, &b)?;
+        let _ = gemm::nt(target, &a, &b)?;
         synchronize(device)?;
         best = best.min(started.elapsed().as_secs_f64());
         repeats += 1;

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::model::frozen_weight::FrozenWeight;
 use crate::model::params::{Gradients, ParamBuffer};
 use crate::ops::gemm;
+use crate::ops::target::Target;
 use crate::torch::number::WithNumber;
 
 /// Applies an input's dropout mask.
@@ -42,6 +43,7 @@ pub struct AdaptedLinear {
     weight: FrozenWeight,
     bias_o: Option<Tensor>,
     adapters: Option<Adapters>,
+    target: Target,
 }
 
 /// An adapter to be put on a map: which output columns, and where `A` and `B` lie in the layout.
@@ -65,6 +67,7 @@ impl AdaptedLinear {
         places: &[AdapterPlace],
         scale: f64,
         params: &ParamBuffer,
+        target: Target,
     ) -> Result<Self> {
         let adapters = match places.first() {
             None => None,
@@ -82,7 +85,7 @@ impl AdaptedLinear {
                 scale,
             }),
         };
-        Ok(Self { weight, bias_o, adapters })
+        Ok(Self { weight, bias_o, adapters, target })
     }
 
     /// Whether an adapter reads this map's input, and so its dropped form is needed.
@@ -97,11 +100,11 @@ impl AdaptedLinear {
             let _ = y_no.f_add_(bias)?;
         }
         let Some(adapters) = &self.adapters else { return Ok((y_no, None)) };
-        let xa_nr = gemm::nt(dropped_ni, &adapters.a_ri)?;
+        let xa_nr = gemm::nt(self.target, dropped_ni, &adapters.a_ri)?;
         xa_nr.f_times_(adapters.scale)?;
         for (adapter, xa_part) in adapters.each.iter().zip(adapters.rank_columns(&xa_nr)?) {
             let y_part = y_no.f_narrow(1, adapter.start, adapter.width)?;
-            gemm::add_nt_(&y_part, &xa_part, &adapter.b_or)?;
+            gemm::add_nt_(self.target, &y_part, &xa_part, &adapter.b_or)?;
         }
         Ok((y_no, Some(xa_nr)))
     }
@@ -113,8 +116,8 @@ impl AdaptedLinear {
         let parts = adapters.rank_columns(xa_nr)?.into_iter().zip(adapters.rank_columns(&ds_nr)?);
         for (adapter, (xa_part, ds_part)) in adapters.each.iter().zip(parts) {
             let dy_part = dy_no.f_narrow(1, adapter.start, adapter.width)?;
-            gemm::nn_into_(&ds_part, &dy_part, &adapter.b_or)?;
-            gemm::accumulate_tn_(&grads.view(adapter.b_index)?, &dy_part, &xa_part)?;
+            gemm::nn_into_(self.target, &ds_part, &dy_part, &adapter.b_or)?;
+            gemm::accumulate_tn_(self.target, &grads.view(adapter.b_index)?, &dy_part, &xa_part)?;
         }
         ds_nr.f_times_(adapters.scale)?;
         Ok(Some(ds_nr))
@@ -129,9 +132,9 @@ impl AdaptedLinear {
     pub fn add_backward_adapters(&self, dx_ni: &mut Tensor, ds_nr: Option<&Tensor>, drop: Option<&Mask>) -> Result<()> {
         let (Some(adapters), Some(ds_nr)) = (&self.adapters, ds_nr) else { return Ok(()) };
         match drop {
-            None => gemm::add_nn_(dx_ni, ds_nr, &adapters.a_ri),
+            None => gemm::add_nn_(self.target, dx_ni, ds_nr, &adapters.a_ri),
             Some(drop) => {
-                let _ = dx_ni.f_add_(&drop(&gemm::nn(ds_nr, &adapters.a_ri)?)?)?;
+                let _ = dx_ni.f_add_(&drop(&gemm::nn(self.target, ds_nr, &adapters.a_ri)?)?)?;
                 Ok(())
             }
         }
@@ -140,7 +143,7 @@ impl AdaptedLinear {
     /// Accumulates `dA += dSᵀ x̃`.
     pub fn backward_a(&self, ds_nr: Option<&Tensor>, dropped_ni: &Tensor, grads: &Gradients) -> Result<()> {
         let (Some(adapters), Some(ds_nr)) = (&self.adapters, ds_nr) else { return Ok(()) };
-        gemm::accumulate_tn_(&grads.stacked(adapters.a_first, adapters.each.len())?, ds_nr, dropped_ni)
+        gemm::accumulate_tn_(self.target, &grads.stacked(adapters.a_first, adapters.each.len())?, ds_nr, dropped_ni)
     }
 }
 

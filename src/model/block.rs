@@ -12,6 +12,7 @@ use crate::ops::attention::{self, AttentionSaved, Documents, Heads};
 use crate::ops::dropout;
 use crate::ops::rms_norm::{self, RmsNormSaved};
 use crate::ops::rope::Rotation;
+use crate::ops::target::Target;
 use crate::ops::{rope, swiglu};
 
 /// The four inputs that adapters read, numbered within a block for the dropout key.
@@ -28,6 +29,8 @@ enum Site {
 pub struct Block {
     /// Position in the model, from 0.
     pub layer: usize,
+    /// What its operations are for.
+    pub target: Target,
     /// Head layout.
     pub heads: Heads,
     /// Epsilon of both norms.
@@ -70,18 +73,19 @@ pub struct BlockSaved {
 impl Block {
     /// Runs the block over packed documents: `x [N, D] -> [N, D]`.
     pub fn forward(&self, x_nd: Tensor, batch: &Batch) -> Result<(Tensor, BlockSaved)> {
-        let (h_nd, input_norm) = rms_norm::forward(&x_nd, &self.input_norm_d, self.rms_norm_eps)?;
+        let (h_nd, input_norm) = rms_norm::forward(self.target, &x_nd, &self.input_norm_d, self.rms_norm_eps)?;
         let (qkv, qkv_xa) = self.linear(&self.qkv, &h_nd, Site::Attention, batch)?;
         drop(h_nd);
         let head_norms = self.norm_heads_(&qkv)?;
-        rope::forward_(&self.heads.rotated(&qkv)?, &batch.rotation)?;
-        let (o, attention) = attention::forward(&qkv, self.heads, &batch.documents)?;
+        rope::forward_(self.target, &self.heads.rotated(&qkv)?, &batch.rotation)?;
+        let (o, attention) = attention::forward(self.target, &qkv, self.heads, &batch.documents)?;
         let (mut x2_nd, o_xa) = self.linear(&self.o, &o, Site::Output, batch)?;
 
-        let (h_nd, mlp_norm) = rms_norm::forward_add_(&mut x2_nd, &x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
+        let (h_nd, mlp_norm) =
+            rms_norm::forward_add_(self.target, &mut x2_nd, &x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
         let (gu_n2f, gate_up_xa) = self.linear(&self.gate_up, &h_nd, Site::Mlp, batch)?;
         drop(h_nd);
-        let h_nf = swiglu::forward(&gu_n2f)?;
+        let h_nf = swiglu::forward(self.target, &gu_n2f)?;
         let (mut out_nd, down_xa) = self.linear(&self.down, &h_nf, Site::Down, batch)?;
         let _ = out_nd.f_add_(&x2_nd)?;
 
@@ -106,22 +110,22 @@ impl Block {
     /// Runs the block over new tokens of one text whose earlier keys and values are cached: all of a prompt at first,
     /// then one token at a time.
     pub fn decode(&self, x_nd: &Tensor, rotation: &Rotation, cache: &mut LayerCache) -> Result<Tensor> {
-        let (h_nd, _) = rms_norm::forward(x_nd, &self.input_norm_d, self.rms_norm_eps)?;
+        let (h_nd, _) = rms_norm::forward(self.target, x_nd, &self.input_norm_d, self.rms_norm_eps)?;
         let (qkv, _) = self.qkv.forward(&h_nd, &h_nd)?;
         self.norm_heads_(&qkv)?;
-        rope::forward_(&self.heads.rotated(&qkv)?, rotation)?;
+        rope::forward_(self.target, &self.heads.rotated(&qkv)?, rotation)?;
         cache.append(&qkv, self.heads)?;
         let n = qkv.size()[0];
         let o = if cache.len() == n {
-            attention::forward(&qkv, self.heads, &Documents::new(vec![0, n as usize], qkv.device())?)?.0
+            attention::forward(self.target, &qkv, self.heads, &Documents::new(vec![0, n as usize], qkv.device())?)?.0
         } else {
             let (k, v) = cache.keys_values()?;
             attention::one_token(&qkv.f_narrow(1, 0, self.heads.q_width())?, &k, &v, self.heads)?
         };
         let (mut x2_nd, _) = self.o.forward(&o, &o)?;
-        let (h_nd, _) = rms_norm::forward_add_(&mut x2_nd, x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
+        let (h_nd, _) = rms_norm::forward_add_(self.target, &mut x2_nd, x_nd, &self.mlp_norm_d, self.rms_norm_eps)?;
         let (gu_n2f, _) = self.gate_up.forward(&h_nd, &h_nd)?;
-        let h_nf = swiglu::forward(&gu_n2f)?;
+        let h_nf = swiglu::forward(self.target, &gu_n2f)?;
         let (mut out_nd, _) = self.down.forward(&h_nf, &h_nf)?;
         let _ = out_nd.f_add_(&x2_nd)?;
         Ok(out_nd)
@@ -142,7 +146,7 @@ impl Block {
         let ds = self.down.backward_b(&dout_nd, saved.down_xa.as_ref(), grads)?;
         let mut dh_nf = self.down.backward_input(&dout_nd)?;
         self.add_adapters(&self.down, &mut dh_nf, ds.as_ref(), Site::Down, batch)?;
-        let (dgu_n2f, h_nf) = swiglu::backward(&dh_nf, &saved.gu_n2f)?;
+        let (dgu_n2f, h_nf) = swiglu::backward(self.target, &dh_nf, &saved.gu_n2f)?;
         drop((dh_nf, saved.gu_n2f));
         self.accumulate_a(&self.down, ds, h_nf, Site::Down, batch, grads)?;
 
@@ -150,7 +154,8 @@ impl Block {
         let mut dh_nd = self.gate_up.backward_input(&dgu_n2f)?;
         drop(dgu_n2f);
         self.add_adapters(&self.gate_up, &mut dh_nd, ds.as_ref(), Site::Mlp, batch)?;
-        let (dx2_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x2_nd, &self.mlp_norm_d, &saved.mlp_norm, &dout_nd)?;
+        let (dx2_nd, h_nd) =
+            rms_norm::backward(self.target, &dh_nd, &saved.x2_nd, &self.mlp_norm_d, &saved.mlp_norm, &dout_nd)?;
         drop((dh_nd, dout_nd, saved.x2_nd));
         self.accumulate_a(&self.gate_up, ds, h_nd, Site::Mlp, batch, grads)?;
 
@@ -160,9 +165,9 @@ impl Block {
         self.accumulate_a(&self.o, ds, saved.o.shallow_clone(), Site::Output, batch, grads)?;
         let dqkv = attention::backward(&do_, &saved.qkv, &saved.o, self.heads, &batch.documents, &saved.attention)?;
         drop((do_, saved.qkv, saved.o));
-        rope::backward_(&self.heads.rotated(&dqkv)?, &batch.rotation)?;
+        rope::backward_(self.target, &self.heads.rotated(&dqkv)?, &batch.rotation)?;
         if let Some((norms, saved)) = self.head_norms.as_ref().zip(saved.head_norms) {
-            norms.backward_(&dqkv, self.heads, &saved)?;
+            norms.backward_(self.target, &dqkv, self.heads, &saved)?;
         }
 
         let ds = self.qkv.backward_b(&dqkv, saved.qkv_xa.as_ref(), grads)?;
@@ -174,14 +179,15 @@ impl Block {
         let mut dh_nd = self.qkv.backward_input(&dqkv)?;
         drop(dqkv);
         self.add_adapters(&self.qkv, &mut dh_nd, ds.as_ref(), Site::Attention, batch)?;
-        let (dx_nd, h_nd) = rms_norm::backward(&dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm, &dx2_nd)?;
+        let (dx_nd, h_nd) =
+            rms_norm::backward(self.target, &dh_nd, &saved.x_nd, &self.input_norm_d, &saved.input_norm, &dx2_nd)?;
         self.accumulate_a(&self.qkv, ds, h_nd, Site::Attention, batch, grads)?;
         Ok(Some(dx_nd))
     }
 
     /// Norms the heads of queries and keys, where the model does.
     fn norm_heads_(&self, qkv: &Tensor) -> Result<Option<HeadNormsSaved>> {
-        self.head_norms.as_ref().map(|norms| norms.forward_(qkv, self.heads)).transpose()
+        self.head_norms.as_ref().map(|norms| norms.forward_(self.target, qkv, self.heads)).transpose()
     }
 
     fn site(&self, site: Site) -> u32 {
@@ -192,7 +198,7 @@ impl Block {
     fn dropped(&self, x: &Tensor, site: Site, batch: &Batch) -> Result<Tensor> {
         match batch.dropout {
             None => Ok(x.shallow_clone()),
-            Some(key) => dropout::apply(x, key, self.site(site), &batch.origin),
+            Some(key) => dropout::apply(self.target, x, key, self.site(site), &batch.origin),
         }
     }
 

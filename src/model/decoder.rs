@@ -17,6 +17,7 @@ use crate::model::weights::BaseWeights;
 use crate::ops::cross_entropy::{self, ScaledLoss};
 use crate::ops::dropout::DropoutKey;
 use crate::ops::rope::{RopeTable, inverse_frequencies};
+use crate::ops::target::Target;
 use crate::ops::{embedding, gemm, rms_norm};
 use crate::progress::Work;
 use crate::torch::number::range;
@@ -59,7 +60,7 @@ pub struct Decoder {
     /// Rows of the tables, grown ones included, padding not.
     vocab_size: i64,
     rope: RopeTable,
-    device: Device,
+    target: Target,
 }
 
 /// How the model computes.
@@ -106,7 +107,7 @@ impl Decoder {
             head,
             vocab_size,
             rope: RopeTable::new(&inv_freq, max_positions, kind, device)?,
-            device,
+            target: Target::new(device, kind),
         })
     }
 
@@ -120,7 +121,7 @@ impl Decoder {
     /// # Errors
     /// A document that is longer than the model was set up for.
     pub fn batch(&self, packed: &PackedBatch, dropout: Option<DropoutKey>) -> Result<Batch> {
-        packed.upload(&self.rope, dropout, self.device)
+        packed.upload(&self.rope, dropout, self.target.device)
     }
 
     /// Runs the blocks and keeps what backward needs; with `recompute` only each block's input.
@@ -141,7 +142,7 @@ impl Decoder {
 
     /// Where it computes.
     pub fn device(&self) -> Device {
-        self.device
+        self.target.device
     }
 
     /// Runs the blocks and keeps nothing.
@@ -159,20 +160,21 @@ impl Decoder {
     /// carry the loss scale.
     pub fn head_loss(&self, hidden_nd: &Tensor, batch: &Batch, grads: &Gradients, loss: &ScaledLoss) -> Result<Tensor> {
         let rows_md = hidden_nd.f_index_select(0, &batch.learned_rows)?;
-        let (h_md, norm) = rms_norm::forward(&rows_md, &self.norm_d, self.config.rms_norm_eps)?;
+        let (h_md, norm) = rms_norm::forward(self.target, &rows_md, &self.norm_d, self.config.rms_norm_eps)?;
         let dh_md = h_md.f_empty_like()?;
         for (first, n) in self.chunks(h_md.size()[0]) {
             let h = h_md.f_narrow(0, first, n)?;
-            let logits = gemm::nt(&h, &self.head.weight_pd)?;
+            let logits = gemm::nt(self.target, &h, &self.head.weight_pd)?;
             let (targets, weights) = (batch.targets.f_narrow(0, first, n)?, batch.weights.f_narrow(0, first, n)?);
-            let dlogits = cross_entropy::forward_backward(logits, self.vocab_size, &targets, &weights, loss)?;
-            dh_md.f_narrow(0, first, n)?.f_copy_(&gemm::nn(&dlogits, &self.head.weight_pd)?)?;
+            let dlogits =
+                cross_entropy::forward_backward(self.target, logits, self.vocab_size, &targets, &weights, loss)?;
+            dh_md.f_narrow(0, first, n)?.f_copy_(&gemm::nn(self.target, &dlogits, &self.head.weight_pd)?)?;
             if let Some(index) = self.head.param {
-                gemm::accumulate_tn_(&grads.view(index)?, &dlogits.f_narrow(1, 0, self.vocab_size)?, &h)?;
+                gemm::accumulate_tn_(self.target, &grads.view(index)?, &dlogits.f_narrow(1, 0, self.vocab_size)?, &h)?;
             }
         }
         let no_residual = rows_md.f_zeros_like()?;
-        let (drows_md, _) = rms_norm::backward(&dh_md, &rows_md, &self.norm_d, &norm, &no_residual)?;
+        let (drows_md, _) = rms_norm::backward(self.target, &dh_md, &rows_md, &self.norm_d, &norm, &no_residual)?;
         let mut dhidden_nd = hidden_nd.f_zeros_like()?;
         let _ = dhidden_nd.f_index_copy_(0, &batch.learned_rows, &drows_md)?;
         Ok(dhidden_nd)
@@ -222,16 +224,22 @@ impl Decoder {
 
     /// An empty cache for one text of at most `max_tokens` tokens.
     pub fn new_cache(&self, max_tokens: i64) -> Result<KvCache> {
-        KvCache::new(self.blocks.len(), max_tokens, self.config.heads(), self.embed.weight_pd.kind(), self.device)
+        KvCache::new(
+            self.blocks.len(),
+            max_tokens,
+            self.config.heads(),
+            self.embed.weight_pd.kind(),
+            self.target.device,
+        )
     }
 
     /// Reads the next tokens of a text (a whole prompt at first, then one at a time) and returns the logits `[V]` that
     /// follow the last of them.
     pub fn decode(&self, ids: &[i64], cache: &mut KvCache) -> Result<Tensor> {
         let start = cache.len();
-        let positions = range(start, start + ids.len() as i64, (Kind::Int64, self.device))?;
+        let positions = range(start, start + ids.len() as i64, (Kind::Int64, self.target.device))?;
         let rotation = self.rope.at(&positions)?;
-        let ids = transfer::upload(ids, self.device)?;
+        let ids = transfer::upload(ids, self.target.device)?;
         let mut x_nd = embedding::forward(&self.embed.weight_pd, &ids)?;
         for (block, cache) in self.blocks.iter().zip(cache.layers_mut()) {
             x_nd = block.decode(&x_nd, &rotation, cache)?;
@@ -241,12 +249,12 @@ impl Decoder {
 
     /// The logits of rows of the last block's output: `[M, D] -> [M, V]`.
     pub fn logits(&self, rows_md: &Tensor) -> Result<Tensor> {
-        let (h_md, _) = rms_norm::forward(rows_md, &self.norm_d, self.config.rms_norm_eps)?;
-        Ok(gemm::nt(&h_md, &self.head.weight_pd)?.f_narrow(1, 0, self.vocab_size)?)
+        let (h_md, _) = rms_norm::forward(self.target, rows_md, &self.norm_d, self.config.rms_norm_eps)?;
+        Ok(gemm::nt(self.target, &h_md, &self.head.weight_pd)?.f_narrow(1, 0, self.vocab_size)?)
     }
 
     fn chunks(&self, n_rows: i64) -> impl Iterator<Item = (i64, i64)> {
-        let size = rows_per_chunk(self.vocab_size, self.device);
+        let size = rows_per_chunk(self.vocab_size, self.target.device);
         (0..n_rows).step_by(size as usize).map(move |first| (first, size.min(n_rows - first)))
     }
 }
@@ -321,10 +329,11 @@ fn load_block(
     layer: usize,
 ) -> Result<Block> {
     let Compute { kind, device, .. } = compute;
+    let target = Target::new(device, kind);
     let map = |projections: &[Projection]| -> Result<AdaptedLinear> {
         let named = |p: &Projection| (p.weight(layer), p.shape(config)[0]);
         let parts: Vec<(String, i64)> = projections.iter().map(named).collect();
-        let weight = FrozenWeight::load(base, &parts, projections[0].shape(config)[1], config, (kind, device))?;
+        let weight = FrozenWeight::load(base, &parts, projections[0].shape(config)[1], config, target)?;
         let mut places = Vec::new();
         let mut start = 0;
         let is_biased = projections.iter().any(|p| config.biases.contains(p));
@@ -343,7 +352,7 @@ fn load_block(
             }
             start += width;
         }
-        AdaptedLinear::new(weight, bias_o, &places, lora.scale(), params)
+        AdaptedLinear::new(weight, bias_o, &places, lora.scale(), params, target)
     };
     let norm = |norm: Norm| base.tensor(&norm.key(layer), &[norm.width(config)], config, (kind, device));
     let head_norms = match config.has_head_norms {
@@ -352,6 +361,7 @@ fn load_block(
     };
     Ok(Block {
         layer,
+        target,
         heads: config.heads(),
         rms_norm_eps: config.rms_norm_eps,
         input_norm_d: norm(Norm::Input)?,

@@ -6,6 +6,7 @@ use tch::Tensor;
 use crate::error::Result;
 use crate::ops::attention::Heads;
 use crate::ops::rms_norm::{self, RmsNormSaved};
+use crate::ops::target::Target;
 
 /// The two norms of a block.
 #[derive(Debug)]
@@ -24,10 +25,10 @@ pub struct HeadNormsSaved([(Tensor, RmsNormSaved); 2]);
 
 impl HeadNorms {
     /// Norms the heads of queries and keys of `qkv [N, (H + 2K) E]` in place.
-    pub fn forward_(&self, qkv: &Tensor, heads: Heads) -> Result<HeadNormsSaved> {
+    pub fn forward_(&self, target: Target, qkv: &Tensor, heads: Heads) -> Result<HeadNormsSaved> {
         let norm = |(columns, weight): (Tensor, &Tensor)| -> Result<(Tensor, RmsNormSaved)> {
             let x = as_heads(&columns, heads.head_dim)?;
-            let (y, saved) = rms_norm::forward(&x, weight, self.eps)?;
+            let (y, saved) = rms_norm::forward(target, &x, weight, self.eps)?;
             put(&columns, &y)?;
             Ok((x, saved))
         };
@@ -36,11 +37,11 @@ impl HeadNorms {
     }
 
     /// Turns the gradient of the normed heads in `dqkv` into that of the heads before, in place.
-    pub fn backward_(&self, dqkv: &Tensor, heads: Heads, saved: &HeadNormsSaved) -> Result<()> {
+    pub fn backward_(&self, target: Target, dqkv: &Tensor, heads: Heads, saved: &HeadNormsSaved) -> Result<()> {
         for ((columns, weight), (x, statistics)) in self.parts(dqkv, heads)?.into_iter().zip(&saved.0) {
             let dy = as_heads(&columns, heads.head_dim)?;
             let no_residual = dy.f_zeros_like()?;
-            let (dx, _) = rms_norm::backward(&dy, x, weight, statistics, &no_residual)?;
+            let (dx, _) = rms_norm::backward(target, &dy, x, weight, statistics, &no_residual)?;
             put(&columns, &dx)?;
         }
         Ok(())

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::device;
 use crate::error::Result;
+use crate::ops::target::Target;
 use crate::torch::cuda::{self, Qkv};
 use crate::torch::number::WithNumber;
 use crate::torch::transfer::upload;
@@ -114,27 +115,21 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    /// The quickest form for a device (and its compute capability, for a GPU), a dtype and a width of heads.
-    pub fn choose(device: Device, capability: (u32, u32), kind: Kind, head_dim: i64) -> Self {
-        if device == Device::Cpu {
+    /// The quickest form for a target and a width of heads.
+    pub fn choose(target: Target, head_dim: i64) -> Self {
+        if target.is_cpu() {
             return Self::Cpu;
         }
         // Both GPU kernels load eight elements at a time.
         let is_aligned = head_dim % 8 == 0;
-        let has_bf16 = capability >= device::BF16_CAPABILITY;
-        match kind {
-            _ if !device.is_cuda() || !is_aligned => Self::Plain,
+        let has_bf16 = target.capability >= device::BF16_CAPABILITY;
+        match target.kind {
+            _ if !target.device.is_cuda() || !is_aligned => Self::Plain,
             Kind::Half | Kind::BFloat16 if has_bf16 && head_dim <= 256 => Self::Flash,
             Kind::BFloat16 if !has_bf16 => Self::Plain,
             Kind::Half | Kind::BFloat16 | Kind::Float => Self::Efficient,
             _ => Self::Plain,
         }
-    }
-
-    fn of(qkv: &Tensor, heads: Heads) -> Self {
-        let device = qkv.device();
-        let capability = if device.is_cuda() { device::capability() } else { (0, 0) };
-        Self::choose(device, capability, qkv.kind(), heads.head_dim)
     }
 }
 
@@ -152,8 +147,8 @@ pub enum AttentionSaved {
 }
 
 /// Attends within each document. Returns `o [N, H E]`.
-pub fn forward(qkv: &Tensor, heads: Heads, documents: &Documents) -> Result<(Tensor, AttentionSaved)> {
-    match (Kernel::of(qkv, heads), &documents.on_device) {
+pub fn forward(target: Target, qkv: &Tensor, heads: Heads, documents: &Documents) -> Result<(Tensor, AttentionSaved)> {
+    match (Kernel::choose(target, heads.head_dim), &documents.on_device) {
         (Kernel::Cpu, _) => cpu_forward(qkv, heads, documents),
         (Kernel::Flash, Some(cu_seqlens)) => {
             let Parts { q, k, v } = Parts::of(qkv, heads)?;

@@ -3,8 +3,9 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::ops::target::{Form, Target};
+use crate::torch;
 use crate::torch::number::filled;
-use crate::torch::{self, has_row_kernels};
 
 /// The loss of an update, summed on the device and multiplied by the loss scale throughout. Both are 0-d, fp64.
 #[derive(Debug)]
@@ -39,13 +40,14 @@ impl ScaledLoss {
 /// `targets_n` i64; `weights_n` fp32, each row's share in the loss. The logits are consumed: on the CPU they are
 /// overwritten.
 pub fn forward_backward(
+    target: Target,
     logits_np: Tensor,
     vocab_size: i64,
     targets_n: &Tensor,
     weights_n: &Tensor,
     loss: &ScaledLoss,
 ) -> Result<Tensor> {
-    if has_row_kernels(&logits_np) {
+    if target.rows() == Form::CpuRows {
         // A power of two changes no digit of a weight.
         let scaled_n = weights_n.f_mul(&loss.scale)?;
         let sum = torch::cross_entropy_(&logits_np, vocab_size, targets_n, &scaled_n)?;

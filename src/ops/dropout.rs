@@ -4,9 +4,10 @@
 //! and of (step, sample slot, site, token in sample, channel). Nothing is stored: backward draws the same mask again.
 //! One draw of 128 bits serves eight neighbouring channels with 16 bits each.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::ops::target::{Form, Target};
 use crate::torch::number::{WithNumber, filled, range};
 use crate::torch::{self, MaskDraw};
 
@@ -31,15 +32,15 @@ pub struct RowOrigin {
 }
 
 /// Returns `x ⊙ mask / (1 - p)` for the input site `site` (block · 4 + which of its four inputs); `x` itself if p is 0.
-pub fn apply(x_nc: &Tensor, key: DropoutKey, site: u32, origin: &RowOrigin) -> Result<Tensor> {
+pub fn apply(target: Target, x_nc: &Tensor, key: DropoutKey, site: u32, origin: &RowOrigin) -> Result<Tensor> {
     let drop_below = threshold(key.p);
     if drop_below == 0 {
         return Ok(x_nc.shallow_clone());
     }
     let draw = MaskDraw { seed: key.seed, step: key.step, site, drop_below };
-    match x_nc.device() {
-        Device::Cpu => torch::dropout(x_nc, &origin.slot_n, &origin.token_n, draw),
-        _ => plain_apply(x_nc, origin, draw),
+    match target.dropout() {
+        Form::CpuRows => torch::dropout(x_nc, &origin.slot_n, &origin.token_n, draw),
+        Form::Plain => plain_apply(x_nc, origin, draw),
     }
 }
 

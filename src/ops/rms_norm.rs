@@ -3,8 +3,9 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::ops::target::{Form, Target};
+use crate::torch;
 use crate::torch::number::WithNumber;
-use crate::torch::{self, has_row_kernels};
 
 /// What backward needs besides `x` and `w`: the reciprocal root mean square of every row, fp32 (fp64 for fp64 input).
 #[derive(Debug)]
@@ -19,8 +20,8 @@ fn wide(kind: Kind) -> Kind {
 }
 
 /// Normalises the rows of `x_nd` and scales them by `w_d`; statistics in fp32, the result in the dtype of `x_nd`.
-pub fn forward(x_nd: &Tensor, w_d: &Tensor, eps: f64) -> Result<(Tensor, RmsNormSaved)> {
-    if has_row_kernels(x_nd) {
+pub fn forward(target: Target, x_nd: &Tensor, w_d: &Tensor, eps: f64) -> Result<(Tensor, RmsNormSaved)> {
+    if target.rows() == Form::CpuRows {
         let (y, rstd_n1) = torch::rms_norm(x_nd, None, w_d, eps)?;
         return Ok((y, RmsNormSaved { rstd_n1 }));
     }
@@ -28,8 +29,14 @@ pub fn forward(x_nd: &Tensor, w_d: &Tensor, eps: f64) -> Result<(Tensor, RmsNorm
 }
 
 /// Adds `residual_nd` to `x_nd` in place, then normalises the sum.
-pub fn forward_add_(x_nd: &mut Tensor, residual_nd: &Tensor, w_d: &Tensor, eps: f64) -> Result<(Tensor, RmsNormSaved)> {
-    if has_row_kernels(x_nd) {
+pub fn forward_add_(
+    target: Target,
+    x_nd: &mut Tensor,
+    residual_nd: &Tensor,
+    w_d: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, RmsNormSaved)> {
+    if target.rows() == Form::CpuRows {
         let (y, rstd_n1) = torch::rms_norm(x_nd, Some(residual_nd), w_d, eps)?;
         return Ok((y, RmsNormSaved { rstd_n1 }));
     }
@@ -42,13 +49,14 @@ pub fn forward_add_(x_nd: &mut Tensor, residual_nd: &Tensor, w_d: &Tensor, eps: 
 ///
 /// `dx = r (g - x r² mean(g ⊙ x)) + dresidual` with `g = dy ⊙ w`.
 pub fn backward(
+    target: Target,
     dy_nd: &Tensor,
     x_nd: &Tensor,
     w_d: &Tensor,
     saved: &RmsNormSaved,
     dresidual_nd: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    if has_row_kernels(x_nd) {
+    if target.rows() == Form::CpuRows {
         return torch::rms_norm_backward(dy_nd, x_nd, w_d, &saved.rstd_n1, dresidual_nd);
     }
     plain_backward(dy_nd, x_nd, w_d, saved, dresidual_nd)

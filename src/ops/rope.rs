@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::ops::target::{Form, Target};
 use crate::torch;
 use crate::torch::number::{WithNumber, range};
 
@@ -85,20 +86,20 @@ pub struct Rotation {
 }
 
 /// Rotates `x_nhe` in place; its rows are contiguous but may lie apart.
-pub fn forward_(x_nhe: &Tensor, rotation: &Rotation) -> Result<()> {
-    rotate_(x_nhe, rotation, 1.0)
+pub fn forward_(target: Target, x_nhe: &Tensor, rotation: &Rotation) -> Result<()> {
+    rotate_(target, x_nhe, rotation, 1.0)
 }
 
 /// Rotates the gradient back in place: the rotation by the opposite angle.
-pub fn backward_(dx_nhe: &Tensor, rotation: &Rotation) -> Result<()> {
-    rotate_(dx_nhe, rotation, -1.0)
+pub fn backward_(target: Target, dx_nhe: &Tensor, rotation: &Rotation) -> Result<()> {
+    rotate_(target, dx_nhe, rotation, -1.0)
 }
 
-fn rotate_(x_nhe: &Tensor, rotation: &Rotation, sign: f64) -> Result<()> {
-    if x_nhe.device() == Device::Cpu && matches!(x_nhe.kind(), Kind::Float | Kind::BFloat16) {
-        return torch::rope_(x_nhe, &rotation.cos_ne, &rotation.sin_ne, sign);
+fn rotate_(target: Target, x_nhe: &Tensor, rotation: &Rotation, sign: f64) -> Result<()> {
+    match target.rows() {
+        Form::CpuRows => torch::rope_(x_nhe, &rotation.cos_ne, &rotation.sin_ne, sign),
+        Form::Plain => plain_rotate_(x_nhe, rotation, sign),
     }
-    plain_rotate_(x_nhe, rotation, sign)
 }
 
 /// The rotation by libtorch's ops: every dtype and device, and the judge of the row kernel. Sign -1 turns back.

@@ -3,18 +3,25 @@
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::torch::{self, has_row_kernels};
+use crate::ops::target::{Form, Target};
+use crate::torch;
 
 /// Computes `h_nf` from `gu_n2f = [g | u]`; nothing but the input is kept.
-pub fn forward(gu_n2f: &Tensor) -> Result<Tensor> {
-    if has_row_kernels(gu_n2f) { torch::swiglu(gu_n2f) } else { plain_forward(gu_n2f) }
+pub fn forward(target: Target, gu_n2f: &Tensor) -> Result<Tensor> {
+    match target.rows() {
+        Form::CpuRows => torch::swiglu(gu_n2f),
+        Form::Plain => plain_forward(gu_n2f),
+    }
 }
 
 /// Computes `[dg | du]` and, on the way, `h` again (which forward did not keep).
 ///
 /// `dg = dh u σ(g) (1 + g (1 - σ(g)))`, `du = dh silu(g)`.
-pub fn backward(dh_nf: &Tensor, gu_n2f: &Tensor) -> Result<(Tensor, Tensor)> {
-    if has_row_kernels(gu_n2f) { torch::swiglu_backward(dh_nf, gu_n2f) } else { plain_backward(dh_nf, gu_n2f) }
+pub fn backward(target: Target, dh_nf: &Tensor, gu_n2f: &Tensor) -> Result<(Tensor, Tensor)> {
+    match target.rows() {
+        Form::CpuRows => torch::swiglu_backward(dh_nf, gu_n2f),
+        Form::Plain => plain_backward(dh_nf, gu_n2f),
+    }
 }
 
 /// [`forward`] by libtorch's ops: every dtype and device, and the judge of the row kernel.

@@ -11,12 +11,11 @@ pub(super) mod inference;
 mod meter;
 mod ops;
 
-use tch::{Device, Kind};
-
 use meter::{Bytes, Held, Meter};
 
 use crate::model::decoder::rows_per_chunk;
 use crate::model::params::padded_head_rows;
+use crate::ops::target::{Form, Target};
 use crate::plan::parts::{MemoryPart, PartBytes, Passes, Stage};
 
 /// Bytes of an fp32 element.
@@ -83,8 +82,8 @@ pub(super) struct Dims {
     pub(super) buffer_len: i64,
     /// Ranks among which the optimizer's state is shared out.
     pub(super) n_shards: i64,
-    pub(super) kind: Kind,
-    pub(super) is_cuda: bool,
+    /// What the operations are for.
+    pub(super) target: Target,
     /// Whether micro-batches differ in size.
     pub(super) sizes_differ: bool,
     pub(super) recompute: bool,
@@ -93,7 +92,7 @@ pub(super) struct Dims {
 impl Dims {
     /// Bytes of an element of weights and activations.
     fn element(&self) -> i64 {
-        self.kind.elt_size_in_bytes() as i64
+        self.target.kind.elt_size_in_bytes() as i64
     }
 
     fn is_half_precision(&self) -> bool {
@@ -102,12 +101,16 @@ impl Dims {
 
     /// Whether norms, SwiGLU, RoPE and cross entropy are single passes, and not libtorch's ops one after the other.
     fn has_row_kernels(&self) -> bool {
-        !self.is_cuda && matches!(self.kind, Kind::Float | Kind::BFloat16)
+        self.target.rows() == Form::CpuRows
+    }
+
+    fn is_cuda(&self) -> bool {
+        self.target.device.is_cuda()
     }
 
     /// Rows that pad the head.
     fn padding(&self) -> i64 {
-        padded_head_rows(self.vocab, self.kind) - self.vocab
+        padded_head_rows(self.vocab, self.target.kind) - self.vocab
     }
 }
 
@@ -209,7 +212,7 @@ impl<'m> DryRun<'m> {
 
     /// What the device's libraries hold for themselves.
     fn workspaces(&self) -> i64 {
-        if self.dims.is_cuda {
+        if self.dims.is_cuda() {
             return CUDA_WORKSPACES;
         }
         let products = if self.dims.is_half_precision() { CPU_PRODUCTS.half } else { CPU_PRODUCTS.fp32 };
@@ -219,7 +222,7 @@ impl<'m> DryRun<'m> {
     /// `Decoder::batch`: five columns of i64, the weights, the rotations. On the CPU the plain numbers lie there too.
     fn batch(&self) -> Held<'m> {
         let numbers = 5 * I64 + FP32;
-        let copies = if self.dims.is_cuda { 1 } else { 2 };
+        let copies = if self.dims.is_cuda() { 1 } else { 2 };
         self.meter.hold(MemoryPart::Batch, (copies * numbers + FP32 * self.dims.head_dim) * self.n)
     }
 
@@ -255,9 +258,8 @@ impl<'m> DryRun<'m> {
     /// One chunk: logits, their gradient, what it gives the rows and the table.
     fn head_chunk(&self) {
         let dims = self.dims;
-        let device = if dims.is_cuda { Device::Cuda(0) } else { Device::Cpu };
-        let chunk = rows_per_chunk(dims.vocab, device).min(self.n);
-        let padded = padded_head_rows(dims.vocab, dims.kind);
+        let chunk = rows_per_chunk(dims.vocab, dims.target.device).min(self.n);
+        let padded = padded_head_rows(dims.vocab, dims.target.kind);
         let hold = |bytes: i64| self.meter.hold(MemoryPart::Head, bytes);
         let logits = hold(dims.element() * padded * chunk);
         let _dlogits = match dims.has_row_kernels() {
@@ -265,7 +267,7 @@ impl<'m> DryRun<'m> {
             true => logits,
             false => {
                 // The softmax takes no slice of columns as it lies, and on the CPU nothing but fp32.
-                let copied = if dims.is_cuda { dims.element() * i64::from(padded > dims.vocab) } else { FP32 };
+                let copied = if dims.is_cuda() { dims.element() * i64::from(padded > dims.vocab) } else { FP32 };
                 let copy = hold(copied * dims.vocab * chunk);
                 let log_softmax = hold(FP32 * dims.vocab * chunk);
                 drop(copy);
@@ -377,7 +379,7 @@ impl<'m> DryRun<'m> {
             return None;
         }
         let dropped = self.rows(MemoryPart::Dropout, width);
-        if self.dims.is_cuda {
+        if self.dims.is_cuda() {
             let calls = (self.n * width / 8).min(CUDA_MASK_CALLS);
             drop(self.meter.hold(MemoryPart::Dropout, CUDA_MASK_TENSORS * I64 * calls));
         }
@@ -417,7 +419,7 @@ impl<'m> DryRun<'m> {
             let is_slice = *width < group.output;
             let copy = (self.is_fp32_on_cpu() && is_slice).then(|| self.passing(*width));
             // A GPU's product goes into its columns of `ds_nr` itself.
-            let apart = (!self.dims.is_cuda).then(|| self.passing(self.dims.rank));
+            let apart = (!self.dims.is_cuda()).then(|| self.passing(self.dims.rank));
             drop((copy, apart));
             self.accumulate(MemoryPart::Temporaries, *width, self.dims.rank);
         }

@@ -10,6 +10,7 @@ use crate::engine::probe::Expected;
 use crate::model::lora::LoraSpec;
 use crate::model::params::{INPUT_GROUPS, Layout, table_key};
 use crate::model::shape::{ModelShape, Projection, Table};
+use crate::ops::target::Target;
 use crate::plan::dry_run::{self, Dims, InputGroup, inference};
 use crate::plan::parts::{PartBytes, Passes, sum};
 
@@ -62,8 +63,8 @@ impl MemoryModel {
             frozen_params: frozen_params(shape, lora),
             buffer_len: layout.buffer_len(),
             n_shards: 1,
-            kind,
-            is_cuda: device.is_cuda(),
+            // Of a GPU the most that any of them takes is counted, whatever its capability.
+            target: Target { device, kind, capability: (0, 0) },
             sizes_differ: true,
             recompute,
         };

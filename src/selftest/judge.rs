@@ -4,6 +4,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
+use crate::ops::target::Target;
 use crate::torch::dtype;
 
 /// One result of one op in one dtype, held against the same in higher precision.
@@ -91,6 +92,8 @@ pub(super) struct Bench {
     pub(super) kind: Kind,
     /// Where its ops run.
     pub(super) device: Device,
+    /// Both, as ops are told.
+    pub(super) target: Target,
     rows: Vec<Row>,
 }
 
@@ -98,7 +101,7 @@ impl Bench {
     /// Begins with draws that are the same for every device.
     pub(super) fn new(kind: Kind, device: Device) -> Self {
         tch::manual_seed(1);
-        Self { kind, device, rows: Vec::new() }
+        Self { kind, device, target: Target::new(device, kind), rows: Vec::new() }
     }
 
     /// Rounds numbers (fp64, on the CPU) to the dtype under test and gives both sides the rounded ones.

@@ -66,26 +66,26 @@ fn gemm_trial(bench: &mut Bench) -> Result<()> {
         let rounds_first = bench.device == Device::Cpu && bench.kind != Kind::Float;
         let tn_bound = bound(u32::from(rounds_first), n + 1);
 
-        bench.hold("gemm x wᵀ", &gemm::nt(&x_ni.ours, &w_oi.ours)?, &nt, nt_bound)?;
-        bench.hold("gemm dy w", &gemm::nn(&dy_no.ours, &w_oi.ours)?, &nn, nn_bound)?;
+        bench.hold("gemm x wᵀ", &gemm::nt(bench.target, &x_ni.ours, &w_oi.ours)?, &nt, nt_bound)?;
+        bench.hold("gemm dy w", &gemm::nn(bench.target, &dy_no.ours, &w_oi.ours)?, &nn, nn_bound)?;
 
         // Over some columns of wider rows that hold anything, as the adapters' gradients go side by side.
         let beside = filled(&[n, i + 16], f64::NAN, (bench.kind, bench.device))?;
         let columns = beside.f_narrow(1, 8, i)?;
-        gemm::nn_into_(&columns, &dy_no.ours, &w_oi.ours)?;
+        gemm::nn_into_(bench.target, &columns, &dy_no.ours, &w_oi.ours)?;
         bench.hold("gemm = dy w", &columns, &nn, nn_bound)?;
 
         // Into some columns of wider rows, as the adapters add theirs.
         let wide = bench.normal(&[n, o + 16])?;
-        gemm::add_nt_(&wide.ours.f_narrow(1, 8, o)?, &x_ni.ours, &w_oi.ours)?;
+        gemm::add_nt_(bench.target, &wide.ours.f_narrow(1, 8, o)?, &x_ni.ours, &w_oi.ours)?;
         let _ = wide.judge.f_narrow(1, 8, o)?.f_add_(&nt)?;
         bench.hold("gemm += x wᵀ", &wide.ours, &wide.judge, add_nt_bound)?;
         let dx = bench.normal(&[n, i])?;
-        gemm::add_nn_(&dx.ours, &dy_no.ours, &w_oi.ours)?;
+        gemm::add_nn_(bench.target, &dx.ours, &dy_no.ours, &w_oi.ours)?;
         bench.hold("gemm += dy w", &dx.ours, &(dx.judge.f_add(&nn)?), add_nn_bound)?;
 
         let grad_oi = bench.twin_in(&Tensor::f_randn([o, i], FP64)?, Kind::Float)?;
-        gemm::accumulate_tn_(&grad_oi.ours, &dy_no.ours, &x_ni.ours)?;
+        gemm::accumulate_tn_(bench.target, &grad_oi.ours, &dy_no.ours, &x_ni.ours)?;
         let grad_judge = grad_oi.judge.f_add(&dy_no.judge.f_tr()?.f_mm(&x_ni.judge)?)?;
         bench.hold("gemm fp32 += dyᵀ x", &grad_oi.ours, &grad_judge, tn_bound)?;
     }
@@ -115,9 +115,9 @@ fn rms_norm_trial(bench: &mut Bench) -> Result<()> {
         // One rounding, of the result; statistics and products are fp32.
         let once = tolerance(bench.kind, 1, d);
         let (y_judge, saved_judge) = rms_norm::plain_forward(&x.judge, &w.judge, EPS)?;
-        let (y, saved) = rms_norm::forward(&x.ours, &w.ours, EPS)?;
+        let (y, saved) = rms_norm::forward(bench.target, &x.ours, &w.ours, EPS)?;
         bench.hold("rms_norm y", &y, &y_judge, once)?;
-        let (dx, again) = rms_norm::backward(&dy.ours, &x.ours, &w.ours, &saved, &residual.ours)?;
+        let (dx, again) = rms_norm::backward(bench.target, &dy.ours, &x.ours, &w.ours, &saved, &residual.ours)?;
         let (dx_judge, _) = rms_norm::plain_backward(&dy.judge, &x.judge, &w.judge, &saved_judge, &residual.judge)?;
         bench.hold("rms_norm dx", &dx, &dx_judge, once)?;
         bench.hold("rms_norm y again", &again, &y_judge, once)?;
@@ -125,7 +125,7 @@ fn rms_norm_trial(bench: &mut Bench) -> Result<()> {
         // The sum is rounded to the dtype, and its norm reads that.
         let twice = tolerance(bench.kind, 2, d);
         let mut sum = x.ours.f_detach_copy()?;
-        let (y, _) = rms_norm::forward_add_(&mut sum, &residual.ours, &w.ours, EPS)?;
+        let (y, _) = rms_norm::forward_add_(bench.target, &mut sum, &residual.ours, &w.ours, EPS)?;
         let sum_judge = x.judge.f_add(&residual.judge)?;
         bench.hold("rms_norm x + residual", &sum, &sum_judge, once)?;
         let (y_judge, _) = rms_norm::plain_forward(&sum_judge, &w.judge, EPS)?;
@@ -148,9 +148,9 @@ fn rope_trial(bench: &mut Bench) -> Result<()> {
         let qkv = bench.normal(&[n, heads.qkv_width()])?;
         let turned = heads.rotated(&qkv.ours)?;
         if sign > 0.0 {
-            rope::forward_(&turned, &there)?
+            rope::forward_(bench.target, &turned, &there)?
         } else {
-            rope::backward_(&turned, &there)?
+            rope::backward_(bench.target, &turned, &there)?
         }
         rope::plain_rotate_(&heads.rotated(&qkv.judge)?, &judging, sign)?;
         bench.hold(op, &qkv.ours, &qkv.judge, bound)?;
@@ -175,7 +175,7 @@ fn attention_trial(bench: &mut Bench) -> Result<()> {
     ] {
         let (qkv, do_) = (bench.normal(&[n, heads.qkv_width()])?, bench.normal(&[n, heads.q_width()])?);
         let o_judge = attention::plain_forward(&qkv.judge, heads, &judging)?;
-        let (o, saved) = attention::forward(&qkv.ours, heads, &there)?;
+        let (o, saved) = attention::forward(bench.target, &qkv.ours, heads, &there)?;
         bench.hold(&format!("{name} o"), &o, &o_judge, o_bound)?;
         let dqkv = attention::backward(&do_.ours, &qkv.ours, &o, heads, &there, &saved)?;
         let dqkv_judge = attention::plain_backward(&do_.judge, &qkv.judge, &o_judge, heads, &judging)?;
@@ -208,8 +208,8 @@ fn swiglu_trial(bench: &mut Bench) -> Result<()> {
     // The plain form rounds silu(g) and then the product, in backward dh ⊙ u and what it is multiplied by (up to 1.1).
     let bound = tolerance(bench.kind, 3, 8);
     let h_judge = swiglu::plain_forward(&gu.judge)?;
-    bench.hold("swiglu h", &swiglu::forward(&gu.ours)?, &h_judge, bound)?;
-    let (dgu, again) = swiglu::backward(&dh.ours, &gu.ours)?;
+    bench.hold("swiglu h", &swiglu::forward(bench.target, &gu.ours)?, &h_judge, bound)?;
+    let (dgu, again) = swiglu::backward(bench.target, &dh.ours, &gu.ours)?;
     bench.hold("swiglu d[g|u]", &dgu, &swiglu::plain_backward(&dh.judge, &gu.judge)?.0, bound)?;
     bench.hold("swiglu h again", &again, &h_judge, bound)
 }
@@ -249,14 +249,14 @@ fn dropout_trial(bench: &mut Bench) -> Result<()> {
         token_n: bench.put(&Tensor::f_from_slice(&tokens)?)?,
     };
     let ones = bench.twin(&Tensor::f_ones(kept.size(), FP64)?)?;
-    let mask = dropout::apply(&ones.ours, key, site, &origin)?.f_is(0.0)?.f_logical_not()?;
+    let mask = dropout::apply(bench.target, &ones.ours, key, site, &origin)?.f_is(0.0)?.f_logical_not()?;
     bench.hold("dropout mask", &mask, &kept, 0.0)?;
     let x = bench.normal(&kept.size())?;
     let scale = 65_536.0 / f64::from(65_536 - DROP_BELOW);
     let judge = x.judge.f_mul(&kept)?.f_times(scale)?;
     // One rounding of the result; where the scale is rounded to the dtype first, another.
     let bound = tolerance(bench.kind, 2, 1);
-    bench.hold("dropout x", &dropout::apply(&x.ours, key, site, &origin)?, &judge, bound)
+    bench.hold("dropout x", &dropout::apply(bench.target, &x.ours, key, site, &origin)?, &judge, bound)
 }
 
 fn cross_entropy_trial(bench: &mut Bench) -> Result<()> {
@@ -273,7 +273,8 @@ fn cross_entropy_trial(bench: &mut Bench) -> Result<()> {
     bench.hold("cross_entropy nll", &nll, &nll_judge, fp32)?;
 
     let (loss, loss_judge) = (ScaledLoss::new(scale, bench.device)?, ScaledLoss::new(scale, Device::Cpu)?);
-    let dlogits = cross_entropy::forward_backward(logits.ours, vocab_size, &targets_there, &weights.ours, &loss)?;
+    let dlogits =
+        cross_entropy::forward_backward(bench.target, logits.ours, vocab_size, &targets_there, &weights.ours, &loss)?;
     let dlogits_judge =
         cross_entropy::plain_forward_backward(&logits.judge, vocab_size, &targets, &weights.judge, &loss_judge)?;
     bench.hold("cross_entropy loss", &loss.value()?, &loss_judge.value()?, fp32)?;

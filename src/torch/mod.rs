@@ -199,11 +199,6 @@ pub fn fused_adamw_(
     })
 }
 
-/// Whether a tensor has row kernels: contiguous fp32 or bf16 on the CPU.
-pub fn has_row_kernels(x: &Tensor) -> bool {
-    x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16) && x.is_contiguous()
-}
-
 /// Asserts what the row kernels take for granted; they see memory, not shapes.
 fn assert_rows(tensors: &[(&Tensor, &[i64])]) {
     for (tensor, shape) in tensors {

@@ -1,7 +1,9 @@
 //! Attention over ragged documents: the CPU's kernel and the plain form against each other and against autograd, and
 //! which kernel is chosen where.
 
+use crate::support::target_of;
 use bellora::ops::attention::{self, Documents, Heads, Kernel};
+use bellora::ops::target::Target;
 use tch::{Device, Kind, Tensor};
 
 /// Lengths 1, 5, 5, 5 (one run), 24, 1, 63 and 2.
@@ -82,7 +84,7 @@ fn the_cpu_kernel_equals_the_plain_form() {
             let (qkv, do_) = (draw(heads.qkv_width(), kind), draw(heads.q_width(), kind));
             tch::no_grad(|| {
                 let documents = documents();
-                let (o, saved) = attention::forward(&qkv, heads, &documents).unwrap();
+                let (o, saved) = attention::forward(target_of(&qkv), &qkv, heads, &documents).unwrap();
                 let o_plain = attention::plain_forward(&qkv, heads, &documents).unwrap();
                 assert_near(&format!("o {kind:?} {heads:?}"), &o, &o_plain, share);
                 let dqkv = attention::backward(&do_, &qkv, &o, heads, &documents, &saved).unwrap();
@@ -141,7 +143,7 @@ fn each_device_dtype_and_width_has_its_kernel() {
         (gpu, (7, 0), Kind::Half, 12, Plain),
         (gpu, (9, 0), Kind::Double, 128, Plain),
     ] {
-        let chosen = Kernel::choose(device, capability, kind, head_dim);
+        let chosen = Kernel::choose(Target { device, kind, capability }, head_dim);
         assert_eq!(chosen, kernel, "{device:?} {capability:?} {kind:?} {head_dim}");
     }
 }

@@ -14,7 +14,7 @@ use bellora::torch::driver::{Driver, DriverGpu, NO_GPU};
 use bellora::torch::memory;
 use tch::{Device, Kind, Tensor};
 
-use crate::support::{Lab, Shape};
+use crate::support::{Lab, Shape, target_of};
 
 /// A machine where everything is in place: an H100 under CUDA 13.
 fn h100() -> Facts {
@@ -271,7 +271,7 @@ fn plain_dropout_is_the_cpu_kernel_bit_for_bit() {
             let wide = Tensor::randn([6, 230], (Kind::Float, Device::Cpu)).to_kind(kind);
             // Rows that lie apart.
             let x = wide.narrow(1, 3, 203);
-            let ours = dropout::apply(&x, DropoutKey { p, seed, step }, site, &origin).unwrap();
+            let ours = dropout::apply(target_of(&x), &x, DropoutKey { p, seed, step }, site, &origin).unwrap();
             let draw = MaskDraw { seed, step, site, drop_below: (p * 65536.0).round() as u32 };
             let plain = dropout::plain_apply(&x, &origin, draw).unwrap();
             assert_eq!((plain.kind(), plain.is_contiguous()), (kind, true));
@@ -294,7 +294,8 @@ fn plain_dropout_goes_on_where_its_pieces_meet() {
         let (slots, tokens): (Vec<i64>, Vec<i64>) = (0..n_rows).map(|row| (row / 7, row % 7)).unzip();
         let origin = RowOrigin { slot_n: Tensor::from_slice(&slots), token_n: Tensor::from_slice(&tokens) };
         let ones = Tensor::ones([n_rows, channels], (Kind::BFloat16, Device::Cpu));
-        let ours = dropout::apply(&ones, DropoutKey { p: 0.1, seed: 3, step: 9 }, 2, &origin).unwrap();
+        let ours =
+            dropout::apply(target_of(&ones), &ones, DropoutKey { p: 0.1, seed: 3, step: 9 }, 2, &origin).unwrap();
         let draw = MaskDraw { seed: 3, step: 9, site: 2, drop_below: 6554 };
         assert!(ours.equal(&dropout::plain_apply(&ones, &origin, draw).unwrap()), "{n_rows} rows of {channels}");
     }

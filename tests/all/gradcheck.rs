@@ -3,6 +3,7 @@
 //! In fp64 the two differ by rounding alone: a few hundred additions of numbers near 1 leave less than 1e-12, so the
 //! bound of 1e-10 fails on any wrong term. The bounds in narrower dtypes stand beside their tests.
 
+use crate::support::target_of;
 use bellora::ops::attention::{self, Documents, Heads};
 use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::{self, DropoutKey, RowOrigin};
@@ -50,14 +51,14 @@ fn rms_norm_backward() {
     let judge = &xl * (xl.square().mean_dim(-1, true, Kind::Double) + 1e-5).rsqrt() * &w;
     let dx_judge = &autograd(&judge, &dy, &[&xl])[0];
     no_grad(|| {
-        let (y, saved) = rms_norm::forward(&x, &w, 1e-5).unwrap();
-        let (dx, again) = rms_norm::backward(&dy, &x, &w, &saved, &res).unwrap();
+        let (y, saved) = rms_norm::forward(target_of(&x), &x, &w, 1e-5).unwrap();
+        let (dx, again) = rms_norm::backward(target_of(&dy), &dy, &x, &w, &saved, &res).unwrap();
         assert_close("rms_norm y", &y, &judge, FP64_BOUND);
         assert_close("rms_norm y made again in backward", &again, &y, 0.0);
         assert_close("rms_norm y recomputed", &rms_norm::recompute(&x, &w, &saved).unwrap(), &y, 0.0);
         assert_close("rms_norm dx", &dx, &(dx_judge + &res), FP64_BOUND);
         let (mut sum, residual) = (&x - &res, res);
-        let (y_of_sum, _) = rms_norm::forward_add_(&mut sum, &residual, &w, 1e-5).unwrap();
+        let (y_of_sum, _) = rms_norm::forward_add_(target_of(&sum), &mut sum, &residual, &w, 1e-5).unwrap();
         assert_close("rms_norm y of a sum", &y_of_sum, &y, FP64_BOUND);
     });
 }
@@ -70,8 +71,8 @@ fn swiglu_backward() {
     let judge = l.narrow(1, 0, 32).silu() * l.narrow(1, 32, 32);
     let dgu_judge = &autograd(&judge, &dh, &[&l])[0];
     no_grad(|| {
-        let h = swiglu::forward(&gu).unwrap();
-        let (dgu, again) = swiglu::backward(&dh, &gu).unwrap();
+        let h = swiglu::forward(target_of(&gu), &gu).unwrap();
+        let (dgu, again) = swiglu::backward(target_of(&dh), &dh, &gu).unwrap();
         assert_close("swiglu h", &h, &judge, FP64_BOUND);
         assert_close("swiglu h made again in backward", &again, &h, 0.0);
         assert_close("swiglu d[g|u]", &dgu, dgu_judge, FP64_BOUND);
@@ -100,8 +101,8 @@ fn rope_backward() {
         let table = RopeTable::new(&inv_freq, 32, Kind::Double, Device::Cpu).unwrap();
         let rotation = table.at(&Tensor::from_slice(&positions)).unwrap();
         let (y, dx) = (x.copy(), dy.copy());
-        rope::forward_(&y, &rotation).unwrap();
-        rope::backward_(&dx, &rotation).unwrap();
+        rope::forward_(target_of(&y), &y, &rotation).unwrap();
+        rope::backward_(target_of(&dx), &dx, &rotation).unwrap();
         // The inverse frequencies are fp32 on both sides, computed differently: one unit in their last place times 17.
         assert_close("rope y", &y, &judge, 5e-6);
         assert_close("rope dx", &dx, dx_judge, 5e-6);
@@ -151,7 +152,7 @@ fn attention_backward_over_ragged_documents() {
             let dqkv_judge = &autograd(&judge, &do_, &[&l])[0];
             no_grad(|| {
                 let documents = Documents::new(cu_seqlens.to_vec(), Device::Cpu).unwrap();
-                let (o, saved) = attention::forward(&qkv, heads, &documents).unwrap();
+                let (o, saved) = attention::forward(target_of(&qkv), &qkv, heads, &documents).unwrap();
                 let dqkv = attention::backward(&do_, &qkv, &o, heads, &documents, &saved).unwrap();
                 assert_close(&format!("attention o {kind:?} {heads:?}"), &o, &judge, bound);
                 assert_close(&format!("attention dqkv {kind:?} {heads:?}"), &dqkv, dqkv_judge, bound);
@@ -172,7 +173,8 @@ fn cross_entropy_backward() {
     let d_judge = &autograd(&judge, &Tensor::from(128.0), &[&l])[0];
     no_grad(|| {
         let loss = ScaledLoss::new(128.0, Device::Cpu).unwrap();
-        let dlogits = cross_entropy::forward_backward(logits.copy(), 37, &targets, &weights, &loss).unwrap();
+        let dlogits =
+            cross_entropy::forward_backward(target_of(&logits), logits.copy(), 37, &targets, &weights, &loss).unwrap();
         assert_close("cross_entropy loss", &loss.value().unwrap(), &judge, FP64_BOUND);
         assert_close("cross_entropy dlogits", &dlogits, d_judge, FP64_BOUND);
         let nll = cross_entropy::nll(&logits, &targets).unwrap();
@@ -209,25 +211,25 @@ fn row_kernels_equal_the_plain_ops() {
             let (x, w, dy, res) = (draw(&[n, d]), draw(&[d]), draw(&[n, d]), draw(&[n, d]));
             let name = |op: &str| format!("{op} {kind:?} [{n}, {d}]");
             no_grad(|| {
-                let (y, saved) = rms_norm::forward(&x, &w, 1e-5).unwrap();
+                let (y, saved) = rms_norm::forward(target_of(&x), &x, &w, 1e-5).unwrap();
                 let (y_plain, saved_plain) = rms_norm::plain_forward(&x, &w, 1e-5).unwrap();
                 assert_near(&name("rms_norm y"), &y, &y_plain, share);
                 assert_near(&name("rms_norm rstd"), &saved.rstd_n1, &saved_plain.rstd_n1, 1e-6);
-                let (dx, again) = rms_norm::backward(&dy, &x, &w, &saved, &res).unwrap();
+                let (dx, again) = rms_norm::backward(target_of(&dy), &dy, &x, &w, &saved, &res).unwrap();
                 let (dx_plain, _) = rms_norm::plain_backward(&dy, &x, &w, &saved_plain, &res).unwrap();
                 assert_near(&name("rms_norm dx"), &dx, &dx_plain, share);
                 assert_close(&name("rms_norm y again"), &again, &y, 0.0);
                 let (mut sum, mut sum_plain) = (x.copy(), x.copy());
-                let (y, _) = rms_norm::forward_add_(&mut sum, &res, &w, 1e-5).unwrap();
+                let (y, _) = rms_norm::forward_add_(target_of(&sum), &mut sum, &res, &w, 1e-5).unwrap();
                 let _ = sum_plain.g_add_(&res);
                 assert_close(&name("rms_norm sum"), &sum, &sum_plain, 0.0);
                 let (y_plain, _) = rms_norm::plain_forward(&sum_plain, &w, 1e-5).unwrap();
                 assert_near(&name("rms_norm y of a sum"), &y, &y_plain, share);
 
                 let (gu, dh) = (draw(&[n, 2 * d]) * 3, draw(&[n, d]));
-                let h = swiglu::forward(&gu).unwrap();
+                let h = swiglu::forward(target_of(&gu), &gu).unwrap();
                 assert_near(&name("swiglu h"), &h, &swiglu::plain_forward(&gu).unwrap(), share);
-                let (dgu, again) = swiglu::backward(&dh, &gu).unwrap();
+                let (dgu, again) = swiglu::backward(target_of(&dh), &dh, &gu).unwrap();
                 let (dgu_plain, _) = swiglu::plain_backward(&dh, &gu).unwrap();
                 assert_near(&name("swiglu d[g|u]"), &dgu, &dgu_plain, share);
                 assert_close(&name("swiglu h again"), &again, &h, 0.0);
@@ -241,8 +243,8 @@ fn row_kernels_equal_the_plain_ops() {
                     let (ours, plain) = (wide.copy(), wide.copy());
                     let heads = |t: &Tensor| t.narrow(1, 0, 2 * d).view([n, 2, d]);
                     match sign > 0.0 {
-                        true => rope::forward_(&heads(&ours), &rotation).unwrap(),
-                        false => rope::backward_(&heads(&ours), &rotation).unwrap(),
+                        true => rope::forward_(target_of(&heads(&ours)), &heads(&ours), &rotation).unwrap(),
+                        false => rope::backward_(target_of(&heads(&ours)), &heads(&ours), &rotation).unwrap(),
                     }
                     rope::plain_rotate_(&heads(&plain), &rotation, sign).unwrap();
                     assert_near(&name("rope"), &ours, &plain, share);
@@ -254,7 +256,9 @@ fn row_kernels_equal_the_plain_ops() {
                 // The last columns are the padding of a head: they come out as zero and count for nothing.
                 let padded = Tensor::cat(&[&logits, &draw(&[n, 7])], 1);
                 let [loss, loss_plain] = [(); 2].map(|()| ScaledLoss::new(8.0, Device::Cpu).unwrap());
-                let ours = cross_entropy::forward_backward(padded.copy(), d, &targets, &weights, &loss).unwrap();
+                let ours =
+                    cross_entropy::forward_backward(target_of(&padded), padded.copy(), d, &targets, &weights, &loss)
+                        .unwrap();
                 let plain = cross_entropy::plain_forward_backward(&padded, d, &targets, &weights, &loss_plain).unwrap();
                 let (dlogits, dlogits_plain) = (ours.narrow(1, 0, d), plain.narrow(1, 0, d));
                 for beyond in [&ours, &plain].map(|dlogits| dlogits.narrow(1, d, 7)) {
@@ -276,12 +280,13 @@ fn cross_entropy_of_extreme_logits_is_finite_where_it_should_be() {
     let targets = Tensor::from_slice(&[0i64, 1]);
     let weights = Tensor::from_slice(&[1.0f32, 1.0]);
     let loss = ScaledLoss::new(1.0, Device::Cpu).unwrap();
-    let dlogits = cross_entropy::forward_backward(logits, 3, &targets, &weights, &loss).unwrap();
+    let dlogits = cross_entropy::forward_backward(target_of(&logits), logits, 3, &targets, &weights, &loss).unwrap();
     assert_eq!(loss.value().unwrap().double_value(&[]), 0.0);
     assert_close("dlogits", &dlogits, &Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)), 1e-30);
     let nan = Tensor::from_slice(&[f32::NAN, 1.0]).view([1, 2]);
     let one = Tensor::from_slice(&[1.0f32]);
-    let dlogits = cross_entropy::forward_backward(nan, 2, &Tensor::from_slice(&[1i64]), &one, &loss).unwrap();
+    let dlogits =
+        cross_entropy::forward_backward(target_of(&nan), nan, 2, &Tensor::from_slice(&[1i64]), &one, &loss).unwrap();
     let loss = loss.value().unwrap().double_value(&[]);
     assert!(!loss.is_finite() || !dlogits.sum(Kind::Float).double_value(&[]).is_finite(), "a NaN must not vanish");
 }
@@ -324,11 +329,18 @@ fn dropout_masks_are_the_documented_function() {
     let judge = Tensor::from_slice(&judge).view([4, i64::from(channels)]);
     let origin = RowOrigin { slot_n: Tensor::from_slice(&slots), token_n: Tensor::from_slice(&tokens) };
     let ones = Tensor::ones([4, i64::from(channels)], (Kind::Float, Device::Cpu));
-    let mask = dropout::apply(&ones, key, site, &origin).unwrap();
+    let mask = dropout::apply(target_of(&ones), &ones, key, site, &origin).unwrap();
     assert_close("dropout mask", &mask, &judge, 1e-6);
     // A view with a row stride gives the same.
     let wide = Tensor::ones([4, i64::from(channels) + 9], (Kind::Float, Device::Cpu));
-    let strided = dropout::apply(&wide.narrow(1, 0, i64::from(channels)), key, site, &origin).unwrap();
+    let strided = dropout::apply(
+        target_of(&wide.narrow(1, 0, i64::from(channels))),
+        &wide.narrow(1, 0, i64::from(channels)),
+        key,
+        site,
+        &origin,
+    )
+    .unwrap();
     assert_close("dropout mask of a strided view", &strided, &judge, 1e-6);
 }
 
@@ -339,7 +351,7 @@ fn dropout_keeps_the_mean() {
     let origin =
         RowOrigin { slot_n: Tensor::zeros([n], (Kind::Int64, Device::Cpu)), token_n: Tensor::from_slice(&rows) };
     let ones = Tensor::ones([n, 1024], (Kind::Float, Device::Cpu));
-    let mask = dropout::apply(&ones, DropoutKey { p: 0.05, seed: 7, step: 0 }, 0, &origin).unwrap();
+    let mask = dropout::apply(target_of(&ones), &ones, DropoutKey { p: 0.05, seed: 7, step: 0 }, 0, &origin).unwrap();
     // 524,288 draws: the share of zeros has a standard deviation of 3e-4, five of them are allowed.
     let dropped = mask.eq(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
     assert!((dropped - 0.05).abs() < 1.5e-3, "{dropped}");
@@ -351,7 +363,7 @@ fn a_product_goes_into_its_columns_alone() {
     for (kind, bound) in [(Kind::Double, 1e-12), (Kind::Float, 1e-4), (Kind::BFloat16, 0.2), (Kind::Half, 0.03)] {
         let (dy, w) = (Tensor::randn([7, 50], F64).to_kind(kind), Tensor::randn([50, 29], F64).to_kind(kind));
         let wide = Tensor::full([7, 40], f64::NAN, (kind, Device::Cpu));
-        gemm::nn_into_(&wide.narrow(1, 6, 29), &dy, &w).unwrap();
+        gemm::nn_into_(target_of(&wide.narrow(1, 6, 29)), &wide.narrow(1, 6, 29), &dy, &w).unwrap();
         let judge = dy.to_kind(Kind::Double).matmul(&w.to_kind(Kind::Double));
         assert_close("dy w", &wide.narrow(1, 6, 29).to_kind(Kind::Double), &judge, bound);
         // What lies beside the columns is as it was.

@@ -14,7 +14,7 @@ use bellora::ops::dropout::{self, DropoutKey, RowOrigin};
 use bellora::ops::rope::RopeScaling;
 use tch::{Device, Kind, Tensor};
 
-use crate::support::{Lab, Rig, Shape, assert_tensors_close, gradients, trainer};
+use crate::support::{Lab, Rig, Shape, assert_tensors_close, gradients, target_of, trainer};
 
 const BOUND: f64 = 2e-5;
 /// Sums of a hundred terms near 6 in fp32.
@@ -69,7 +69,7 @@ impl Judge {
         let origin =
             RowOrigin { slot_n: Tensor::full([n], document.slot as i64, long), token_n: Tensor::arange(n, long) };
         let ones = Tensor::ones([n, channels], (Kind::Float, Device::Cpu));
-        Some(dropout::apply(&ones, key, site as u32, &origin).unwrap().to_kind(Kind::Double))
+        Some(dropout::apply(target_of(&ones), &ones, key, site as u32, &origin).unwrap().to_kind(Kind::Double))
     }
 
     fn linear(&self, x_ti: &Tensor, layer: usize, projection: Projection, mask: &Option<Tensor>) -> Tensor {

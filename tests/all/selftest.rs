@@ -9,7 +9,7 @@ use bellora::selftest::{Row, SelftestReport, TestedMachine, largest_error, toler
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::support::{bellora, run};
+use crate::support::{bellora, run, target_of};
 
 const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -135,7 +135,7 @@ fn a_row_with_wrong_statistics_is_noticed() {
     let x = Tensor::randn([37, 200], F32).to_kind(Kind::BFloat16);
     let w = Tensor::ones([200], (Kind::BFloat16, Device::Cpu));
     let wide = |t: &Tensor| t.to_kind(Kind::Double);
-    let (y, saved) = rms_norm::forward(&x, &w, 1e-5).unwrap();
+    let (y, saved) = rms_norm::forward(target_of(&x), &x, &w, 1e-5).unwrap();
     let (judge, _) = rms_norm::plain_forward(&wide(&x), &wide(&w), 1e-5).unwrap();
     let bound = tolerance(Kind::BFloat16, 1, 200);
     assert!(largest_error(&y, &judge).unwrap() <= bound);

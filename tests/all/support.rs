@@ -21,10 +21,16 @@ use bellora::model::params::{Gradients, ParamBuffer, named_views};
 use bellora::model::shape::Projection;
 use bellora::ops::cross_entropy::ScaledLoss;
 use bellora::ops::dropout::DropoutKey;
+use bellora::ops::target::Target;
 use bellora::run::setup::{CacheUse, Job, ModelSetup};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
+
+/// What operations on a tensor are for.
+pub(crate) fn target_of(tensor: &Tensor) -> Target {
+    Target::new(tensor.device(), tensor.kind())
+}
 
 /// Draws that depend on their seed alone: libtorch's generator is shared by all tests of the process.
 pub(crate) struct Draws(u64);

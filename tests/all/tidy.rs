@@ -344,3 +344,15 @@ fn files_are_small() {
     let found: Vec<String> = files().iter().filter(|p| too_large(p)).map(|p| relative(p)).collect();
     assert_none(&found);
 }
+
+/// Which form of an op runs is said by its target alone.
+#[test]
+fn no_op_looks_at_a_tensor_for_its_device() {
+    let of_ops: Vec<_> = sources().into_iter().filter(|(name, _)| name.starts_with("src/ops/")).collect();
+    assert!(of_ops.len() > 8, "{}", of_ops.len());
+    let looks = |line: &&str| line.contains(".device() ==") || line.contains(".device().is_cuda()");
+    let found = of_ops
+        .iter()
+        .flat_map(|(name, code)| code.lines().filter(looks).map(move |line| format!("{name}: {}", line.trim())));
+    assert_none(&found.collect::<Vec<_>>());
+}

@@ -9,7 +9,7 @@ mod report;
 
 use std::time::{Duration, Instant};
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 pub use report::{Piece, PiecesReport, Settings};
 
@@ -19,6 +19,7 @@ use crate::data::Lengths;
 use crate::error::Result;
 use crate::model::shape::ModelShape;
 use crate::ops::attention::Heads;
+use crate::ops::target::Target;
 use crate::run::resolve_auto;
 use crate::torch::cuda::{Blas, prefer_blas, set_numerics};
 use crate::torch::dtype;
@@ -44,7 +45,7 @@ enum Work {
     Bytes(f64),
 }
 
-/// Sizes, and where and in what dtype is computed.
+/// Sizes, and what the operations are for.
 struct Sizes {
     rows: i64,
     /// The documents' borders in rows.
@@ -53,8 +54,7 @@ struct Sizes {
     intermediate: i64,
     heads: Heads,
     r: i64,
-    kind: Kind,
-    device: Device,
+    target: Target,
 }
 
 /// Times pieces and keeps what was found.
@@ -97,8 +97,7 @@ pub fn measure(
         intermediate: shape.intermediate_size,
         heads: shape.heads(),
         r: config.lora.r as i64,
-        kind,
-        device,
+        target: Target::new(device, kind),
     };
     let settings = Settings {
         shape: name.to_string(),
@@ -149,12 +148,12 @@ fn borders(lengths: impl Iterator<Item = usize>, rows: usize) -> Vec<usize> {
 impl Pieces {
     /// A drawn tensor in the compute dtype: a GPU is faster on zeros than it can ever be on real numbers.
     fn draw(&self, shape: &[i64]) -> Result<Tensor> {
-        Ok(Tensor::f_empty(shape, (self.sizes.kind, self.sizes.device))?.f_normal_(0.0, 1.0)?)
+        Ok(Tensor::f_empty(shape, (self.sizes.target.kind, self.sizes.target.device))?.f_normal_(0.0, 1.0)?)
     }
 
     /// Bytes of an element in the compute dtype.
     fn element(&self) -> f64 {
-        self.sizes.kind.elt_size_in_bytes() as f64
+        self.sizes.target.kind.elt_size_in_bytes() as f64
     }
 
     /// Times a piece. `prepare` makes its operands, which are gone before the next.
@@ -162,7 +161,7 @@ impl Pieces {
     /// # Errors
     /// A device that is lost: whatever the piece itself cannot do is recorded.
     fn time(&mut self, name: &str, work: Work, prepare: impl FnOnce(&Self) -> Result<Call>) -> Result<()> {
-        let device = self.sizes.device;
+        let device = self.sizes.target.device;
         let timed = if Instant::now() > self.end {
             Err("no time left".to_string())
         } else {

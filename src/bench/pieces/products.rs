@@ -47,14 +47,14 @@ fn flops(n: i64, o: i64, i: i64) -> Work {
 /// Times what the library of products that is preferred now makes: the maps' products with frozen weights, forward and backward;
 /// those with the adapters' A and B; the adapters' gradients in fp32; a frozen weight with B beside it, `[W | B]`.
 pub(super) fn time(pieces: &mut Pieces) -> Result<()> {
-    let (n, r) = (pieces.sizes.rows, pieces.sizes.r);
+    let (target, n, r) = (pieces.sizes.target, pieces.sizes.rows, pieces.sizes.r);
     let maps = maps(pieces);
     for map in &maps {
         let (o, i) = (map.output(), map.input);
         by_weight(pieces, &format!("frozen {}", map.name), o, i)?;
         pieces.time(&format!("frozen {} backward", map.name), flops(n, o, i), |pieces| {
             let (dy, w) = (pieces.draw(&[n, o])?, pieces.draw(&[o, i])?);
-            Ok(Box::new(move || gemm::nn(&dy, &w).map(drop)))
+            Ok(Box::new(move || gemm::nn(target, &dy, &w).map(drop)))
         })?;
     }
     for map in &maps {
@@ -70,7 +70,7 @@ pub(super) fn time(pieces: &mut Pieces) -> Result<()> {
                 let (whole, xa) = (pieces.draw(&[n, map.output()])?, pieces.draw(&[n, map.ranks(r)])?);
                 let b = pieces.draw(&[width, r])?;
                 let (y, x) = (whole.f_narrow(1, first, width)?, xa.f_narrow(1, at * r, r)?);
-                Ok(Box::new(move || gemm::add_nt_(&y, &x, &b)))
+                Ok(Box::new(move || gemm::add_nt_(target, &y, &x, &b)))
             })?;
         }
     }
@@ -87,36 +87,35 @@ pub(super) fn time(pieces: &mut Pieces) -> Result<()> {
 
 /// `[N, I]` times `[O, I]` transposed, as a map multiplies by its weight.
 fn by_weight(pieces: &mut Pieces, name: &str, o: i64, i: i64) -> Result<()> {
-    let n = pieces.sizes.rows;
+    let (target, n) = (pieces.sizes.target, pieces.sizes.rows);
     pieces.time(name, flops(n, o, i), |pieces| {
         let (x, w) = (pieces.draw(&[n, i])?, pieces.draw(&[o, i])?);
-        Ok(Box::new(move || gemm::nt(&x, &w).map(drop)))
+        Ok(Box::new(move || gemm::nt(target, &x, &w).map(drop)))
     })
 }
 
 /// `[N, O]` transposed times `[N, I]`, onto fp32 sums.
 fn gradient(pieces: &mut Pieces, name: &str, o: i64, i: i64) -> Result<()> {
-    let n = pieces.sizes.rows;
+    let (target, n) = (pieces.sizes.target, pieces.sizes.rows);
     pieces.time(name, flops(n, o, i), |pieces| {
         let (dy, x) = (pieces.draw(&[n, o])?, pieces.draw(&[n, i])?);
-        let sums = Tensor::f_zeros([o, i], (Kind::Float, pieces.sizes.device))?;
-        Ok(Box::new(move || gemm::accumulate_tn_(&sums, &dy, &x)))
+        let sums = Tensor::f_zeros([o, i], (Kind::Float, target.device))?;
+        Ok(Box::new(move || gemm::accumulate_tn_(target, &sums, &dy, &x)))
     })
 }
 
 /// Times the frozen products by `_scaled_mm`, operands rounded to fp8 beforehand.
 pub(super) fn time_fp8(pieces: &mut Pieces) -> Result<()> {
-    let n = pieces.sizes.rows;
+    let (target, n) = (pieces.sizes.target, pieces.sizes.rows);
     for map in maps(pieces) {
         let (o, i) = (map.output(), map.input);
         pieces.time(&format!("fp8 {}", map.name), flops(n, o, i), |pieces| {
-            let (kind, device) = (pieces.sizes.kind, pieces.sizes.device);
             let fp8 = |t: Tensor| t.f_to_kind(Kind::Float8e4m3fn);
             let (x, w) = (fp8(pieces.draw(&[n, i])?)?, fp8(pieces.draw(&[o, i])?)?);
-            let one = filled(&[], 1.0, (Kind::Float, device))?;
+            let one = filled(&[], 1.0, (Kind::Float, target.device))?;
             let call: Call = Box::new(move || {
                 let none = None::<&Tensor>;
-                let _ = x.f_internal_scaled_mm(&w.f_tr()?, &one, &one, none, none, kind, false)?;
+                let _ = x.f_internal_scaled_mm(&w.f_tr()?, &one, &one, none, none, target.kind, false)?;
                 Ok(())
             });
             Ok(call)

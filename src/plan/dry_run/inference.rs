@@ -4,7 +4,6 @@ use super::{Bytes, Dims, DryRun, FP32, Held, Meter};
 use crate::model::decoder::rows_per_chunk;
 use crate::model::params::padded_head_rows;
 use crate::plan::parts::{MemoryPart, PartBytes};
-use tch::Device;
 
 /// Follows `Decoder::nll` over a micro-batch of `tokens` tokens, all of them learned.
 pub(in crate::plan) fn evaluation(dims: &Dims, tokens: i64) -> Vec<PartBytes> {
@@ -65,9 +64,8 @@ impl<'m> DryRun<'m> {
     /// One chunk of `Decoder::nll`: the normed rows, their logits, the softmax in fp32.
     fn nll_chunk(&self) {
         let dims = self.dims;
-        let device = if dims.is_cuda { Device::Cuda(0) } else { Device::Cpu };
-        let chunk = rows_per_chunk(dims.vocab, device).min(self.n);
-        let padded = padded_head_rows(dims.vocab, dims.kind);
+        let chunk = rows_per_chunk(dims.vocab, dims.target.device).min(self.n);
+        let padded = padded_head_rows(dims.vocab, dims.target.kind);
         let hold = |bytes: i64| self.meter.hold(MemoryPart::Head, bytes);
         let _h_md = hold(dims.element() * dims.hidden * chunk);
         let _logits = hold(dims.element() * padded * chunk);

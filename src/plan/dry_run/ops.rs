@@ -15,12 +15,12 @@ impl<'m> DryRun<'m> {
     // ---- ops/gemm.rs ----
 
     pub(super) fn is_fp32_on_cpu(&self) -> bool {
-        !self.dims.is_cuda && self.dims.kind == Kind::Float
+        !self.dims.is_cuda() && self.dims.target.kind == Kind::Float
     }
 
     /// `add_nt_` or `add_nn_` onto `[N, width]`.
     pub(super) fn add_product(&self, width: i64) {
-        if self.dims.is_half_precision() && !self.dims.is_cuda {
+        if self.dims.is_half_precision() && !self.dims.is_cuda() {
             drop(self.passing(width));
         }
     }
@@ -28,7 +28,7 @@ impl<'m> DryRun<'m> {
     /// `accumulate_tn_` onto a gradient `[rows, columns]`.
     pub(super) fn accumulate(&self, part: MemoryPart, rows: i64, columns: i64) {
         // A GPU's product goes into the fp32 gradient itself.
-        if self.dims.is_half_precision() && !self.dims.is_cuda {
+        if self.dims.is_half_precision() && !self.dims.is_cuda() {
             drop(self.meter.hold(part, self.dims.element() * rows * columns));
         }
     }
@@ -145,7 +145,7 @@ impl<'m> DryRun<'m> {
 
     /// What attention makes besides the `o` and `lse` that are kept.
     pub(super) fn attention_forward(&self) {
-        if self.dims.is_cuda {
+        if self.dims.is_cuda() {
             drop(self.repeated());
         } else {
             let _inputs = self.cpu_attention_inputs();
@@ -157,7 +157,7 @@ impl<'m> DryRun<'m> {
     pub(super) fn attention_backward(&self) {
         let Dims { q_width, kv_width, n_heads, .. } = *self.dims;
         let is_grouped = q_width > kv_width;
-        if self.dims.is_cuda {
+        if self.dims.is_cuda() {
             let _repeated = self.repeated();
             let _apart = self.passing(3 * q_width);
             drop(self.wide(MemoryPart::Temporaries, CUDA_ACCUMULATORS * (q_width + n_heads)));
