@@ -1,41 +1,30 @@
 //! The NVIDIA driver and the CUDA half of libtorch, opened at run time: the program is linked against neither, so that it
 //! starts on machines without them. What is opened stays open.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::path::{Path, PathBuf};
 
-unsafe extern "C" {
-    fn dlopen(name: *const c_char, flags: c_int) -> *mut c_void;
-    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
-    fn dlerror() -> *const c_char;
-}
+use libloading::os::unix::{Library as Opened, RTLD_GLOBAL, RTLD_NOW};
 
-// Linux's values.
-const RTLD_NOW: c_int = 2;
-const RTLD_GLOBAL: c_int = 0x100;
-
-/// A shared library that is never closed; null stands for all that the process has opened for everyone.
+/// A shared library that is never closed.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Library(*mut c_void);
+pub(crate) struct Library(&'static Opened);
 
 impl Library {
-    pub(crate) const EVERY: Self = Self(std::ptr::null_mut());
-
     /// Opens a library for the whole process; what the loader says if it cannot.
     pub(crate) fn open(name: &str) -> Result<Self, String> {
-        let file = CString::new(name).map_err(|_| format!("{name:?} is no file name"))?;
-        // SAFETY: the name is NUL-terminated; the libraries opened here are the driver's and CUDA's, whose initialisers
-        // may run at any time.
-        let library = unsafe { dlopen(file.as_ptr(), RTLD_NOW | RTLD_GLOBAL) };
-        if !library.is_null() {
-            return Ok(Self(library));
-        }
-        // SAFETY: dlerror gives a NUL-terminated text of this thread, or null.
-        let said = unsafe {
-            let text = dlerror();
-            (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
-        };
-        Err(said.unwrap_or_else(|| format!("{name}: the loader does not say why")))
+        // SAFETY: the libraries opened here are the driver's and CUDA's, whose initialisers may run at any time.
+        let opened = unsafe { Opened::open(Some(name), RTLD_NOW | RTLD_GLOBAL) };
+        opened.map(Self::kept).map_err(|error| error.to_string())
+    }
+
+    /// All that the process has opened for everyone.
+    pub(crate) fn every() -> Self {
+        Self::kept(Opened::this())
+    }
+
+    fn kept(opened: Opened) -> Self {
+        Self(Box::leak(Box::new(opened)))
     }
 
     /// A function by its name.
@@ -43,12 +32,8 @@ impl Library {
     /// # Safety
     /// `F` is the type of that function, a pointer.
     pub(crate) unsafe fn function<F: Copy>(self, name: &CStr) -> Option<F> {
-        const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
-        // SAFETY: the library is open and the name NUL-terminated; what was found has the type that the caller vouches for.
-        unsafe {
-            let address = dlsym(self.0, name.as_ptr());
-            (!address.is_null()).then(|| std::mem::transmute_copy(&address))
-        }
+        // SAFETY: what was found has the type that the caller vouches for, and the library stays open.
+        unsafe { self.0.get::<F>(name.to_bytes_with_nul()) }.ok().map(|found| *found)
     }
 }
 
@@ -138,7 +123,7 @@ pub fn runtime_version() -> Option<u32> {
     let mut version = 0;
     // SAFETY: the type is that of the CUDA runtime's C interface; it writes one number.
     let code = unsafe {
-        let get: unsafe extern "C" fn(*mut c_int) -> c_int = Library::EVERY.function(c"cudaRuntimeGetVersion")?;
+        let get: unsafe extern "C" fn(*mut c_int) -> c_int = Library::every().function(c"cudaRuntimeGetVersion")?;
         get(&mut version)
     };
     u32::try_from(version).ok().filter(|_| code == 0)

@@ -112,10 +112,11 @@ impl Nccl {
 impl Cuda {
     /// Finds the runtime that libtorch's CUDA half has brought into the process.
     pub(super) fn find() -> Result<Self, String> {
+        let every = Library::every();
         macro_rules! function {
             ($name:literal) => {
                 // SAFETY: the field that takes it has the type of this function in cuda_runtime_api.h.
-                unsafe { Library::EVERY.function($name) }
+                unsafe { every.function($name) }
                     .ok_or_else(|| format!("the CUDA runtime is not loaded: there is no {:?}", $name))?
             };
         }
