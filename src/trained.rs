@@ -7,7 +7,7 @@ use tch::{Device, Kind};
 use crate::checkpoint::adapter_file::{self, AdapterConfig};
 use crate::checkpoint::manifest::{MANIFEST_FILE, newest_good};
 use crate::config::{Dtype, ModelOfRun};
-use crate::data::{SpecialTokens, Template, TemplateFile, Tokenizer};
+use crate::data::{Prompting, SpecialTokens, TemplateFile, Tokenizer};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Fault, Result, shell_quoted};
 use crate::formats::safetensors_in::TensorFiles;
@@ -198,13 +198,13 @@ impl Trained {
     }
 
     /// The template and stop ids that travel with the model; else those of `fallback` with the tokenizer's own.
-    pub fn template(&self, tokenizer: &Tokenizer, fallback: &Template) -> Result<TemplateFile> {
+    pub fn template(&self, tokenizer: &Tokenizer, fallback: &dyn Fn() -> Result<Prompting>) -> Result<TemplateFile> {
         for dir in self.folders() {
             if let Some(template) = TemplateFile::load(dir)? {
                 return Ok(template);
             }
         }
-        let mut template = TemplateFile::new(fallback, tokenizer, SpecialTokens::Special);
+        let mut template = TemplateFile::new(&fallback()?, tokenizer, SpecialTokens::Special);
         template.stop_token_ids.extend(&self.base.eos_token_ids);
         Ok(template)
     }

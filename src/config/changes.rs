@@ -98,6 +98,7 @@ impl Config {
         }
         word(&mut self.model.dtype, theirs.get("model.dtype"));
         word(&mut self.model.device, theirs.get("model.device"));
+        word(&mut self.data.learn, theirs.get("data.learn"));
         word(&mut self.train.recompute, theirs.get("train.recompute"));
         let tokens = theirs.get("train.micro_batch_tokens").and_then(Value::as_u64);
         if let (Auto::Auto, Some(shard)) = (self.train.shard, theirs.get("train.shard").and_then(Value::as_bool)) {

@@ -90,6 +90,16 @@ choice! {
 }
 
 choice! {
+    /// Which answers of a conversation are learned.
+    Learn {
+        /// The last one.
+        Last = "last",
+        /// Every one.
+        All = "all",
+    }
+}
+
+choice! {
     /// The shape of the learning rate after the warmup.
     Schedule {
         /// Half a cosine, from the peak to 0.

@@ -165,6 +165,7 @@ const VALUES: &[(&str, &str, &str)] = &[
     ("train.schedule", "cosine_with_restarts cosine_with_min_lr polynomial inverse_sqrt", "\"cosine\""),
     ("train.recompute", "true full unsloth", "\"all\""),
     ("train.recompute", "false", "\"none\""),
+    ("data.template", "chatml qwen qwen3 llama3 mistral zephyr vicuna gemma phi", "\"chat\" for the tokenizer's own chat template, or the path of a template file"),
     ("lora.target_modules", "all-linear all all_linear", "nothing: leave it out for all seven projections"),
     ("lora.target_modules", "qkv_proj w_pack query_key_value c_attn", "\"q_proj\", \"k_proj\", \"v_proj\""),
     ("lora.target_modules", "gate_up_proj", "\"gate_proj\", \"up_proj\""),

@@ -24,7 +24,7 @@ use of_run::Unwritable;
 
 pub use changes::{Difference, Meaning, values_of};
 pub use choices::{
-    Device, Dtype, LossAverage, NewRows, NonFinite, Recompute, SaveDtype, Schedule, SpecialTokens, Truncation,
+    Device, Dtype, Learn, LossAverage, NewRows, NonFinite, Recompute, SaveDtype, Schedule, SpecialTokens, Truncation,
 };
 pub use of_run::{CacheDir, ModelOfRun};
 
@@ -104,6 +104,8 @@ pub struct DataConfig {
     pub validation_fraction: f64,
     /// The text around instruction and answer.
     pub template: TemplateChoice,
+    /// Which answers of a conversation are learned: every one with a chat template, else the last, where it is `auto`.
+    pub learn: Auto<Learn>,
     /// The longest sample, in tokens.
     pub max_length: usize,
     /// What happens to a longer one.
@@ -221,7 +223,9 @@ pub enum TemplateChoice {
     Alpaca,
     /// The built-in `chinese-alpaca`.
     ChineseAlpaca,
-    /// A template file of the user's.
+    /// The chat template in the tokenizer's own files.
+    Chat,
+    /// A template file of the user's: strings (`.toml`), or a chat template (`.jinja`).
     File(PathBuf),
 }
 
@@ -235,7 +239,7 @@ pub const SAVED_MODULES: [&str; 2] = ["embed_tokens", "lm_head"];
 const SECTIONS: [&str; 4] = ["model", "lora", "data", "train"];
 
 /// The keys that say what the updates compute, up to rounding. A resumed run must agree in them.
-const DEFINING_KEYS: [&str; 27] = [
+const DEFINING_KEYS: [&str; 28] = [
     "model.dtype",
     "model.init_adapter",
     "model.resize_vocab",
@@ -247,6 +251,7 @@ const DEFINING_KEYS: [&str; 27] = [
     "lora.modules_to_save",
     "lora.use_rslora",
     "data.validation_fraction",
+    "data.learn",
     "data.max_length",
     "data.truncation",
     "data.special_tokens",

@@ -59,6 +59,7 @@ impl Config {
             ("data.validation", paths(&data.validation)),
             ("data.validation_fraction", float(data.validation_fraction)),
             ("data.template", template(&data.template)),
+            ("data.learn", auto(data.learn, |learn| quoted(learn.as_str()))),
             ("data.max_length", data.max_length.to_string()),
             ("data.truncation", quoted(data.truncation.as_str())),
             ("data.special_tokens", quoted(data.special_tokens.as_str())),
@@ -113,6 +114,7 @@ fn auto<T>(value: Auto<T>, show: impl Fn(T) -> String) -> String {
 fn template(template: &TemplateChoice) -> String {
     match template {
         TemplateChoice::Alpaca => quoted("alpaca"),
+        TemplateChoice::Chat => quoted("chat"),
         TemplateChoice::ChineseAlpaca => quoted("chinese-alpaca"),
         TemplateChoice::File(file) => path(file),
     }

@@ -347,13 +347,18 @@ impl Reader<'_> {
         match &*text {
             "alpaca" => Some(TemplateChoice::Alpaca),
             "chinese-alpaca" => Some(TemplateChoice::ChineseAlpaca),
-            text if Path::new(text).extension().is_some_and(|extension| extension == "toml") => {
+            "chat" => Some(TemplateChoice::Chat),
+            text if Path::new(text)
+                .extension()
+                .is_some_and(|extension| ["toml", "jinja"].iter().any(|known| extension == *known)) =>
+            {
                 self.path(key, paths::template).map(TemplateChoice::File)
             }
             text => {
-                let what =
-                    format!("expected \"alpaca\", \"chinese-alpaca\" or the path of a .toml file, found {text:?}");
-                let near = foreign::value_hint(key, text, &["alpaca", "chinese-alpaca"]);
+                let what = format!(
+                    "expected \"alpaca\", \"chinese-alpaca\", \"chat\" or the path of a .toml or .jinja file, found {text:?}"
+                );
+                let near = foreign::value_hint(key, text, &["alpaca", "chinese-alpaca", "chat"]);
                 let hint = near.unwrap_or_else(|| "a format of your own is written as a template file".to_owned());
                 let fault = Fault::new(self.raw.place(key), what).hint(hint);
                 self.fault(key, fault);

@@ -103,6 +103,7 @@ fn data(reader: &mut Reader<'_>) -> DataConfig {
         validation,
         validation_fraction,
         template: reader.template().unwrap_or(TemplateChoice::Alpaca),
+        learn: reader.auto_choice("data.learn"),
         // The first token of a sample is never learned, so that a sample of one token has no use.
         max_length: reader.integer_up_to("data.max_length", 2, LONGEST_SAMPLE).map_or(512, |length| length as usize),
         truncation: reader.choice("data.truncation").unwrap_or(Truncation::Drop),

@@ -93,8 +93,9 @@ fn push(batch: &mut PackedBatch, dataset: &Dataset, sample: usize, slot: usize, 
     batch.cu_seqlens.push(batch.input_ids.len());
     batch.slots.push(slot as u64);
     // The first token has no row before it that could predict it.
-    let first = dataset.n_prompt(sample).max(1);
-    batch.learned_rows.extend((first..ids.len()).map(|at| (start + at - 1) as i64));
-    batch.targets.extend(ids[first..].iter().map(|&id| i64::from(id)));
+    for at in dataset.learned(sample) {
+        batch.learned_rows.push((start + at - 1) as i64);
+        batch.targets.push(i64::from(ids[at]));
+    }
     batch.weights.resize(batch.targets.len(), weight);
 }

@@ -4,8 +4,9 @@
 //! whole or not at all (temporary name, sync, rename), and one that does not fit its key, its size or its checksum
 //! counts as absent and is written anew.
 //!
-//! Layout: a header of 64 bytes (magic, byte order, version, key, counts); 32-bit numbers in the machine's byte order:
-//! length, prompt length, file and line of every sample, then all ids; the summary as JSON; the checksum.
+//! Layout: a header of 72 bytes (magic, byte order, version, key, counts); 32-bit numbers in the machine's byte order:
+//! length, file, line and number of learned spans of every sample, then all ids, then the spans (first token and the one behind
+//! the last); the summary as JSON; the checksum.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -57,8 +58,10 @@ impl<'a> TokenCache<'a> {
 pub(super) struct Table {
     /// Tokens of each sample.
     pub(super) lengths: Vec<u32>,
-    /// Tokens of each prompt.
-    pub(super) n_prompt: Vec<u32>,
+    /// Learned spans of each sample.
+    pub(super) n_spans: Vec<u32>,
+    /// All spans, one sample's after the other's: the first token that is learned, and the one behind the last.
+    pub(super) spans: Vec<[u32; 2]>,
     /// Which file each comes from.
     pub(super) files: Vec<u32>,
     /// The line it stands on there.
@@ -94,10 +97,10 @@ impl Deref for Ids {
 }
 
 /// The version of the layout and of what is computed into it; raised whenever either changes.
-pub(super) const VERSION: u32 = 3;
+pub(super) const VERSION: u32 = 4;
 const MAGIC: &[u8; 16] = b"bellora tokens\n\0";
 const BYTE_ORDER: u32 = 0x0102_0304;
-const HEADER_BYTES: usize = 64;
+const HEADER_BYTES: usize = 72;
 const CHECKSUM_BYTES: usize = 16;
 
 /// Where the samples of a key are kept.
@@ -138,13 +141,14 @@ fn write_file(file: &File, key: u128, table: &Table) -> std::io::Result<()> {
     out.put(MAGIC)?;
     out.put_words(&[BYTE_ORDER, VERSION])?;
     out.put(&key.to_le_bytes())?;
-    for count in [table.lengths.len(), table.ids.len(), table.summary.len()] {
+    for count in [table.lengths.len(), table.ids.len(), table.spans.len(), table.summary.len()] {
         out.put(&(count as u64).to_le_bytes())?;
     }
-    for column in [&table.lengths, &table.n_prompt, &table.files, &table.lines] {
+    for column in [&table.lengths, &table.files, &table.lines, &table.n_spans] {
         out.put_words(column)?;
     }
     out.put_words(&table.ids)?;
+    out.put_words(table.spans.as_flattened())?;
     out.put(table.summary.as_bytes())?;
     let sum = out.sum.digest128();
     out.put(&sum.to_le_bytes())?;
@@ -179,12 +183,13 @@ pub(super) fn open(folder: &Path, key: u128) -> Option<Table> {
     let expected = [&MAGIC[..], &BYTE_ORDER.to_ne_bytes(), &VERSION.to_ne_bytes(), &key.to_le_bytes()].concat();
     let counts = header.strip_prefix(expected.as_slice())?;
     let (counts, _) = counts.as_chunks::<8>();
-    let [n_samples, n_ids, n_summary]: [usize; 3] =
+    let [n_samples, n_ids, n_spans, n_summary]: [usize; 4] =
         counts.iter().map(|count| u64::from_le_bytes(*count) as usize).collect::<Vec<_>>().try_into().ok()?;
 
     let column_bytes = n_samples.checked_mul(4)?;
     let ids_start = column_bytes.checked_mul(4)?.checked_add(HEADER_BYTES)?;
-    let summary_start = n_ids.checked_mul(4)?.checked_add(ids_start)?;
+    let spans_start = n_ids.checked_mul(4)?.checked_add(ids_start)?;
+    let summary_start = n_spans.checked_mul(8)?.checked_add(spans_start)?;
     let sum_start = summary_start.checked_add(n_summary)?;
     if sum_start.checked_add(CHECKSUM_BYTES)? != map.len() {
         return None;
@@ -195,22 +200,29 @@ pub(super) fn open(folder: &Path, key: u128) -> Option<Table> {
         return None;
     }
 
-    let column = |number: usize| -> Vec<u32> {
+    let words = |start: usize, end: usize| -> Vec<u32> {
+        map[start..end].as_chunks::<4>().0.iter().map(|word| u32::from_ne_bytes(*word)).collect()
+    };
+    let column = |number: usize| {
         let start = HEADER_BYTES + number * column_bytes;
-        let (words, _) = map[start..start + column_bytes].as_chunks::<4>();
-        words.iter().map(|word| u32::from_ne_bytes(*word)).collect()
+        words(start, start + column_bytes)
     };
     let table = Table {
         lengths: column(0),
-        n_prompt: column(1),
-        files: column(2),
-        lines: column(3),
+        files: column(1),
+        lines: column(2),
+        n_spans: column(3),
+        spans: words(spans_start, summary_start).as_chunks::<2>().0.to_vec(),
         summary: String::from_utf8(map[summary_start..sum_start].to_vec()).ok()?,
-        ids: Ids::Mapped(MappedIds { start: ids_start, end: summary_start, map }),
+        ids: Ids::Mapped(MappedIds { start: ids_start, end: spans_start, map }),
     };
     let total: u64 = table.lengths.iter().map(|&length| u64::from(length)).sum();
-    let prompts_fit = table.n_prompt.iter().zip(&table.lengths).all(|(prompt, length)| prompt <= length);
-    (total == n_ids as u64 && prompts_fit).then_some(table)
+    let of_samples: u64 = table.n_spans.iter().map(|&n| u64::from(n)).sum();
+    let mut spans = table.spans.iter();
+    let fit =
+        |(&n, length): (&u32, &u32)| spans.by_ref().take(n as usize).all(|[start, end]| start <= end && end <= length);
+    let are_whole = total == n_ids as u64 && of_samples == n_spans as u64;
+    (are_whole && table.n_spans.iter().zip(&table.lengths).all(fit)).then_some(table)
 }
 
 /// The ids within a mapped file.

@@ -10,9 +10,9 @@ use super::cache::{Ids, Table, TokenCache};
 use super::encode::Encoder;
 use super::lengths::Length;
 use super::order::{self, SplitMix64};
+use super::prompting::Prompting;
 use super::reason::place;
 use super::samples::{self, DataSpec, Loaded, Summary};
-use super::template::Template;
 use super::tokenizer::Tokenizer;
 use crate::error::{Fault, Result};
 
@@ -29,6 +29,8 @@ struct Shared {
     table: Table,
     /// Where each sample's ids begin, and the end.
     offsets: Vec<u64>,
+    /// Where each sample's learned spans begin, and the end.
+    span_offsets: Vec<u64>,
     summary: Summary,
     warnings: Vec<Fault>,
     from_cache: bool,
@@ -79,12 +81,13 @@ impl Dataset {
     pub fn load(
         spec: &DataSpec,
         tokenizer: &Tokenizer,
-        template: &Template,
+        template: &Prompting,
         token_cache: TokenCache<'_>,
     ) -> Result<Self> {
         let encoder = Encoder {
             tokenizer,
             template,
+            answers: spec.answers,
             special_tokens: spec.special_tokens,
             max_length: spec.max_length,
             truncation: spec.truncation,
@@ -98,7 +101,8 @@ impl Dataset {
         let (mut ids, mut generator) = (Vec::new(), SplitMix64(seed));
         for (line, length) in (1..).zip(lengths) {
             table.lengths.push(length.tokens);
-            table.n_prompt.push(length.tokens - length.learned);
+            table.n_spans.push(1);
+            table.spans.push([length.tokens - length.learned, length.tokens]);
             table.files.push(0);
             table.lines.push(line);
             ids.extend((0..length.tokens).map(|_| generator.below(u64::from(vocab_size)) as u32));
@@ -110,16 +114,10 @@ impl Dataset {
     }
 
     fn new(paths: Vec<PathBuf>, Loaded { table, summary, from_cache, unkept }: Loaded) -> Self {
-        let mut end = 0;
-        let offsets = std::iter::once(0)
-            .chain(table.lengths.iter().map(|&length| {
-                end += u64::from(length);
-                end
-            }))
-            .collect();
+        let (offsets, span_offsets) = (ends(&table.lengths), ends(&table.n_spans));
         let mut warnings = samples::warnings(&summary, &paths);
         warnings.extend(unkept);
-        let shared = Shared { paths, table, offsets, summary, warnings, from_cache };
+        let shared = Shared { paths, table, offsets, span_offsets, summary, warnings, from_cache };
         Self { shared: Arc::new(shared), selected: None }
     }
 
@@ -144,17 +142,21 @@ impl Dataset {
         &self.shared.table.ids[range]
     }
 
-    /// Tokens of a sample's prompt: the labels over them are -100.
-    pub fn n_prompt(&self, sample: usize) -> usize {
-        self.shared.table.n_prompt[self.at(sample)] as usize
+    /// The spans of a sample's tokens that are learned, ascending: the labels over all others are -100.
+    pub fn spans(&self, sample: usize) -> impl DoubleEndedIterator<Item = Range<usize>> + Clone {
+        let at = self.at(sample);
+        let range = self.shared.span_offsets[at] as usize..self.shared.span_offsets[at + 1] as usize;
+        self.shared.table.spans[range].iter().map(|[start, end]| *start as usize..*end as usize)
     }
 
-    /// How many of a sample's tokens are learned: those after the prompt, but never the first of all, which no other
-    /// token comes before.
+    /// The positions of a sample's tokens that are learned, ascending; never the first of all, which no other token comes before.
+    pub fn learned(&self, sample: usize) -> impl Iterator<Item = usize> {
+        self.spans(sample).flat_map(|span| span.start.max(1)..span.end)
+    }
+
+    /// How many of a sample's tokens are learned.
     pub fn label_tokens(&self, sample: usize) -> usize {
-        let at = self.at(sample);
-        let (length, n_prompt) = (self.shared.table.lengths[at], self.shared.table.n_prompt[at]);
-        length.saturating_sub(n_prompt.max(1)) as usize
+        self.spans(sample).map(|span| span.end.saturating_sub(span.start.max(1))).sum()
     }
 
     /// Where a sample stands: `file:line`.
@@ -222,13 +224,18 @@ impl Dataset {
     pub fn write_dump(&self, out: &mut impl Write) -> std::io::Result<()> {
         let mut line = Vec::new();
         for sample in 0..self.len() {
-            let (ids, n_prompt) = (self.ids(sample), self.n_prompt(sample));
+            let ids = self.ids(sample);
+            let mut labels = vec![-100; ids.len()];
+            for span in self.spans(sample) {
+                for at in span {
+                    labels[at] = i64::from(ids[at]);
+                }
+            }
             line.clear();
             line.extend_from_slice(b"{\"input_ids\":[");
             push_numbers(&mut line, ids.iter().map(|&id| i64::from(id)))?;
             line.extend_from_slice(b"],\"labels\":[");
-            let labels = ids.iter().enumerate().map(|(at, &id)| if at < n_prompt { -100 } else { i64::from(id) });
-            push_numbers(&mut line, labels)?;
+            push_numbers(&mut line, labels.into_iter())?;
             line.extend_from_slice(b"]}\n");
             out.write_all(&line)?;
         }
@@ -240,6 +247,16 @@ impl Shared {
     fn place(&self, file: u32, line: u32) -> String {
         place(&self.paths[file as usize], line)
     }
+}
+
+/// Where each of some parts that lie one behind the other begins, and the end of the last.
+fn ends(lengths: &[u32]) -> Vec<u64> {
+    let mut end = 0;
+    let ends = lengths.iter().map(|&length| {
+        end += u64::from(length);
+        end
+    });
+    std::iter::once(0).chain(ends).collect()
 }
 
 fn push_numbers(line: &mut Vec<u8>, numbers: impl Iterator<Item = i64>) -> std::io::Result<()> {

@@ -5,10 +5,14 @@
 //!
 //! Nothing here knows the model, prints, or reads the environment.
 
+pub mod chat;
+pub mod conversation;
+pub mod prompting;
 pub mod reason;
 pub mod record;
 pub mod rows;
 pub mod template;
+pub mod template_file;
 pub mod tokenizer;
 
 pub mod template_check;
@@ -33,11 +37,15 @@ pub mod pack;
 
 pub use batch::{LossAverage, Share, build_batches, build_share};
 pub use cache::TokenCache;
+pub use chat::Answers;
+pub use conversation::Conversation;
 pub use dataset::{Dataset, Stats};
 pub use encode::{Encoder, Truncation, prompt_ids};
 pub use lengths::Lengths;
 pub use order::EpochOrder;
+pub use prompting::Prompting;
 pub use record::Record;
 pub use samples::DataSpec;
-pub use template::{Template, TemplateFile};
+pub use template::Template;
+pub use template_file::TemplateFile;
 pub use tokenizer::{SpecialTokens, Tokenizer};

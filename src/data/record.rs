@@ -137,7 +137,8 @@ impl<'de> Deserialize<'de> for Row {
     }
 }
 
-pub(super) fn parse(bytes: &[u8], line: u32) -> std::result::Result<Record, Reason> {
+/// The text of a row, which looks like an object.
+pub(super) fn text_of_row(bytes: &[u8], line: u32) -> std::result::Result<&str, Reason> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
         Reason::new(format!("is not valid UTF-8 (byte {} of the row)", error.valid_up_to() + 1))
             .hint("convert the file: iconv -f GB18030 -t UTF-8 (or what it is written in)")
@@ -149,6 +150,11 @@ pub(super) fn parse(bytes: &[u8], line: u32) -> std::result::Result<Record, Reas
         };
         return Err(Reason::new(format!("a row must be a JSON object, this is {found}")));
     }
+    Ok(text)
+}
+
+pub(super) fn parse(bytes: &[u8], line: u32) -> std::result::Result<Record, Reason> {
+    let text = text_of_row(bytes, line)?;
     let mut row: Row = serde_json::from_str(text).map_err(|error| json::fault(&error, text, line))?;
     if let Wish::Leave(why) = learned::wish(&row.said)? {
         return Err(not_learned("its answer", &why));

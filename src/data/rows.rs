@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::brackets::value_end;
+use super::conversation::{self, Conversation};
 use super::json;
 use super::reason::Reason;
 use super::record::{Record, parse};
@@ -125,6 +126,18 @@ impl RowFile {
         }
         let (range, line) = &self.split.rows[row];
         parse(&self.bytes[range.clone()], *line)
+    }
+
+    /// Parses a row as a conversation.
+    ///
+    /// # Errors
+    /// Why it is a bad row.
+    pub fn conversation(&self, row: usize) -> std::result::Result<Conversation, Reason> {
+        if let Some(reason) = self.split.missing.get(&row) {
+            return Err(reason.clone());
+        }
+        let (range, line) = &self.split.rows[row];
+        conversation::parse(&self.bytes[range.clone()], *line)
     }
 
     /// The line from which on the rest of the file is not read, and why, if that is so. The file is at fault then, whatever

@@ -12,9 +12,9 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::cache::{self, Ids, Table, TokenCache};
 use super::cache_room::{make_room, note_use};
-use super::encode::{Encoder, Failure, Truncation};
+use super::chat::Answers;
+use super::encode::{Encoded, Encoder, Failure, Truncation};
 use super::reason::{Reason, place, row_fault};
-use super::record::Record;
 use super::rows::RowFile;
 use super::tokenizer::SpecialTokens;
 use crate::error::{Error, Fault, Result};
@@ -31,6 +31,8 @@ pub struct DataSpec {
     pub truncation: Truncation,
     /// What becomes of special tokens in a sample's text.
     pub special_tokens: SpecialTokens,
+    /// Which answers of a conversation are learned.
+    pub answers: Answers,
     /// How many bad rows are passed over; one more is an error.
     pub max_bad_rows: usize,
 }
@@ -50,6 +52,11 @@ pub(super) struct Summary {
     pub(super) with_no_answer: usize,
     /// Keys of rows that are passed over, and how many rows have each; the first [`N_KEYS`] of them.
     pub(super) passed_over: BTreeMap<String, usize>,
+    /// Samples whose rows hold text that the template leaves out, and where the first of them stands: file and line.
+    #[serde(default)]
+    pub(super) lacking_text: usize,
+    #[serde(default)]
+    pub(super) first_lacking: Option<(u32, u32)>,
     /// Samples whose rows ask to have earlier answers learned too, and where the first of them stands: file and line.
     pub(super) asking_for_earlier: usize,
     pub(super) first_asking: Option<(u32, u32)>,
@@ -126,8 +133,10 @@ pub(super) fn load(spec: &DataSpec, encoder: &Encoder<'_>, token_cache: TokenCac
 
 /// The key of everything that the encoded samples depend on.
 fn key(encoder: &Encoder<'_>, file_sums: &[u128]) -> u128 {
-    let Encoder { tokenizer, template, special_tokens, max_length, truncation } = encoder;
-    let said = serde_json::json!([template, special_tokens, max_length, truncation, file_sums.len()]).to_string();
+    let Encoder { tokenizer, template, answers, special_tokens, max_length, truncation } = encoder;
+    let template = template.saved();
+    let said =
+        serde_json::json!([template, answers, special_tokens, max_length, truncation, file_sums.len()]).to_string();
     let mut hasher = Xxh3::new();
     hasher.update(&cache::VERSION.to_le_bytes());
     hasher.update(&tokenizer.fingerprint().to_le_bytes());
@@ -200,8 +209,8 @@ struct Builder {
 #[derive(Default)]
 struct Chunk {
     ids: Vec<u32>,
-    /// Length, prompt length and line of each sample.
-    samples: Vec<(u32, u32, u32)>,
+    /// Length, learned spans and line of each sample.
+    samples: Vec<(u32, Vec<[u32; 2]>, u32)>,
     bad: Vec<(u32, Reason)>,
     /// Line and tokens.
     too_long: Vec<(u32, usize)>,
@@ -211,6 +220,8 @@ struct Chunk {
     passed_over: BTreeMap<String, usize>,
     asking_for_earlier: usize,
     first_asking: Option<u32>,
+    lacking_text: usize,
+    first_lacking: Option<u32>,
 }
 
 impl Builder {
@@ -238,9 +249,10 @@ impl Builder {
 
     fn add_chunk(&mut self, file: u32, chunk: Chunk) {
         self.ids.extend(chunk.ids);
-        for (length, n_prompt, line) in chunk.samples {
+        for (length, spans, line) in chunk.samples {
             self.table.lengths.push(length);
-            self.table.n_prompt.push(n_prompt);
+            self.table.n_spans.push(spans.len() as u32);
+            self.table.spans.extend(spans);
             self.table.files.push(file);
             self.table.lines.push(line);
         }
@@ -261,6 +273,8 @@ impl Builder {
         }
         summary.asking_for_earlier += chunk.asking_for_earlier;
         summary.first_asking = summary.first_asking.or(chunk.first_asking.map(|line| (file, line)));
+        summary.lacking_text += chunk.lacking_text;
+        summary.first_lacking = summary.first_lacking.or(chunk.first_lacking.map(|line| (file, line)));
     }
 
     fn add_bad(&mut self, file: u32, line: u32, reason: Reason) {
@@ -275,13 +289,7 @@ fn encode_rows(rows: &RowFile, range: Range<usize>, encoder: &Encoder<'_>) -> Re
     let mut chunk = Chunk::default();
     for row in range {
         let (line, start) = (rows.line(row), chunk.ids.len());
-        let mut encode = |mut record: Record| {
-            for key in std::mem::take(&mut record.passed_over) {
-                *chunk.passed_over.entry(key).or_default() += 1;
-            }
-            encoder.encode(&record, &mut chunk.ids)
-        };
-        let encoded = match rows.record(row).map_err(Failure::Row).and_then(&mut encode) {
+        let Encoded { spans, full_length, told } = match encoder.encode_row(rows, row, &mut chunk.ids) {
             Ok(encoded) => encoded,
             Err(Failure::Row(reason)) => {
                 chunk.ids.truncate(start);
@@ -290,19 +298,26 @@ fn encode_rows(rows: &RowFile, range: Range<usize>, encoder: &Encoder<'_>) -> Re
             }
             Err(Failure::Other(error)) => return Err(error),
         };
-        let too_long = encoded.full_length > encoder.max_length;
+        for key in told.passed_over {
+            *chunk.passed_over.entry(key).or_default() += 1;
+        }
+        let too_long = full_length > encoder.max_length;
         if too_long && encoder.truncation != Truncation::Cut {
-            chunk.too_long.push((line, encoded.full_length));
+            chunk.too_long.push((line, full_length));
             continue;
         }
         chunk.cut += usize::from(too_long);
-        chunk.with_special += usize::from(encoded.has_special);
-        chunk.with_no_answer += usize::from(encoded.has_no_answer);
-        if encoded.asks_for_earlier {
+        chunk.with_special += usize::from(told.has_special);
+        chunk.with_no_answer += usize::from(told.has_no_answer);
+        if told.lacks_text {
+            chunk.lacking_text += 1;
+            chunk.first_lacking.get_or_insert(line);
+        }
+        if told.asks_for_earlier {
             chunk.asking_for_earlier += 1;
             chunk.first_asking.get_or_insert(line);
         }
-        chunk.samples.push(((chunk.ids.len() - start) as u32, encoded.n_prompt, line));
+        chunk.samples.push(((chunk.ids.len() - start) as u32, spans, line));
     }
     Ok(chunk)
 }
@@ -319,7 +334,13 @@ pub(super) fn warnings(summary: &Summary, paths: &[PathBuf]) -> Vec<Fault> {
             "{} rows, this is the first, ask to have an earlier answer learned as well: the last alone is learned",
             summary.asking_for_earlier
         );
-        let reason = Reason::new(what).hint("to learn every answer, write the dialogue as several rows");
+        let reason = Reason::new(what).hint("to learn every answer, set data.learn = \"all\"");
+        warnings.push(row_fault(&paths[file as usize], line, &reason));
+    }
+    if let Some((file, line)) = summary.first_lacking {
+        let what =
+            format!("{} rows, this is the first, hold text that the chat template leaves out", summary.lacking_text);
+        let reason = Reason::new(what).hint("a system prompt, with some templates: write it into the first question");
         warnings.push(row_fault(&paths[file as usize], line, &reason));
     }
     warnings

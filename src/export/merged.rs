@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::folder::{NewFolder, write_whole};
-use crate::data::{Template, TemplateFile};
+use crate::data::{Prompting, Template, TemplateFile};
 use crate::disk::LocalDisk;
 use crate::error::{Error, Result, not_stopped};
 use crate::formats::json as files;
@@ -57,7 +57,7 @@ pub fn export_merged(trained: &Trained, out: &Path, stop: &AtomicUsize) -> Resul
         if shards.len() > 1 {
             write_json(folder, "model.safetensors.index.json", &index(&shards, &names))?;
         }
-        let template = trained.template(&tokenizer, &Template::alpaca())?;
+        let template = trained.template(&tokenizer, &|| Ok(Prompting::from(Template::alpaca())))?;
         write_config(trained, is_tied, &template, folder)?;
         write_generation_config(trained, &template, folder)?;
         for file in tokenizer.files() {

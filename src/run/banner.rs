@@ -118,11 +118,15 @@ fn largest_micro_batch(job: &Job) -> i64 {
 }
 
 fn first_sample(job: &Job) -> Result<String> {
-    let (ids, n_prompt) = (job.train.ids(0), job.train.n_prompt(0));
+    let ids = job.train.ids(0);
     let tokenizer = &job.model.tokenizer;
     let mut text = String::new();
-    let (prompt, learned) = ids.split_at(n_prompt.min(ids.len()));
-    let _ = write!(text, "{}⟦{}⟧", tokenizer.show(prompt)?, tokenizer.show(learned)?);
+    let mut at = 0;
+    for span in job.train.spans(0) {
+        let _ = write!(text, "{}⟦{}⟧", tokenizer.show(&ids[at..span.start])?, tokenizer.show(&ids[span.clone()])?);
+        at = span.end;
+    }
+    text.push_str(&tokenizer.show(&ids[at..])?);
     Ok(text)
 }
 

@@ -138,8 +138,17 @@ fn sums_of_format_2(base: &ModelShape, files: &TensorFiles) -> Vec<String> {
 fn sum_of_samples(samples: &Dataset) -> String {
     let mut hasher = Xxh3::new();
     for sample in 0..samples.len() {
-        hasher.update(&(samples.n_prompt(sample) as u64).to_le_bytes());
-        hasher.update(&(samples.ids(sample).len() as u64).to_le_bytes());
+        let n_tokens = samples.ids(sample).len();
+        // One span up to the end is told by its start alone, as it was when there was no other kind.
+        let mut spans = samples.spans(sample);
+        let first = spans.next().unwrap_or(n_tokens..n_tokens);
+        hasher.update(&(first.start as u64).to_le_bytes());
+        if first.end != n_tokens || spans.clone().next().is_some() {
+            for end in std::iter::once(first.end).chain(spans.flat_map(|span| [span.start, span.end])) {
+                hasher.update(&(end as u64).to_le_bytes());
+            }
+        }
+        hasher.update(&(n_tokens as u64).to_le_bytes());
         for id in samples.ids(sample) {
             hasher.update(&id.to_le_bytes());
         }

@@ -8,8 +8,8 @@ use crate::checkpoint::adapter_file::{self, AdapterConfig};
 use crate::checkpoint::save::RunBytes;
 use crate::config::{self, Auto, CacheDir, Config, Duration, TemplateChoice, Warmup};
 use crate::data::{
-    self, DataSpec, Dataset, LossAverage, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer, Truncation,
-    template_check,
+    Answers, DataSpec, Dataset, LossAverage, Prompting, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer,
+    Truncation, template_check,
 };
 use crate::engine::optim::schedule::{LrSchedule, Shape, warmup_updates};
 use crate::engine::step::StepSettings;
@@ -24,7 +24,7 @@ use crate::model::params::{Layout, ParamBuffer};
 use crate::model::shape::{ModelShape, Projection, Table};
 use crate::model::weights::{BaseWeights, check_base};
 use crate::plan::MemoryModel;
-use crate::run::disagreements::{attention_dropout, other_ends};
+use crate::run::disagreements::{attention_dropout, other_ends, special_tokens_as_text};
 use crate::run::parts::{open_init_adapter, open_tokenizer, vocab_size};
 use crate::run::resolve_auto;
 use crate::torch::cuda::set_numerics;
@@ -48,7 +48,7 @@ pub struct ModelSetup {
     /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// The text around instruction and answer.
-    pub template: Template,
+    pub template: Prompting,
     /// What the files of the model hold that may not be what the user means, though it is no fault.
     pub warnings: Vec<Fault>,
     /// What is worth a word about the device: the GPU that is used, or why one is not.
@@ -132,11 +132,18 @@ impl ModelSetup {
         }
         let tokenizer = faults.take(open_tokenizer(&config.model.tokenizer))?;
         warnings.extend(tokenizer.iter().flat_map(Tokenizer::warnings).cloned());
-        let template = faults.take(template(&config))?;
-        if let (TemplateChoice::File(path), Some(template), Some(tokenizer)) =
+        let template = match &tokenizer {
+            Some(tokenizer) => faults.take(template(&config, tokenizer))?,
+            None => None,
+        };
+        if let (TemplateChoice::File(path), Some(Prompting::Strings(template)), Some(tokenizer)) =
             (&config.data.template, &template, &tokenizer)
         {
             warnings.extend(template_check::warnings(template, path, tokenizer));
+        }
+        if let Some(template) = &template {
+            resolve_auto::learn(&mut config, template);
+            faults.0.extend(special_tokens_as_text(&config, template));
         }
         let vocab_size = match (&base, &tokenizer) {
             (Some(base), Some(tokenizer)) => faults.take(vocab_size(&config, base, tokenizer, &lora))?,
@@ -224,6 +231,7 @@ impl ModelSetup {
                 config::Truncation::Error => Truncation::Error,
             },
             special_tokens: special_tokens(&self.config),
+            answers: self.answers(),
             max_bad_rows: usize::try_from(data.max_bad_rows).unwrap_or(usize::MAX),
         };
         Dataset::load(&spec, &self.tokenizer, &self.template, cache).map_err(|error| match &error {
@@ -234,6 +242,11 @@ impl ModelSetup {
             ),
             _ => error,
         })
+    }
+
+    /// Which answers are learned.
+    pub fn answers(&self) -> Answers {
+        if self.config.data.learn == Auto::Is(config::Learn::All) { Answers::All } else { Answers::Last }
     }
 
     /// Loads and encodes the validation files, which are never cached.
@@ -438,10 +451,11 @@ fn special_tokens(config: &Config) -> SpecialTokens {
     }
 }
 
-fn template(config: &Config) -> Result<Template> {
+fn template(config: &Config, tokenizer: &Tokenizer) -> Result<Prompting> {
     match &config.data.template {
-        TemplateChoice::Alpaca => Ok(Template::alpaca()),
-        TemplateChoice::ChineseAlpaca => Ok(Template::chinese_alpaca()),
-        TemplateChoice::File(path) => data::Template::read(path),
+        TemplateChoice::Alpaca => Ok(Template::alpaca().into()),
+        TemplateChoice::ChineseAlpaca => Ok(Template::chinese_alpaca().into()),
+        TemplateChoice::Chat => Prompting::of_tokenizer(tokenizer),
+        TemplateChoice::File(path) => Prompting::read(path, tokenizer),
     }
 }

@@ -99,6 +99,7 @@ train = ["{dir}/rows.jsonl"]
 validation = []
 validation_fraction = 0.0
 template = "alpaca"
+learn = "auto"
 max_length = 512
 truncation = "drop"
 special_tokens = "special"
@@ -163,7 +164,7 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
          resize_vocab = true\nnew_rows = \"mean\"\nallow_config_keys = [\"logit_scale\"]",
         "r = 7\nalpha = 3\ndropout = 0\ntarget_modules = [\"v_proj\", \"q_proj\"]\n\
          modules_to_save = [\"lm_head\", \"embed_tokens\"]\nuse_rslora = true",
-        "validation = [\"DIR/v[1].jsonl\", \"DIR/more/*.json\"]\ntemplate = \"DIR/my.toml\"\nmax_length = 100\n\
+        "validation = [\"DIR/v[1].jsonl\", \"DIR/more/*.json\"]\ntemplate = \"DIR/my.toml\"\nlearn = \"last\"\nmax_length = 100\n\
          truncation = \"cut\"\nspecial_tokens = \"text\"\nshuffle = false\nmax_bad_rows = 5\ncache_dir = \"DIR/cache\"\n\
          cache_max_gb = 7",
         "max_steps = 9\nglobal_batch = 3\nmicro_batch_tokens = 100\nlearning_rate = 1.2345678901234567e-5\n\

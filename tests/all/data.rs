@@ -7,8 +7,8 @@ use bellora::data::reason::Reason;
 use bellora::data::record::Record;
 use bellora::data::rows::RowFile;
 use bellora::data::{
-    DataSpec, Dataset, EpochOrder, LossAverage, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer,
-    Truncation, build_batches, order, pack, prompt_ids, template_check,
+    Answers, Conversation, DataSpec, Dataset, EpochOrder, LossAverage, Prompting, SpecialTokens, Template,
+    TemplateFile, TokenCache, Tokenizer, Truncation, build_batches, order, pack, prompt_ids, template_check,
 };
 use serde_json::{Value, json};
 
@@ -249,7 +249,7 @@ fn a_template_file_says_every_string_and_travels_with_the_adapter() {
     assert!(Template::find("alpca").unwrap_err().to_string().contains("`alpca` is no template"));
 
     let tokenizer = tiny();
-    let file = TemplateFile::new(&chat, &tokenizer, SpecialTokens::Text);
+    let file = TemplateFile::new(&Prompting::from(chat), &tokenizer, SpecialTokens::Text);
     assert_eq!(file.stop_token_ids, [1, 2], "</s> always, <s> because it is one token");
     std::fs::write(files.path().join(TemplateFile::NAME), file.to_json()).unwrap();
     assert_eq!(TemplateFile::load(files.path()).unwrap(), Some(file));
@@ -262,14 +262,15 @@ fn spec(files: Vec<PathBuf>) -> DataSpec {
         max_length: 512,
         truncation: Truncation::Drop,
         special_tokens: SpecialTokens::Special,
+        answers: Answers::Last,
         max_bad_rows: 0,
     }
 }
 
 /// A template of almost nothing, so that lengths can be read off.
-fn bare() -> Template {
+fn bare() -> Prompting {
     let none = [String::new(), String::new()];
-    Template {
+    Prompting::from(Template {
         name: "bare".into(),
         start: String::new(),
         system: None,
@@ -278,7 +279,12 @@ fn bare() -> Template {
         reply: none,
         end: String::new(),
         stop: Vec::new(),
-    }
+    })
+}
+
+/// The tokens of a sample that are learned, of which there is one run here.
+fn first_span(dataset: &Dataset, sample: usize) -> std::ops::Range<usize> {
+    dataset.spans(sample).next().unwrap()
 }
 
 fn rows(pairs: &[(&str, &str)]) -> String {
@@ -307,14 +313,14 @@ fn a_sample_is_prompt_then_answer_each_encoded_by_itself() {
     ];
     for (sample, (prompt, answer)) in wanted.iter().enumerate() {
         assert_eq!(dataset.ids(sample), [prompt.as_slice(), answer].concat());
-        assert_eq!((dataset.n_prompt(sample), dataset.label_tokens(sample)), (prompt.len(), answer.len()));
+        assert_eq!((first_span(&dataset, sample).start, dataset.label_tokens(sample)), (prompt.len(), answer.len()));
         assert!(dataset.place(sample).ends_with(&format!("rows.jsonl:{}", sample + 1)));
     }
     assert_eq!(dataset.stats().rows_with_special_tokens, 1);
     let mut dump = Vec::new();
     dataset.select(&[2]).write_dump(&mut dump).unwrap();
     assert_eq!(String::from_utf8(dump).unwrap(), "{\"input_ids\":[1,9,2],\"labels\":[-100,9,2]}\n");
-    let prompt = prompt_ids(&tokenizer, &bare(), SpecialTokens::Special, &Record::question("ab")).unwrap();
+    let prompt = prompt_ids(&tokenizer, &bare(), SpecialTokens::Special, &Conversation::question("ab")).unwrap();
     assert_eq!(prompt, wanted[0].0);
 
     // Too long for six tokens: the first in its prompt, the last in its answer.
@@ -328,7 +334,7 @@ fn a_sample_is_prompt_then_answer_each_encoded_by_itself() {
     let cut = short(Truncation::Cut).unwrap();
     let stats = cut.stats();
     assert_eq!((stats.samples, stats.dropped, stats.cut, stats.with_nothing_to_learn), (3, 0, 2, 1));
-    assert_eq!((cut.ids(0).len(), cut.n_prompt(0), cut.label_tokens(0)), (6, 6, 0));
+    assert_eq!((cut.ids(0).len(), first_span(&cut, 0).start, cut.label_tokens(0)), (6, 6, 0));
     assert_eq!((load(&rows(&[("a", ""), ("a", " \n"), ("a", "b")]), |_| {}).unwrap().stats().with_no_answer), 2);
     assert_eq!((cut.ids(2).len(), cut.label_tokens(2), stats.max_len), (6, 4, 6));
     assert!(!cut.ids(2).contains(&2), "the end is cut off too");
@@ -423,7 +429,7 @@ fn the_token_cache_is_used_when_it_is_right_and_rebuilt_when_it_is_not() {
     let files = folder(&[("rows.jsonl", content.as_bytes())]);
     let (rows, cache) = (files.path().join("rows.jsonl"), files.path().join("a/b"));
     let tokenizer = tiny();
-    let load = |change: &dyn Fn(&mut DataSpec), template: &Template, tokenizer: &Tokenizer| {
+    let load = |change: &dyn Fn(&mut DataSpec), template: &Prompting, tokenizer: &Tokenizer| {
         let mut spec = spec(vec![rows.clone()]);
         change(&mut spec);
         Dataset::load(
@@ -456,7 +462,7 @@ fn the_token_cache_is_used_when_it_is_right_and_rebuilt_when_it_is_not() {
         load(&|spec| spec.truncation = Truncation::Cut, &bare(), &tokenizer),
         load(&|spec| spec.special_tokens = SpecialTokens::Text, &bare(), &tokenizer),
         load(&|spec| spec.files.push(rows.clone()), &bare(), &tokenizer),
-        load(&|_| {}, &Template::alpaca(), &tokenizer),
+        load(&|_| {}, &Template::alpaca().into(), &tokenizer),
         load(&|_| {}, &bare(), &other),
     ];
     assert!(changed.iter().all(|dataset| !dataset.stats().from_cache));
@@ -583,7 +589,7 @@ fn batches_say_of_every_learned_token_where_it_is_and_what_it_weighs() {
                     let ids: Vec<i64> = dataset.ids(sample).iter().map(|&id| i64::from(id)).collect();
                     assert_eq!(batch.input_ids[start..end], ids);
                     assert_eq!(batch.position_ids[start..end], (0..ids.len() as i64).collect::<Vec<_>>());
-                    for (at, &id) in ids.iter().enumerate().skip(dataset.n_prompt(sample)) {
+                    for (at, &id) in ids.iter().enumerate().skip(first_span(&dataset, sample).start) {
                         assert_eq!(batch.learned_rows[row], (start + at - 1) as i64);
                         assert_eq!(batch.targets[row], id);
                         assert!((batch.weights[row] - wanted[slot as usize]).abs() < 1e-7, "{average:?} {slot}");

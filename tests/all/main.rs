@@ -10,6 +10,7 @@ mod cli;
 mod comm;
 mod compat;
 mod config;
+mod conversations;
 mod data;
 mod device;
 mod faults;

@@ -75,7 +75,7 @@ impl Judge {
     fn linear(&self, x_ti: &Tensor, layer: usize, projection: Projection, mask: &Option<Tensor>) -> Tensor {
         let mut y_to = x_ti.matmul(&self.frozen[&format!("{}.weight", projection.module(layer))].tr());
         if let Some(bias) = self.frozen.get(&format!("{}.bias", projection.module(layer))) {
-            y_to = y_to + bias;
+            y_to += bias;
         }
         if !self.lora.adapts(projection) {
             return y_to;
@@ -166,9 +166,9 @@ impl Judge {
     }
 
     /// The sum of the losses of a document's learned tokens, and how many there are.
-    fn document_loss(&self, document: &Document, n_prompt: usize) -> (Tensor, usize) {
+    fn document_loss(&self, document: &Document, learned: &[usize]) -> (Tensor, usize) {
         let log_p = self.log_probabilities(document);
-        let learned: Vec<i64> = (n_prompt.max(1)..document.ids.len()).map(|at| at as i64).collect();
+        let learned: Vec<i64> = learned.iter().map(|&at| at as i64).collect();
         let targets: Vec<i64> = learned.iter().map(|&at| i64::from(document.ids[at as usize])).collect();
         let rows = Tensor::from_slice(&learned) - 1;
         let picked = log_p.index_select(0, &rows).gather(1, &Tensor::from_slice(&targets).unsqueeze(1), false);
@@ -185,7 +185,8 @@ fn update_loss(judge: &Judge, trainer: &Rig, samples: &[u32], group: usize, drop
         let (mut sum, mut n_labels) = (Tensor::from(0.0f64), 0);
         for (at, &sample) in members.iter().enumerate() {
             let (ids, slot) = (data.ids(sample as usize), (first * group + at) as u64);
-            let (loss, n) = judge.document_loss(&Document { ids, slot, dropout }, data.n_prompt(sample as usize));
+            let (loss, n) = judge
+                .document_loss(&Document { ids, slot, dropout }, &data.learned(sample as usize).collect::<Vec<_>>());
             (sum, n_labels) = (sum + loss, n_labels + n);
         }
         if n_labels > 0 {

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use bellora::data::tokenizer::PromptPart;
 use bellora::data::tokenizer::proto::{ModelProto, NormalizerProto, PieceKind, PieceProto, TrainerProto};
-use bellora::data::{DataSpec, Dataset, SpecialTokens, Template, TokenCache, Tokenizer, Truncation};
+use bellora::data::{
+    Answers, DataSpec, Dataset, Prompting, SpecialTokens, Template, TokenCache, Tokenizer, Truncation,
+};
 use prost::Message;
 use serde_json::{Value, json};
 
@@ -404,12 +406,19 @@ fn json_lines(path: &Path) -> Vec<Value> {
 }
 
 /// Tokenises rows and counts those that differ from `[ids, labels]`.
-fn n_differing(rows: &Path, tokenizer: &Tokenizer, template: &Template, max_length: usize, wanted: &[&Value]) -> usize {
+fn n_differing(
+    rows: &Path,
+    tokenizer: &Tokenizer,
+    template: &Prompting,
+    max_length: usize,
+    wanted: &[&Value],
+) -> usize {
     let spec = DataSpec {
         files: vec![rows.into()],
         max_length,
         truncation: Truncation::Cut,
         special_tokens: SpecialTokens::Special,
+        answers: Answers::Last,
         max_bad_rows: 0,
     };
     let dataset = Dataset::load(&spec, tokenizer, template, TokenCache::Off).unwrap();
@@ -427,7 +436,7 @@ fn real_rows_are_tokenised_as_by_the_trainers_they_come_from() {
     let tokenizer = Tokenizer::open(&shared.join("data/tokenizers/chinese_alpaca.model")).unwrap();
     assert_eq!(tokenizer.vocab_size(), 49_954);
     let (golden, samples) = (json_lines(&shared.join("oracle/tokens/golden.jsonl")), "oracle/tokens/samples.jsonl");
-    let templates = [("card", Template::alpaca()), ("framework", Template::chinese_alpaca())];
+    let templates = [("card", Prompting::from(Template::alpaca())), ("framework", Template::chinese_alpaca().into())];
     for (name, template) in &templates {
         let wanted: Vec<&Value> = golden.iter().map(|row| &row[*name]).collect();
         assert_eq!(n_differing(&shared.join(samples), &tokenizer, template, 512, &wanted), 0, "{name}");

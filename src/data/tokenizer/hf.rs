@@ -1,6 +1,7 @@
 //! `tokenizer.json` files, through Hugging Face's `tokenizers`.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use serde_json::{Value, json};
@@ -154,6 +155,13 @@ impl HfTokenizer {
         };
         let encoding = tokenizer.encode_fast(text, false).map_err(|error| broken("tokenizer.json", &error))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of a text in which special tokens count, each with the bytes that it stands for.
+    pub(super) fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = self.special.encode(text, false).map_err(|error| broken("tokenizer.json", &error))?;
+        let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+        Ok(encoding.get_ids().iter().copied().zip(offsets).collect())
     }
 
     pub(super) fn decode(&self, ids: &[u32], show_special: bool) -> Result<String> {

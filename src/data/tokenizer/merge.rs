@@ -6,9 +6,10 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 
 use super::pairs::{BRIDGE, NONE, Pair, key};
-use super::sentencepiece::{Prefix, SPACE, SentencePiece};
+use super::sentencepiece::{Letters, Prefix, SPACE, SentencePiece};
 use super::special::Matcher;
 
 /// Segments up to this length are merged by scanning all pairs, longer ones (rare, but a text may be one character a
@@ -45,6 +46,43 @@ impl SentencePiece {
             }
         }
         self.flush(scratch, &mut out);
+    }
+
+    /// The bytes of a stretch that each of its ids stands for.
+    pub(super) fn offsets(&self, text: &str, at_start: bool, ids: &[u32]) -> Vec<Range<usize>> {
+        let mut is_prefix = !text.is_empty() && self.is_prefixed(text, at_start);
+        let (mut at, mut n_bytes) = (0, 0);
+        let letter_at = |at: usize| text[at..].chars().next().map_or(0, char::len_utf8);
+        let offset = |(number, &id): (usize, &u32)| {
+            let start = at;
+            match self.letters_of(id) {
+                Letters::Byte => {
+                    n_bytes += 1;
+                    if n_bytes == letter_at(at) {
+                        (at, n_bytes) = (at + n_bytes, 0);
+                    }
+                }
+                Letters::Unknown => {
+                    // A run of characters that are no piece, up to what the next id stands for.
+                    let next = ids.get(number + 1).map(|id| self.letters_of(*id));
+                    let is_next = |at: usize| match &next {
+                        Some(Letters::Text(piece)) => text[at..].replace(' ', "\u{2581}").starts_with(piece),
+                        _ => false,
+                    };
+                    at += letter_at(at);
+                    while at < text.len() && !is_next(at) {
+                        at += letter_at(at);
+                    }
+                }
+                Letters::Text(piece) => {
+                    for _ in 0..piece.chars().count() - usize::from(std::mem::take(&mut is_prefix)) {
+                        at += letter_at(at);
+                    }
+                }
+            }
+            start..at
+        };
+        ids.iter().enumerate().map(offset).collect()
     }
 
     /// Whether a stretch gets a space before it (`Metaspace` of Hugging Face's `tokenizers`, but for the first kind).

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -128,6 +129,31 @@ impl Tokenizer {
         Ok(())
     }
 
+    /// The ids of a text, in which special tokens count, each with the bytes of the text that it stands for. A dummy prefix stands
+    /// for none, and neither do the bytes of a character before its last, where it is spelled out in bytes.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let model = match &self.backend {
+            Backend::Hf(hf) => return hf.encode_with_offsets(text),
+            Backend::SentencePiece(model) => model,
+        };
+        let mut found = Vec::with_capacity(text.len() / 2 + 8);
+        let (mut scratch, mut ids, mut at) = (Scratch::default(), Vec::new(), 0);
+        loop {
+            let hit = self.specials.find(text, at);
+            let end = hit.as_ref().map_or(text.len(), |hit| hit.start);
+            ids.clear();
+            model.encode(&text[at..end], at == 0, &mut scratch, &mut ids);
+            let offsets = model.offsets(&text[at..end], at == 0, &ids);
+            found.extend(ids.iter().zip(offsets).map(|(id, part)| (*id, at + part.start..at + part.end)));
+            let Some(hit) = hit else { return Ok(found) };
+            found.push((hit.id, hit.start..hit.end));
+            at = hit.end;
+        }
+    }
+
     /// Appends the ids of a prompt. With [`SpecialTokens::Text`] the template's own special tokens still count; only
     /// what the sample says is plain text.
     ///
@@ -209,6 +235,15 @@ impl Tokenizer {
     /// Whether a special token is written in a text.
     pub fn has_special(&self, text: &str) -> bool {
         self.specials.find(text, 0).is_some()
+    }
+
+    /// Where the last special token of a text ends; 0 where there is none.
+    pub(super) fn last_special(&self, text: &str) -> usize {
+        let mut end = 0;
+        while let Some(hit) = self.specials.find(text, end) {
+            end = hit.end;
+        }
+        end
     }
 
     /// The special tokens by id.

@@ -46,6 +46,16 @@ pub(super) struct SentencePiece {
     pub(super) pad_piece: String,
 }
 
+/// What a piece stands for in a text.
+pub(super) enum Letters<'a> {
+    /// These characters.
+    Text(&'a str),
+    /// One byte of a character.
+    Byte,
+    /// Characters that are no piece.
+    Unknown,
+}
+
 pub(super) struct Piece {
     text: String,
     kind: PieceKind,
@@ -197,6 +207,15 @@ impl SentencePiece {
 
     pub(super) fn piece(&self, id: u32) -> Option<&str> {
         self.pieces.get(id as usize).map(|piece| piece.text.as_str())
+    }
+
+    /// What an id stands for in a text.
+    pub(super) fn letters_of(&self, id: u32) -> Letters<'_> {
+        match &self.pieces[id as usize] {
+            Piece { kind: PieceKind::Byte, .. } => Letters::Byte,
+            Piece { kind: PieceKind::Unknown, .. } => Letters::Unknown,
+            Piece { text, .. } => Letters::Text(text),
+        }
     }
 
     pub(super) fn unknown_piece(&self) -> &str {
