@@ -62,7 +62,10 @@ def read_foreign_case(folder):
     """A case.json with the Hugging Face Trainer's names."""
     case = json.loads((folder / "case.json").read_text())
     lora, by_samples = case["lora"], case["loss_norm"] != "tokens"
-    length = "max_steps" if case["max_steps"] > 0 else "num_train_epochs"
+    length = "max_steps" if (case["max_steps"] or 0) > 0 else "num_train_epochs"
+    template = {"card": "alpaca", "framework": "chinese-alpaca", "chat": "chat"}[case["template"]]
+    if case.get("template_file"):
+        template = str(folder / case["template_file"])
     sections = {
         "model": {
             "base": str(folder / "base"),
@@ -82,7 +85,8 @@ def read_foreign_case(folder):
         },
         "data": {
             "train": [str(folder / "data" / "train.jsonl")],
-            "template": {"card": "alpaca", "framework": "chinese-alpaca"}[case["template"]],
+            "template": template,
+            "learn": case.get("learn") or "auto",
             "max_length": case["max_seq_length"],
             "truncation": "cut",
             "shuffle": case["shuffle"],
@@ -105,7 +109,8 @@ def read_foreign_case(folder):
     lines = []
     for section, values in sections.items():
         lines += [f"[{section}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())]
-    rows = json.loads((folder / "golden" / "tokenised.json").read_text())[case["template"]][:N_ROWS]
+    tokenised = json.loads((folder / "golden" / "tokenised.json").read_text())
+    rows = tokenised.get(case["template"], tokenised.get(f"chat_{case.get('learn')}"))[:N_ROWS]
     return Case(
         name=folder.name,
         base=folder / "base",

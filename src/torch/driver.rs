@@ -1,6 +1,7 @@
 //! The NVIDIA driver and the CUDA half of libtorch, opened at run time: the program is linked against neither, so that it
 //! starts on machines without them. What is opened stays open.
 
+use std::error::Error;
 use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,8 @@ impl Library {
     pub(crate) fn open(name: &str) -> Result<Self, String> {
         // SAFETY: the libraries opened here are the driver's and CUDA's, whose initialisers may run at any time.
         let opened = unsafe { Opened::open(Some(name), RTLD_NOW | RTLD_GLOBAL) };
-        opened.map(Self::kept).map_err(|error| error.to_string())
+        // What the loader says is the source of the crate's own words.
+        opened.map(Self::kept).map_err(|error| error.source().map_or_else(|| error.to_string(), ToString::to_string))
     }
 
     /// All that the process has opened for everyone.
