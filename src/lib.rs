@@ -2,6 +2,7 @@
 //!
 //! The modules in reading order; each imports only from layers below its own. `ARCHITECTURE.md` holds the map.
 
+pub mod choice;
 pub mod device;
 pub mod disk;
 pub mod error;

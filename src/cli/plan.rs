@@ -129,7 +129,7 @@ impl Subject {
             kind,
             max_length: self.config.data.max_length as i64,
             global_batch: asked.global_batch as i64,
-            total_samples: match asked.duration {
+            total_samples: match asked.duration() {
                 Duration::Epochs(epochs) => samples.n_samples * u64::from(epochs),
                 Duration::Steps(steps) => steps * asked.global_batch as u64,
             },

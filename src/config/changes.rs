@@ -4,12 +4,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::choices::Choice;
-use super::{Auto, CONTENTS_KEYS, Config, DEFINING_KEYS, Faults, LENGTH_KEYS, ROUNDING_KEYS, raw, read};
+use super::reader::Reader;
+use super::{Config, Faults, FileKeys, KEYS, Named, find, raw, read};
 use crate::error::Result;
-
-/// Keys that only say where something lies.
-const PLACES: [&str; 2] = ["train.output", "data.cache_dir"];
 
 /// A key in which two configs differ.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +22,7 @@ pub struct Difference {
 }
 
 /// What a changed key means to a run that goes on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Meaning {
     /// It would be another run.
     Defines,
@@ -39,24 +36,12 @@ pub enum Meaning {
     Free,
 }
 
-impl Meaning {
-    fn of(key: &str) -> Self {
-        match key {
-            _ if DEFINING_KEYS.contains(&key) => Self::Defines,
-            _ if CONTENTS_KEYS.contains(&key) => Self::Contents,
-            _ if LENGTH_KEYS.contains(&key) => Self::Length,
-            _ if ROUNDING_KEYS.contains(&key) => Self::Rounding,
-            _ => Self::Free,
-        }
-    }
-}
-
 impl Config {
     /// What a checkpoint keeps of the config: every key that holds with its value, `section.key` by `section.key`, but for
-    /// [`PLACES`].
+    /// those that name places to write to.
     pub fn values_to_keep(&self) -> Map<String, Value> {
         let mut values = self.values();
-        PLACES.iter().for_each(|key| drop(values.shift_remove(*key)));
+        values.retain(|key, _| !is_place(key));
         values
     }
 
@@ -77,35 +62,25 @@ impl Config {
         ours.keys()
             .chain(only_theirs)
             .map(|key| (key, ours.get(key), theirs.get(key).or_else(|| defaults.get(key))))
-            .filter(|(key, ..)| !PLACES.contains(&key.as_str()))
+            .filter(|(key, ..)| !is_place(key))
             .filter(|(_, ours, theirs)| !agree(*ours, *theirs) && !is_auto(*ours) && !is_auto(*theirs))
             .map(|(key, ours, theirs)| Difference {
                 key: key.clone(),
                 ours: shown(ours),
                 theirs: shown(theirs),
-                meaning: Meaning::of(key),
+                meaning: find(key).map_or(Meaning::Free, |key| key.meaning),
             })
             .collect()
     }
 
     /// Takes what a run settled for `auto`, where this config still says `auto`.
     pub fn keep_settled(&mut self, theirs: &Map<String, Value>) {
-        fn word<T: Choice>(ours: &mut Auto<T>, theirs: Option<&Value>) {
-            let found = T::WORDS.iter().find(|(word, _)| theirs.is_some_and(|theirs| theirs == word));
-            if let (Auto::Auto, Some((_, value))) = (&ours, found) {
-                *ours = Auto::Is(*value);
+        let mut faults = Faults::default();
+        let mut reader = Reader::new(raw::Raw::default(), FileKeys::PassedOver, &mut faults);
+        for key in KEYS {
+            if let Some(value) = theirs.get(key.name) {
+                (key.settle)(self, &mut reader.key(key.name, raw::Given::typed(&value.to_string())));
             }
-        }
-        word(&mut self.model.dtype, theirs.get("model.dtype"));
-        word(&mut self.model.device, theirs.get("model.device"));
-        word(&mut self.data.learn, theirs.get("data.learn"));
-        word(&mut self.train.recompute, theirs.get("train.recompute"));
-        let tokens = theirs.get("train.micro_batch_tokens").and_then(Value::as_u64);
-        if let (Auto::Auto, Some(shard)) = (self.train.shard, theirs.get("train.shard").and_then(Value::as_bool)) {
-            self.train.shard = Auto::Is(shard);
-        }
-        if let (Auto::Auto, Some(tokens)) = (self.train.micro_batch_tokens, tokens) {
-            self.train.micro_batch_tokens = Auto::Is(tokens as usize);
         }
     }
 }
@@ -116,6 +91,11 @@ impl Config {
 /// [`crate::error::Error::Invalid`] for a file that cannot be read or is no TOML.
 pub fn values_of(path: &Path) -> Result<Map<String, Value>> {
     values_of_text(&read(path)?, &path.display().to_string())
+}
+
+/// Whether a key only says where something is written.
+fn is_place(key: &str) -> bool {
+    find(key).is_some_and(|key| (key.named)() == Named::Place)
 }
 
 fn values_of_text(text: &str, name: &str) -> Result<Map<String, Value>> {

@@ -6,8 +6,11 @@
 
 mod changes;
 mod choices;
+mod file_kinds;
 mod foreign;
 mod globs;
+mod keys;
+mod kinds;
 mod of_run;
 mod paths;
 mod print;
@@ -20,12 +23,13 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Fault, Result};
+use keys::SECTIONS;
 use of_run::Unwritable;
 
 pub use changes::{Difference, Meaning, values_of};
-pub use choices::{
-    Device, Dtype, Learn, LossAverage, NewRows, NonFinite, Recompute, SaveDtype, Schedule, SpecialTokens, Truncation,
-};
+pub use choices::{Device, Dtype, NonFinite, Recompute};
+pub use keys::{DataConfig, Fallback, KEYS, Key, LoraConfig, ModelConfig, TrainConfig};
+pub use kinds::Named;
 pub use of_run::{CacheDir, ModelOfRun};
 
 /// Everything the user can set, resolved.
@@ -53,130 +57,6 @@ impl PartialEq for Config {
     fn eq(&self, other: &Self) -> bool {
         self.model == other.model && self.lora == other.lora && self.data == other.data && self.train == other.train
     }
-}
-
-/// `[model]`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ModelConfig {
-    /// The base model: a folder in Hugging Face's layout.
-    pub base: PathBuf,
-    /// A folder with tokenizer files, a `tokenizer.json`, or a SentencePiece `.model` file.
-    pub tokenizer: PathBuf,
-    /// The type of frozen weights and activations.
-    pub dtype: Auto<Dtype>,
-    /// Where to compute.
-    pub device: Auto<Device>,
-    /// The folder of an adapter to start from.
-    pub init_adapter: Option<PathBuf>,
-    /// Whether the vocabulary may be grown to the tokenizer's.
-    pub resize_vocab: bool,
-    /// What new rows of a grown vocabulary begin as.
-    pub new_rows: NewRows,
-    /// Keys of the base's `config.json` that are passed over though they might change what it computes.
-    pub allow_config_keys: Vec<String>,
-}
-
-/// `[lora]`, in the names of PEFT.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraConfig {
-    /// The rank.
-    pub r: usize,
-    /// The scale's numerator: `alpha / r`, or `alpha / sqrt(r)` with rsLoRA.
-    pub alpha: f64,
-    /// The share of a LoRA input's channels set to zero while training, in [0, 1).
-    pub dropout: f64,
-    /// The adapted projections: at least one of [`TARGET_MODULES`], each once, in that order.
-    pub target_modules: Vec<String>,
-    /// The tables trained whole: any of [`SAVED_MODULES`], each once, in that order.
-    pub modules_to_save: Vec<String>,
-    /// Whether the scale is rank-stabilised.
-    pub use_rslora: bool,
-}
-
-/// `[data]`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DataConfig {
-    /// The training files, at least one; globs are expanded and each glob's files sorted.
-    pub train: Vec<PathBuf>,
-    /// The validation files; empty when there are none.
-    pub validation: Vec<PathBuf>,
-    /// The share of the training samples held out for validation, in [0, 1); 0 when `validation` has files.
-    pub validation_fraction: f64,
-    /// The text around instruction and answer.
-    pub template: TemplateChoice,
-    /// Which answers of a conversation are learned: every one with a chat template, else the last, where it is `auto`.
-    pub learn: Auto<Learn>,
-    /// The longest sample, in tokens.
-    pub max_length: usize,
-    /// What happens to a longer one.
-    pub truncation: Truncation,
-    /// What a special token written in a text becomes.
-    pub special_tokens: SpecialTokens,
-    /// Whether every epoch has a new seeded order; else file order.
-    pub shuffle: bool,
-    /// How many unreadable rows are tolerated before the data is refused.
-    pub max_bad_rows: u64,
-    /// Where tokenised data is kept between runs.
-    pub cache_dir: PathBuf,
-    /// Bytes that everything in that folder may take.
-    pub cache_max_bytes: u64,
-}
-
-/// `[train]`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TrainConfig {
-    /// The run directory.
-    pub output: PathBuf,
-    /// How long to train (`epochs` or `max_steps`).
-    pub duration: Duration,
-    /// Samples an update, over all ranks.
-    pub global_batch: usize,
-    /// The most tokens one micro-batch holds; at least `data.max_length`.
-    pub micro_batch_tokens: Auto<usize>,
-    /// The peak learning rate.
-    pub learning_rate: f64,
-    /// The shape of the learning rate after the warmup.
-    pub schedule: Schedule,
-    /// How long the learning rate rises (`warmup_ratio` or `warmup_steps`).
-    pub warmup: Warmup,
-    /// AdamW's decoupled decay.
-    pub weight_decay: f64,
-    /// AdamW's two decay rates.
-    pub betas: [f64; 2],
-    /// AdamW's epsilon.
-    pub eps: f64,
-    /// The gradient's largest L2 norm; 0 does not clip.
-    pub max_grad_norm: f64,
-    /// Over what the loss is averaged.
-    pub loss_average: LossAverage,
-    /// Samples a group, for [`LossAverage::Samples`].
-    pub loss_group_samples: usize,
-    /// The seed of order, dropout and new weights.
-    pub seed: u64,
-    /// Which activations are computed again in backward.
-    pub recompute: Auto<Recompute>,
-    /// Whether each rank holds a part of the optimizer's state only (ZeRO-1).
-    pub shard: Auto<bool>,
-    /// Whether a GPU takes only ops whose sums have a fixed order.
-    pub deterministic: bool,
-    /// What follows a loss or gradient that is not finite, where no loss scale can mend it.
-    pub non_finite: NonFinite,
-    /// How many updates of the run [`NonFinite::Skip`] may pass over.
-    pub max_non_finite: u64,
-    /// Updates between checkpoints; 0 is never.
-    pub checkpoint_every: u64,
-    /// How many of the newest checkpoints stay, at least 1.
-    pub keep_checkpoints: usize,
-    /// How many of the checkpoints with the lowest evaluation loss stay.
-    pub keep_best: usize,
-    /// Steps that are saved and whose checkpoints stay.
-    pub keep_steps: Vec<u64>,
-    /// Updates between evaluations; 0 is never.
-    pub eval_every: u64,
-    /// Updates between lines on the console and points in TensorBoard; 0 is never.
-    pub log_every: u64,
-    /// The type of the trained tables in the final `adapter/`; LoRA weights and checkpoints are always fp32.
-    pub save_dtype: SaveDtype,
 }
 
 /// A value, or the program's own choice on the machine at hand.
@@ -235,85 +115,28 @@ pub const TARGET_MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "
 /// The tables that can be trained whole.
 pub const SAVED_MODULES: [&str; 2] = ["embed_tokens", "lm_head"];
 
-/// The sections, in the order they are written.
-const SECTIONS: [&str; 4] = ["model", "lora", "data", "train"];
+/// Gives what is known of a key.
+fn find(key: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|known| known.name == key)
+}
 
-/// The keys that say what the updates compute, up to rounding. A resumed run must agree in them.
-const DEFINING_KEYS: [&str; 28] = [
-    "model.dtype",
-    "model.init_adapter",
-    "model.resize_vocab",
-    "model.new_rows",
-    "lora.r",
-    "lora.alpha",
-    "lora.dropout",
-    "lora.target_modules",
-    "lora.modules_to_save",
-    "lora.use_rslora",
-    "data.validation_fraction",
-    "data.learn",
-    "data.max_length",
-    "data.truncation",
-    "data.special_tokens",
-    "data.shuffle",
-    "train.global_batch",
-    "train.learning_rate",
-    "train.schedule",
-    "train.warmup_ratio",
-    "train.warmup_steps",
-    "train.weight_decay",
-    "train.betas",
-    "train.eps",
-    "train.max_grad_norm",
-    "train.loss_average",
-    "train.loss_group_samples",
-    "train.seed",
-];
+impl TrainConfig {
+    /// How long to train.
+    pub fn duration(&self) -> Duration {
+        self.max_steps.map_or(Duration::Epochs(self.epochs), Duration::Steps)
+    }
 
-/// The keys that name files whose contents define the run: they may lie elsewhere when it is resumed.
-const CONTENTS_KEYS: [&str; 4] = ["model.base", "model.tokenizer", "data.train", "data.template"];
+    /// How long the learning rate rises.
+    pub fn warmup(&self) -> Warmup {
+        self.warmup_steps.map_or(Warmup::Ratio(self.warmup_ratio), Warmup::Steps)
+    }
+}
 
-/// The keys that say how long the run is.
-const LENGTH_KEYS: [&str; 2] = ["train.epochs", "train.max_steps"];
-
-/// The keys that decide how sums are rounded and change nothing else.
-const ROUNDING_KEYS: [&str; 5] =
-    ["model.device", "train.micro_batch_tokens", "train.recompute", "train.shard", "train.deterministic"];
-
-/// The keys that only say where, when, and what is kept.
-const EXECUTION_KEYS: [&str; 15] = [
-    "model.allow_config_keys",
-    "data.validation",
-    "data.max_bad_rows",
-    "data.cache_dir",
-    "data.cache_max_gb",
-    "train.output",
-    "train.non_finite",
-    "train.max_non_finite",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.keep_best",
-    "train.keep_steps",
-    "train.eval_every",
-    "train.log_every",
-    "train.save_dtype",
-];
-
-/// The keys that name files and folders.
-const FILE_KEYS: [&str; 8] = [
-    "model.base",
-    "model.tokenizer",
-    "model.init_adapter",
-    "data.train",
-    "data.validation",
-    "data.template",
-    "data.cache_dir",
-    "train.output",
-];
-
-/// Gives every key there is, as `section.key`.
-fn known_keys() -> impl Iterator<Item = &'static str> {
-    DEFINING_KEYS.into_iter().chain(CONTENTS_KEYS).chain(LENGTH_KEYS).chain(ROUNDING_KEYS).chain(EXECUTION_KEYS)
+impl DataConfig {
+    /// Bytes that everything in the folder of tokens may take.
+    pub fn cache_max_bytes(&self) -> u64 {
+        self.cache_max_gb * 1_000_000_000
+    }
 }
 
 impl Config {
@@ -377,8 +200,8 @@ impl Config {
         let mut faults = Faults::default();
         let mut raw = raw::read(&text, &name, &mut faults)?;
         raw.apply_sets(sets, &mut faults);
-        for key in FILE_KEYS {
-            raw.remove(key);
+        for key in KEYS.iter().filter(|key| (key.named)() != Named::Nothing) {
+            raw.remove(key.name);
         }
         let config = resolve::resolve(raw, FileKeys::PassedOver, &mut faults);
         faults.into_result(config)

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Config, Dtype, Faults, FileKeys, choices, raw, read, resolve};
+use super::{Config, Dtype, Faults, FileKeys, raw, read, resolve};
 use crate::error::{Error, Fault, Result};
 
 /// Why the places of a config that are written cannot be, each with the line on which it is named.
@@ -84,7 +84,7 @@ impl Config {
             Some((_, fault)) if *cache_is_wished => Err(Error::Invalid(vec![fault.clone()])),
             fault => Ok(CacheDir {
                 folder: &self.data.cache_dir,
-                max_bytes: self.data.cache_max_bytes,
+                max_bytes: self.data.cache_max_bytes(),
                 is_required: *cache_is_wished,
                 unwritable: fault.clone().map(|(_, fault)| fault.hint(hint)),
             }),
@@ -141,10 +141,10 @@ impl ModelOfRun {
         let table: toml::Table = toml::from_str(&text)
             .map_err(|error| Error::invalid(&place, format!("not valid TOML: {}", error.message())).hint(hint))?;
         let value = |key: &str| table.get("model")?.get(key)?.as_str();
-        let dtype = value("dtype").and_then(|word| choices::Choice::WORDS.iter().find(|(known, _)| *known == word));
+        let dtype = value("dtype").and_then(|word| word.parse().ok());
         let allowed = table.get("model").and_then(|model| model.get("allow_config_keys")?.as_array());
         let allow_config_keys =
             allowed.into_iter().flatten().filter_map(|name| name.as_str().map(str::to_owned)).collect();
-        Ok(Self { base: value("base").map(PathBuf::from), dtype: dtype.map(|(_, dtype)| *dtype), allow_config_keys })
+        Ok(Self { base: value("base").map(PathBuf::from), dtype, allow_config_keys })
     }
 }

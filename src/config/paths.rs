@@ -60,11 +60,6 @@ pub(super) fn template(text: &str) -> Checked<PathBuf> {
     }
 }
 
-/// Takes a place that a command may write to; whether it can is for that command to ask.
-pub(super) fn place(text: &str) -> Checked<PathBuf> {
-    absolute(text)
-}
-
 /// Says what keeps a folder from being made or written. A file on the way down, or a folder of somebody else's, would make
 /// every write below it fail.
 pub(super) fn unwritable(path: &Path) -> Option<Problem> {
@@ -156,7 +151,7 @@ fn expand_home(text: &str) -> PathBuf {
 }
 
 /// Makes a path absolute.
-fn absolute(text: &str) -> Checked<PathBuf> {
+pub(super) fn absolute(text: &str) -> Checked<PathBuf> {
     if text.trim().is_empty() {
         return problem("expected a path, found an empty text".to_owned(), "write a path, or leave the key out");
     }
@@ -164,6 +159,11 @@ fn absolute(text: &str) -> Checked<PathBuf> {
         Ok(path) => utf8(&path).map(PathBuf::from),
         Err(error) => problem(format!("{text:?} cannot be made absolute: {error}"), ""),
     }
+}
+
+/// A file's own path, no link and no way round in it.
+pub(super) fn real(file: &Path) -> PathBuf {
+    file.canonicalize().unwrap_or_else(|_| file.to_path_buf())
 }
 
 /// The run's own config is text, so that only paths that are text can be kept.

@@ -7,13 +7,15 @@ use std::path::Path;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{Faults, SECTIONS, foreign, known_keys};
+use super::{Faults, SECTIONS, find, foreign};
 use crate::error::{Error, Fault, Result};
 
-/// Keys that say the same thing in two ways: at most one of them holds.
-const EITHER: [(&str, &str); 2] = [("train.epochs", "train.max_steps"), ("train.warmup_ratio", "train.warmup_steps")];
+/// Keys that say the same thing in two ways: at most one of them holds, and the first where neither is given.
+pub(super) const EITHER: [(&str, &str); 2] =
+    [("train.epochs", "train.max_steps"), ("train.warmup_ratio", "train.warmup_steps")];
 
 /// The known keys that were given.
+#[derive(Default)]
 pub(super) struct Raw {
     file: String,
     given: BTreeMap<&'static str, Given>,
@@ -78,6 +80,15 @@ impl std::fmt::Display for Value {
 }
 
 impl Given {
+    /// What is typed for a key: a TOML value, or a text where it is none.
+    pub(super) fn typed(typed: &str) -> Self {
+        let value = match DeValue::parse(typed) {
+            Ok(value) => to_value(value.get_ref()),
+            Err(_) => Value::Text(typed.to_owned()),
+        };
+        Self { value, origin: Origin::File(usize::MAX) }
+    }
+
     /// Gives the value as text: a `--set` value that only looks like a number or a date is the text it was typed as.
     pub(super) fn text(&self) -> Option<&str> {
         match (&self.value, &self.origin) {
@@ -142,17 +153,13 @@ impl Raw {
                 continue;
             };
             let (key, typed) = (key.trim(), typed.trim());
-            let Some(key) = known_keys().find(|known| *known == key) else {
+            let Some(key) = find(key).map(|known| known.name) else {
                 let (section, name) = key.split_once('.').unwrap_or(("", key));
                 foreign::unknown_key(place, usize::MAX, section, name, faults);
                 continue;
             };
-            let value = match DeValue::parse(typed) {
-                Ok(value) => to_value(value.get_ref()),
-                Err(_) => Value::Text(typed.to_owned()),
-            };
             let origin = Origin::Set { argument: argument.clone(), typed: typed.to_owned() };
-            self.given.insert(key, Given { value, origin });
+            self.given.insert(key, Given { origin, ..Given::typed(typed) });
             if let Some(twin) = twin_of(key) {
                 self.remove(twin);
             }
@@ -161,11 +168,7 @@ impl Raw {
 }
 
 fn twin_of(key: &str) -> Option<&'static str> {
-    EITHER.into_iter().find_map(|(a, b)| match () {
-        () if a == key => Some(b),
-        () if b == key => Some(a),
-        () => None,
-    })
+    EITHER.into_iter().find_map(|(a, b)| if a == key { Some(b) } else { (b == key).then_some(a) })
 }
 
 /// Reads the text of a config file. Unknown keys become faults; a text that is no TOML is an error of its own, because
@@ -200,7 +203,7 @@ pub(super) fn read(text: &str, file: &str, faults: &mut Faults) -> Result<Raw> {
 }
 
 fn read_section(raw: &mut Raw, text: &str, name: &str, line: usize, entries: &DeTable<'_>, faults: &mut Faults) {
-    let section = match SECTIONS.into_iter().find(|known| *known == name) {
+    let section = match SECTIONS.iter().find(|known| **known == name) {
         Some(section) => section,
         None => {
             let place = format!("{}:{line}: [{name}]", raw.file);
@@ -216,10 +219,10 @@ fn read_section(raw: &mut Raw, text: &str, name: &str, line: usize, entries: &De
     for (key, value) in entries {
         let line = line_of(text, &key.span());
         let key: &str = key.get_ref();
-        match known_keys().find(|known| known.split_once('.') == Some((section, key))) {
+        match find(&format!("{section}.{key}")) {
             Some(known) => {
                 let given = Given { value: to_value(value.get_ref()), origin: Origin::File(line) };
-                raw.given.entry(known).or_insert(given);
+                raw.given.entry(known.name).or_insert(given);
             }
             None => foreign::unknown_key(format!("{}:{line}: {name}.{key}", raw.file), line, section, key, faults),
         }

@@ -3,6 +3,7 @@
 use super::dataset::Dataset;
 use super::pack::{micro_batches, share};
 use crate::batch::PackedBatch;
+use crate::choice::Choice;
 
 /// How the losses of an update's tokens are averaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +15,17 @@ pub enum LossAverage {
         /// Samples a group; the last group of an update may have fewer.
         group: usize,
     },
+}
+
+impl Choice for LossAverage {
+    const WORDS: &'static [(&'static str, Self)] = &[("tokens", Self::Tokens), ("samples", Self::Samples { group: 1 })];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Tokens => "tokens",
+            Self::Samples { .. } => "samples",
+        }
+    }
 }
 
 /// Which part of an update a process computes.

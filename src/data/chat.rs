@@ -12,18 +12,21 @@ use serde_json::{Value, json};
 
 use super::conversation::{ASSISTANT, Conversation, role};
 use super::reason::Reason;
+use crate::choice::choice;
 use crate::error::{Error, Result};
 
 mod python;
 
-/// Which answers of a conversation are learned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Answers {
-    /// The last one.
-    Last,
-    /// Every one.
-    All,
+choice! {
+    /// Which answers of a conversation are learned.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    Answers {
+        /// The last one.
+        Last = "last",
+        /// Every one.
+        All = "all",
+    }
 }
 
 /// A chat template with the tokens that it may name.

@@ -12,18 +12,21 @@ use super::record::Record;
 use super::rows::RowFile;
 use super::template::Template;
 use super::tokenizer::{SpecialTokens, Tokenizer};
+use crate::choice::choice;
 use crate::error::{Error, Result};
 
-/// What becomes of a sample longer than `max_length` tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Truncation {
-    /// It is left out, before the order of samples is made.
-    Drop,
-    /// It is cut, the end-of-text token with it, and keeps its place even where nothing is left to learn.
-    Cut,
-    /// It is an error.
-    Error,
+choice! {
+    /// What becomes of a sample longer than `max_length` tokens.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    Truncation {
+        /// It is left out, before the order of samples is made.
+        Drop = "drop",
+        /// It is cut, the end-of-text token with it, and keeps its place even where nothing is left to learn.
+        Cut = "cut",
+        /// It is an error.
+        Error = "error",
+    }
 }
 
 /// How rows become samples.

@@ -2,19 +2,21 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::choice::choice;
 use crate::error::Result;
 use crate::model::lora::LoraSpec;
 use crate::model::params::{ParamBuffer, table_key};
 use crate::model::shape::{ModelShape, Table};
 use crate::model::weights::BaseWeights;
 
-/// What the rows of a grown vocabulary begin as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NewRows {
-    /// Draws from N(0, `initializer_range`).
-    Normal,
-    /// The mean of the old rows.
-    Mean,
+choice! {
+    /// What the rows of a grown vocabulary begin as.
+    NewRows {
+        /// Draws from N(0, `initializer_range`).
+        Normal = "normal",
+        /// The mean of the old rows.
+        Mean = "mean",
+    }
 }
 
 /// Sets all parameters to their start: `lora_A` Kaiming-uniform, `lora_B` zero, tables from the base.

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use crate::choice::Choice;
 use crate::config::Auto;
 use crate::engine::probe::Probed;
 use crate::error::Result;

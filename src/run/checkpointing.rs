@@ -125,9 +125,9 @@ impl Run<'_> {
         self.trainer.compare_with_other_ranks()?;
         let Some(adapter) = self.adapter()? else { return Ok(()) };
         let table_dtype = match self.job.model.config.train.save_dtype {
-            config::SaveDtype::Fp32 => Dtype::F32,
-            config::SaveDtype::Bf16 => Dtype::BF16,
-            config::SaveDtype::Fp16 => Dtype::F16,
+            config::Dtype::Fp32 => Dtype::F32,
+            config::Dtype::Bf16 => Dtype::BF16,
+            config::Dtype::Fp16 => Dtype::F16,
         };
         let dir = self.dir.join(ADAPTER_DIR);
         replace_whole(&*self.disk, &dir, |folder| adapter.write(folder, table_dtype))?;

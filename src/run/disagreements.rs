@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crate::config::{Auto, Config, Learn, SpecialTokens};
-use crate::data::{Prompting, Tokenizer};
+use crate::config::{Auto, Config};
+use crate::data::{Answers, Prompting, SpecialTokens, Tokenizer};
 use crate::error::Fault;
 use crate::formats::model_keys::CONFIG;
 use crate::model::shape::ModelShape;
@@ -20,7 +20,7 @@ pub(super) fn attention_dropout(base: &ModelShape, dir: &Path) -> Option<Fault> 
 
 /// Refuses special tokens as plain text where the text of a row and that of the template are encoded as one.
 pub(super) fn special_tokens_as_text(config: &Config, template: &Prompting) -> Option<Fault> {
-    let is_whole = matches!(template, Prompting::Chat(_)) || config.data.learn == Auto::Is(Learn::All);
+    let is_whole = matches!(template, Prompting::Chat(_)) || config.data.learn == Auto::Is(Answers::All);
     let is_asked = config.data.special_tokens == SpecialTokens::Text;
     let what = "is \"text\", and with a chat template or data.learn = \"all\" special tokens in a text are special";
     let fault = Fault::new("data.special_tokens", what).hint("leave it out, or take such rows out of the data");

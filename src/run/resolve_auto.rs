@@ -3,8 +3,8 @@
 use tch::{Device, Kind};
 
 use crate::checkpoint::save::BYTES_PER_PARAM;
-use crate::config::{self, Auto, Config, Learn};
-use crate::data::Prompting;
+use crate::config::{self, Auto, Config};
+use crate::data::{Answers, Prompting};
 use crate::device::{self, BF16_CAPABILITY, Cuda};
 use crate::error::{Error, Result};
 use crate::model::lora::LoraSpec;
@@ -145,6 +145,6 @@ fn resolve_dtype(config: &mut Config) -> Result<()> {
 pub(super) fn learn(config: &mut Config, template: &Prompting) {
     if config.data.learn == Auto::Auto {
         let is_chat = matches!(template, Prompting::Chat(_));
-        config.data.learn = Auto::Is(if is_chat { Learn::All } else { Learn::Last });
+        config.data.learn = Auto::Is(if is_chat { Answers::All } else { Answers::Last });
     }
 }

@@ -8,17 +8,16 @@ use crate::checkpoint::adapter_file::{self, AdapterConfig};
 use crate::checkpoint::save::RunBytes;
 use crate::config::{self, Auto, CacheDir, Config, Duration, TemplateChoice, Warmup};
 use crate::data::{
-    Answers, DataSpec, Dataset, LossAverage, Prompting, SpecialTokens, Template, TemplateFile, TokenCache, Tokenizer,
-    Truncation, template_check,
+    Answers, DataSpec, Dataset, LossAverage, Prompting, Template, TemplateFile, TokenCache, Tokenizer, template_check,
 };
-use crate::engine::optim::schedule::{LrSchedule, Shape, warmup_updates};
+use crate::engine::optim::schedule::{LrSchedule, warmup_updates};
 use crate::engine::step::StepSettings;
 use crate::error::{Error, Fault, Result};
 use crate::formats::model_keys::CONFIG;
 use crate::formats::safetensors_in::TensorFiles;
 use crate::model::arch;
 use crate::model::decoder::{Compute, Decoder};
-use crate::model::init::{NewRows, initialise};
+use crate::model::init::initialise;
 use crate::model::lora::LoraSpec;
 use crate::model::params::{Layout, ParamBuffer};
 use crate::model::shape::{ModelShape, Projection, Table};
@@ -199,11 +198,7 @@ impl ModelSetup {
     /// Allocates the parameters and sets them to their start: drawn, copied from the base, or the initial adapter's.
     pub fn initial_params(&self) -> Result<ParamBuffer> {
         let mut params = ParamBuffer::new(self.layout.clone(), self.kind(), self.device())?;
-        let new_rows = match self.config.model.new_rows {
-            config::NewRows::Normal => NewRows::Normal,
-            config::NewRows::Mean => NewRows::Mean,
-        };
-        let base = BaseWeights::Files(&self.files);
+        let (base, new_rows) = (BaseWeights::Files(&self.files), self.config.model.new_rows);
         initialise(&mut params, &self.base, &self.lora, base, new_rows, self.config.train.seed)?;
         if let Some(init) = &self.init {
             adapter_file::load_into(init, &mut params)?;
@@ -225,12 +220,8 @@ impl ModelSetup {
         let spec = DataSpec {
             files: files.to_vec(),
             max_length: data.max_length,
-            truncation: match data.truncation {
-                config::Truncation::Drop => Truncation::Drop,
-                config::Truncation::Cut => Truncation::Cut,
-                config::Truncation::Error => Truncation::Error,
-            },
-            special_tokens: special_tokens(&self.config),
+            truncation: data.truncation,
+            special_tokens: data.special_tokens,
             answers: self.answers(),
             max_bad_rows: usize::try_from(data.max_bad_rows).unwrap_or(usize::MAX),
         };
@@ -246,7 +237,7 @@ impl ModelSetup {
 
     /// Which answers are learned.
     pub fn answers(&self) -> Answers {
-        if self.config.data.learn == Auto::Is(config::Learn::All) { Answers::All } else { Answers::Last }
+        self.config.data.learn.settled().unwrap_or(Answers::Last)
     }
 
     /// Loads and encodes the validation files, which are never cached.
@@ -274,7 +265,7 @@ impl ModelSetup {
 
     /// The small files that travel with the adapter: the tokenizer's and `template.json`.
     pub fn files_beside(&self) -> Vec<(String, Vec<u8>)> {
-        let template = TemplateFile::new(&self.template, &self.tokenizer, special_tokens(&self.config));
+        let template = TemplateFile::new(&self.template, &self.tokenizer, self.config.data.special_tokens);
         let mut files: Vec<(String, Vec<u8>)> =
             self.tokenizer.files().iter().map(|f| (f.name.clone(), f.bytes.clone())).collect();
         files.push((TemplateFile::NAME.to_string(), template.to_json().into_bytes()));
@@ -295,7 +286,7 @@ impl ModelSetup {
 
     /// How the losses of an update are averaged.
     pub fn loss_average(&self) -> LossAverage {
-        loss_average(&self.config)
+        self.config.train.loss_average
     }
 }
 
@@ -345,20 +336,16 @@ impl Job {
         }
         let settings = &model.config.train;
         let steps_per_epoch = (train.len() as u64).div_ceil(settings.global_batch as u64);
-        let total_steps = match settings.duration {
+        let total_steps = match settings.duration() {
             Duration::Epochs(epochs) => steps_per_epoch * u64::from(epochs),
             Duration::Steps(steps) => steps,
         };
-        let warmup = match settings.warmup {
+        let warmup = match settings.warmup() {
             Warmup::Ratio(ratio) => warmup_updates(total_steps, ratio),
             Warmup::Steps(steps) => steps,
         };
-        let shape = match settings.schedule {
-            config::Schedule::Cosine => Shape::Cosine,
-            config::Schedule::Linear => Shape::Linear,
-            config::Schedule::Constant => Shape::Constant,
-        };
-        let schedule = LrSchedule { learning_rate: settings.learning_rate, shape, warmup, total: total_steps };
+        let (learning_rate, shape) = (settings.learning_rate, settings.schedule);
+        let schedule = LrSchedule { learning_rate, shape, warmup, total: total_steps };
         Ok(Self { model, train, validation, total_steps, steps_per_epoch, schedule })
     }
 
@@ -389,7 +376,7 @@ pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
         shuffle: config.data.shuffle,
         micro_batch_tokens: micro_batch_tokens(config),
         recompute: config.train.recompute == Auto::Is(config::Recompute::All),
-        loss_average: loss_average(config),
+        loss_average: config.train.loss_average,
         dropout: config.lora.dropout,
         max_grad_norm: config.train.max_grad_norm,
         max_non_finite: match config.train.non_finite {
@@ -403,7 +390,7 @@ pub fn step_settings(config: &Config, schedule: LrSchedule) -> StepSettings {
 /// The most that a run writes below its folder; one whose length is not known has as many checkpoints as may be.
 pub fn run_bytes(config: &Config, layout: &Layout, total_steps: Option<u64>) -> RunBytes {
     let train = &config.train;
-    let table_bytes = if train.save_dtype == config::SaveDtype::Fp32 { 4 } else { 2 };
+    let table_bytes = if train.save_dtype == config::Dtype::Fp32 { 4 } else { 2 };
     // One after the last step too; a run that saves none as it goes on still does when it is stopped.
     let saves = |steps: u64| steps.checked_div(train.checkpoint_every).map_or(0, |saves| saves + 1);
     let pinned = train.keep_steps.len() as u64;
@@ -416,13 +403,6 @@ fn micro_batch_tokens(config: &Config) -> usize {
     match config.train.micro_batch_tokens {
         Auto::Is(tokens) => tokens,
         Auto::Auto => resolve_auto::CPU_MICRO_BATCH_TOKENS,
-    }
-}
-
-fn loss_average(config: &Config) -> LossAverage {
-    match config.train.loss_average {
-        config::LossAverage::Tokens => LossAverage::Tokens,
-        config::LossAverage::Samples => LossAverage::Samples { group: config.train.loss_group_samples },
     }
 }
 
@@ -441,13 +421,6 @@ pub fn lora_spec(config: &Config) -> LoraSpec {
         use_rslora: lora.use_rslora,
         target_modules,
         modules_to_save,
-    }
-}
-
-fn special_tokens(config: &Config) -> SpecialTokens {
-    match config.data.special_tokens {
-        config::SpecialTokens::Special => SpecialTokens::Special,
-        config::SpecialTokens::Text => SpecialTokens::Text,
     }
 }
 

@@ -1,5 +1,7 @@
 //! The config: every fault at once, names of other trainers, overrides, the round trip.
 
+mod document;
+
 use std::path::{Path, PathBuf};
 
 use bellora::config::{Auto, Config, Dtype, Duration, TARGET_MODULES, Warmup, values_of};
@@ -181,7 +183,7 @@ fn a_config_with_nothing_at_its_default_survives_the_round_trip() {
     assert_eq!(config.lora.alpha, 3.0);
     let names = ["v[1].jsonl", "more/a.json", "more/b.json"];
     assert_eq!(config.data.validation, names.map(|name| place.path(name)), "a glob's files are sorted");
-    assert_eq!((config.train.duration, config.train.warmup), (Duration::Steps(9), Warmup::Steps(2)));
+    assert_eq!((config.train.duration(), config.train.warmup()), (Duration::Steps(9), Warmup::Steps(2)));
     assert_eq!(config.train.micro_batch_tokens, Auto::Is(100));
 
     let again = parse(&config.to_toml(), &[]).unwrap();
@@ -348,8 +350,8 @@ fn set_overrides_the_file_is_parsed_as_toml_and_replaces_the_other_of_a_pair() {
         "model.dtype=fp16",
     ];
     let config = parse(&text, &sets).unwrap();
-    assert_eq!(config.train.duration, Duration::Steps(5));
-    assert_eq!(config.train.warmup, Warmup::Steps(1));
+    assert_eq!(config.train.duration(), Duration::Steps(5));
+    assert_eq!(config.train.warmup(), Warmup::Steps(1));
     assert_eq!(config.lora.target_modules, ["q_proj"]);
     assert_eq!(config.lora.modules_to_save, ["lm_head"]);
     assert_eq!(config.train.learning_rate, 2.0, "the later --set holds");
@@ -357,7 +359,7 @@ fn set_overrides_the_file_is_parsed_as_toml_and_replaces_the_other_of_a_pair() {
     assert_eq!(config.train.output, place.path("2024-01-01"));
     assert_eq!(config.data.train, [place.path("7")]);
     let back = parse(&config.to_toml(), &["train.epochs=2"]).unwrap();
-    assert_eq!(back.train.duration, Duration::Epochs(2));
+    assert_eq!(back.train.duration(), Duration::Epochs(2));
     // Text that looks like a number or a date is text where a path is meant.
     let odd = parse(&text, &["train.output=2024-01-01"]).unwrap();
     assert!(odd.train.output.is_absolute() && odd.train.output.ends_with("2024-01-01"), "{odd:?}");
@@ -449,7 +451,7 @@ fn paths_and_values_that_cannot_be_are_refused() {
     holds(&fault(&place.minimal(), &["train.output="]), "--set train.output=", "an empty text", "");
     // Whole floats serve as whole numbers, and the other way round.
     let whole = with(train, "epochs = 3.0\nlearning_rate = 1");
-    assert_eq!(parse(&whole, &[]).unwrap().train.duration, Duration::Epochs(3));
+    assert_eq!(parse(&whole, &[]).unwrap().train.duration(), Duration::Epochs(3));
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use bellora::data::build_batches;
+use bellora::data::{LossAverage, build_batches};
 use bellora::model::lora::LoraSpec;
 use bellora::model::params::{lora_key, table_key};
 use bellora::model::shape::{ModelShape, Projection, Table};
@@ -203,8 +203,8 @@ fn check(name: &str, shape: Shape, sets: &[&str]) {
     // Out of order and not all of the data: an update is a list of samples.
     let samples = [3, 0, 11, 7, 5];
     let group = match settings.train.loss_average {
-        bellora::config::LossAverage::Tokens => samples.len(),
-        bellora::config::LossAverage::Samples => settings.train.loss_group_samples,
+        LossAverage::Tokens => samples.len(),
+        LossAverage::Samples { group } => group,
     };
     let p = settings.lora.dropout;
     let dropout = (p > 0.0).then_some(DropoutKey { p, seed: 9, step: 3 });

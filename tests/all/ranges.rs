@@ -1,6 +1,6 @@
 //! Numbers at the ends of their ranges: each option and key takes them or refuses them by name, and nothing else happens.
 
-use bellora::config::Config;
+use bellora::config::{Config, KEYS, Named};
 use bellora::error::Error;
 use bellora::run::banner;
 use bellora::run::setup::{CacheUse, Job};
@@ -23,40 +23,6 @@ const VALUES: [&str; 14] = [
     "1e300",
     "nan",
     "inf",
-];
-
-/// Every key that takes a number.
-const KEYS: [&str; 30] = [
-    "lora.r",
-    "lora.alpha",
-    "lora.dropout",
-    "data.validation_fraction",
-    "data.max_length",
-    "data.max_bad_rows",
-    "data.cache_max_gb",
-    "train.epochs",
-    "train.max_steps",
-    "train.global_batch",
-    "train.micro_batch_tokens",
-    "train.learning_rate",
-    "train.warmup_ratio",
-    "train.warmup_steps",
-    "train.weight_decay",
-    "train.betas",
-    "train.eps",
-    "train.max_grad_norm",
-    "train.loss_group_samples",
-    "train.seed",
-    "train.max_non_finite",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.keep_best",
-    "train.keep_steps",
-    "train.eval_every",
-    "train.log_every",
-    "train.shard",
-    "train.recompute",
-    "train.save_dtype",
 ];
 
 /// A result, or a refusal that names `culprit`.
@@ -89,7 +55,8 @@ fn checked(config: Result<Config, Error>) -> Result<String, Error> {
 fn every_key_with_a_number() {
     let lab = Lab::new(Shape::default());
     let file = lab.config_file();
-    for key in KEYS {
+    // Files and folders are no numbers, and are looked for.
+    for key in KEYS.iter().filter(|key| (key.named)() == Named::Nothing).map(|key| key.name) {
         for value in VALUES {
             let list = matches!(key, "train.betas" | "train.keep_steps");
             let values =

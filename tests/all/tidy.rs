@@ -7,7 +7,7 @@ use std::process::Command;
 ///
 /// A module uses lower layers; those of one layer do not know each other, but for what [`SIBLINGS`] says.
 const LAYERS: [&[&str]; 6] = [
-    &["error", "progress", "disk", "torch", "device"],
+    &["error", "choice", "progress", "disk", "torch", "device"],
     &["ops", "comm", "formats", "batch"],
     &["model", "data"],
     &["engine", "checkpoint"],

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use crate::choice::choice;
 use crate::error::{Fault, Result};
 use hf::HfTokenizer;
 use merge::Scratch;
@@ -26,14 +27,16 @@ mod sentencepiece;
 mod special;
 mod stream;
 
-/// What becomes of special tokens, like `</s>`, that are written in the text of a sample.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SpecialTokens {
-    /// They become their ids and split the text; each stretch between them gets its own dummy prefix.
-    Special,
-    /// They are encoded as plain text.
-    Text,
+choice! {
+    /// What becomes of special tokens, like `</s>`, that are written in the text of a sample.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    SpecialTokens {
+        /// They become their ids and split the text; each stretch between them gets its own dummy prefix.
+        Special = "special",
+        /// They are encoded as plain text.
+        Text = "text",
+    }
 }
 
 /// A file of the tokenizer's, to be kept beside an adapter.

@@ -1,14 +1,17 @@
 //! Learning-rate schedules as Hugging Face's: linear warmup, then cosine, linear or constant.
 
-/// The shape after the warmup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
-    /// Half a cosine down to zero.
-    Cosine,
-    /// A straight line down to zero.
-    Linear,
-    /// No decay.
-    Constant,
+use crate::choice::choice;
+
+choice! {
+    /// The shape after the warmup.
+    Shape {
+        /// Half a cosine down to zero.
+        Cosine = "cosine",
+        /// A straight line down to zero.
+        Linear = "linear",
+        /// No decay.
+        Constant = "constant",
+    }
 }
 
 /// The learning rate of every update of a run.
