@@ -1,6 +1,7 @@
 //! Bellora fine-tunes Llama-family language models with LoRA on libtorch.
 //!
-//! The modules in reading order; each imports only from layers below its own. `ARCHITECTURE.md` holds the map.
+//! The modules in reading order; each imports only from layers below its own and from those before it in its own.
+//! `ARCHITECTURE.md` holds the map.
 
 pub mod choice;
 pub mod device;

@@ -25,7 +25,7 @@ pub struct DropoutKey {
 /// Where the rows of a micro-batch come from: `[N]` each, i64 on the device of the rows.
 #[derive(Debug)]
 pub struct RowOrigin {
-    /// The sample's slot in the run's sequence of samples.
+    /// The sample's slot in its update.
     pub slot_n: Tensor,
     /// The token's position in its sample.
     pub token_n: Tensor,
