@@ -152,14 +152,15 @@ impl ChatTemplate {
             // A mark a turn, in their order.
             false => {
                 let all: Vec<usize> = (0..messages.len()).filter(|&turn| role(&messages[turn]) == ASSISTANT).collect();
+                if marks.len() != all.len() {
+                    let what = format!("has {} answers, and the chat template marks {} parts", all.len(), marks.len());
+                    return Err(Reason::new(what).hint("one {% generation %} an answer, or none at all"));
+                }
                 let of_turn = |turn: &usize| all.iter().position(|one| one == turn).and_then(|at| marks.get(at));
                 turns.iter().filter_map(of_turn).cloned().collect()
             }
             true => {
-                let find =
-                    |&turn: &usize| Ok(self.start(&text, conversation, turn)?..self.end(&text, conversation, turn));
-                let found: Vec<Range<usize>> = turns.iter().map(find).collect::<std::result::Result<_, Reason>>()?;
-                found.into_iter().filter(|range| range.start < range.end).collect()
+                turns.iter().map(|turn| self.find(&text, conversation, *turn)).collect::<std::result::Result<_, _>>()?
             }
         };
         let lacks =
@@ -170,10 +171,27 @@ impl ChatTemplate {
 
     /// Whether the text is the same whatever the system prompt says.
     fn leaves_out_system(&self, text: &str, conversation: &Conversation) -> bool {
-        let has_system = conversation.messages.first().is_some_and(|first| role(first) == "system");
+        if conversation.messages.first().is_none_or(|first| role(first) != "system") {
+            return false;
+        }
         let mut other = conversation.clone();
         other.set_system(PLACEHOLDER);
-        has_system && self.render(&other.messages, &other, false).is_ok_and(|other| other == text)
+        self.render(&other.messages, &other, false).is_ok_and(|other| other == text)
+    }
+
+    /// Where what an answer adds stands in the text.
+    fn find(&self, text: &str, conversation: &Conversation, turn: usize) -> std::result::Result<Range<usize>, Reason> {
+        let start = self.start(text, conversation, turn)?;
+        let until = self.start_of_next(text, conversation, turn).unwrap_or(text.len());
+        // What ends the turn, the last such token before the next message.
+        let end = match text.get(start..until).and_then(|found| found.rfind(&self.end_of_turn)) {
+            Some(at) if !self.end_of_turn.is_empty() => start + at + self.end_of_turn.len(),
+            _ => until,
+        };
+        if start >= end {
+            return Err(not_found(turn));
+        }
+        Ok(start..end)
     }
 
     /// Where the text begins that an answer adds to its generation prompt.
@@ -183,10 +201,7 @@ impl ChatTemplate {
         }
         // The template writes what comes before otherwise when more follows. Then the answer's own text is looked for, and what
         // the template puts between the prompt and that (a space) is seen in a conversation without a system message.
-        let content = self.start_of_content(text, conversation, turn).ok_or_else(|| {
-            Reason::new(format!("turn {} cannot be found in the text that the chat template makes", turn + 1))
-                .hint("the template leaves it out, or writes it anew")
-        })?;
+        let content = self.start_of_content(text, conversation, turn).ok_or_else(|| not_found(turn))?;
         let mut plain = conversation.clone();
         if plain.messages.first().is_some_and(|first| role(first) == "system") {
             plain.messages.remove(0);
@@ -213,18 +228,14 @@ impl ChatTemplate {
         Some(common_prefix(text, &other)).filter(|common| *common < text.len())
     }
 
-    /// Where a turn ends, the token that ends it included: the last such token before the next message.
-    fn end(&self, text: &str, conversation: &Conversation, turn: usize) -> usize {
-        let until = self.start_of_next(text, conversation, turn).unwrap_or(text.len());
-        match text[..until].rfind(&self.end_of_turn) {
-            Some(at) if !self.end_of_turn.is_empty() => at + self.end_of_turn.len(),
-            _ => until,
-        }
-    }
-
-    /// Where the text of the message behind a turn begins.
+    /// Where what follows a turn begins: the next message, or that one's own text where the template writes a conversation that ends
+    /// here in another way.
     fn start_of_next(&self, text: &str, conversation: &Conversation, turn: usize) -> Option<usize> {
         let next = conversation.messages.get(turn + 1)?;
+        let so_far = self.render(&conversation.messages[..=turn], conversation, false).ok();
+        if let Some(so_far) = so_far.filter(|so_far| text.starts_with(so_far.as_str())) {
+            return Some(so_far.len());
+        }
         let mut messages = conversation.messages[..=turn].to_vec();
         let mut other = next.clone();
         other["content"] = json!(PLACEHOLDER);
@@ -274,6 +285,12 @@ impl ChatTemplate {
     }
 }
 
+fn not_found(turn: usize) -> Reason {
+    Reason::new(format!("turn {} cannot be found in the text that the chat template makes", turn + 1)).hint(
+        "the template leaves it out, or writes it anew: remove the turn, or give another template by data.template",
+    )
+}
+
 /// The reason that a template gives, or what it stumbled over.
 fn refused(error: &minijinja::Error) -> Reason {
     let said = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
@@ -303,7 +320,7 @@ fn mark_generation(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(start) = rest.find("{%") {
-        let Some(end) = rest[start..].find("%}").map(|end| start + end + 2) else { break };
+        let Some(end) = rest[start + 2..].find("%}").map(|end| start + 2 + end + 2) else { break };
         let tag = &rest[start..end];
         let inner = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
         let mark = ["generation", "endgeneration"].iter().position(|name| *name == inner);

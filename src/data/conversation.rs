@@ -78,11 +78,17 @@ impl Conversation {
     /// # Errors
     /// Turns in another order.
     pub fn asked(&self) -> Result<Record, Reason> {
+        if self.tools.is_some() {
+            return Err(Reason::new("the messages come with tools, which this template has no place for")
+                .hint("a chat template has: --template chat, or a .jinja file, with a base"));
+        }
         let mut record = Record::default();
         let mut question: Option<String> = None;
         for (number, message) in (1..).zip(&self.messages) {
-            let text = message["content"].as_str().unwrap_or_default().to_owned();
             let misplaced = |what: &str| Err(Reason::new(format!("message {number} is {what}")));
+            let Some(text) = message["content"].as_str().map(str::to_owned) else {
+                return misplaced("no text: its `content` is no string");
+            };
             match (role(message), question.take()) {
                 ("system", None) if number == 1 => record.system = Some(text).filter(|text| !text.is_empty()),
                 ("user", None) => question = Some(text),
@@ -118,7 +124,13 @@ pub(super) fn parse(bytes: &[u8], line: u32) -> Result<Conversation, Reason> {
         return Err(Reason::new("a row must be a JSON object"));
     };
     row.retain(|_, value| !value.is_null());
-    let (tools, said) = said_of(&row);
+    let (tools, mut said) = said_of(&row);
+    // A template reads these of a turn, and nothing of the row but its tools.
+    let of_turns = [About::Reasoning, About::Tools, About::Refusal];
+    said.extend(row.iter().filter_map(|(name, value)| {
+        let (name, about) = learned::key(name).filter(|(name, about)| *name != "tools" && of_turns.contains(about))?;
+        Some((name, about, value.clone()))
+    }));
     if let Wish::Leave(why) = learned::wish(&said)? {
         return Err(Reason::new(format!("says that its answers are not to be learned ({why})")).hint("remove the row"));
     }

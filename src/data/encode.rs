@@ -233,6 +233,9 @@ pub fn prompt_ids(
             tokenizer.encode_parts(&parts, special_tokens, &mut ids)?;
             Ok(ids)
         }
+        Prompting::Chat(_) if conversation.messages.last().is_some_and(|last| role(last) == ASSISTANT) => Err(refused(
+            Reason::new("the messages end with an answer").hint("let them end with what is to be answered"),
+        )),
         Prompting::Chat(template) => {
             let text = template.prompt(conversation).map_err(refused)?;
             tokenizer.encode(&text, SpecialTokens::Special)

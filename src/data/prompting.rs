@@ -79,7 +79,7 @@ impl Prompting {
             (None, Some(Value::String(text))) => (text.clone(), CONFIG),
             (None, Some(Value::Array(named))) => (default_of(named)?, CONFIG),
             _ => {
-                let what = "\"chat\" is asked for, and the tokenizer's folder holds no chat template";
+                let what = format!("\"chat\" is asked for, and there is no chat template beside {}", tokenizer.place());
                 return Err(Error::invalid("data.template", what).hint(
                     "base models often have none: give the path of a .jinja file, such as the chat_template.jinja of the model's \
                      instruct version, or of a .toml file",
@@ -87,7 +87,8 @@ impl Prompting {
             }
         };
         let source = ChatSource { chat_template, special_tokens: special_tokens(tokenizer) };
-        Ok(Self::Chat(ChatTemplate::new(source, place)?))
+        let place = Path::new(tokenizer.place()).with_file_name(place).display().to_string();
+        Ok(Self::Chat(ChatTemplate::new(source, &place)?))
     }
 }
 

@@ -207,6 +207,8 @@ fn rows_that_are_no_conversation_are_bad_by_what_they_are() {
         (json!({"other": 1}), "no known format"),
         (json!({"weight": 0, "messages": []}), "not to be learned"),
         (json!({"messages": [], "images": ["a.png"]}), "text alone"),
+        (json!({"messages": [], "functions": [{"name": "f"}]}), "holds `functions`"),
+        (json!({"messages": [], "reasoning_content": "hm"}), "holds `reasoning_content`"),
         (messages(&TURNS[..2]), "no answer of an assistant"),
         (messages(&TURNS[1..4]), "ends with a user turn"),
         (messages(&[("user", "a"), ("tool", "b"), ("assistant", "c")]), "only users and assistants, not tool"),
@@ -246,6 +248,10 @@ fn a_mistake_in_a_template_is_named_with_its_line() {
     let source = ChatSource { chat_template: "a\n{% if %}\n".into(), special_tokens: BTreeMap::new() };
     let error = ChatTemplate::new(source, "x/t.jinja").unwrap_err();
     assert_eq!(error.exit_code(), 2);
+    for broken in ["{%}", "{%", "%}{%-%}"] {
+        let source = ChatSource { chat_template: broken.into(), special_tokens: BTreeMap::new() };
+        assert_eq!(ChatTemplate::new(source, "x/t.jinja").unwrap_err().exit_code(), 2, "{broken}");
+    }
     assert!(error.to_string().contains("x/t.jinja: ") && error.to_string().contains("line 2"), "{error}");
 }
 
@@ -342,7 +348,7 @@ fn what_a_template_leaves_out_or_lacks_is_said() {
         check.stdout
     );
     let none = Lab::new(Shape::default()).run("check", &[], &["data.template=chat"]);
-    assert!(none.code == Some(2) && none.stderr.contains("holds no chat template"), "{}", none.stderr);
+    assert!(none.code == Some(2) && none.stderr.contains("there is no chat template beside"), "{}", none.stderr);
     std::fs::write(lab.path("t.jinja"), "{% for %}").unwrap();
     let set = format!("data.template={}", lab.path("t.jinja").display());
     let mistake = lab.run("check", &[], &[&set]);
@@ -370,4 +376,30 @@ fn strings_around_turns_learn_every_answer_too() {
         "{}",
         shown("data.learn=auto")
     );
+}
+
+/// Where an answer has no token that ends it, what follows is not learned, and one that is left out is told.
+#[test]
+fn an_answer_without_an_end_of_its_own_ends_where_the_next_message_begins() {
+    let bare = "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+    assert_eq!(template(bare).end_of_turn(), "");
+    assert_eq!(learned(bare, &messages(&TURNS[1..]), Answers::All), [" hello\n", "two"]);
+    // The first answer has no such token, and that of another turn is not taken for it.
+    let last_only = "{% for m in messages %}{{ m.role[0] + ':' + m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}";
+    assert_eq!(learned(last_only, &messages(&TURNS[1..]), Answers::Last), ["two</s>"]);
+    let first = learned(last_only, &messages(&TURNS[1..]), Answers::All);
+    assert!(first[0].starts_with(" hello") && first[1] == "two</s>", "{first:?}");
+    let drops = "{% for m in messages if m.role == 'user' %}U{{ m.content }}{% endfor %}";
+    let refused = template(drops).learned(&row(&messages(&TURNS[1..])).unwrap(), Answers::All).unwrap_err();
+    assert!(refused.what.contains("turn 2 cannot be found") && !refused.hint.is_empty(), "{refused:?}");
+}
+
+#[test]
+fn messages_that_cannot_be_asked_are_refused() {
+    let asked = |of: Value| Conversation::of_turns(&of["messages"], "messages").unwrap().asked().unwrap_err().what;
+    assert!(asked(messages(&TURNS[1..3])).contains("do not end with a question"));
+    let parts = json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]});
+    assert!(asked(parts).contains("message 1 is no text"));
+    let with_tools = Conversation { tools: Some(json!([1])), ..Conversation::question("q") };
+    assert!(with_tools.asked().unwrap_err().what.contains("tools"));
 }
