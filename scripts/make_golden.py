@@ -3,8 +3,8 @@
 
     make_golden.py [CASE...]      makes these cases anew, all by default
 
-Each case is a tiny randomly initialised Llama with a LoRA adapter that is not at its zero start, a dozen rows of data,
-and what a plain loop over Transformers + PEFT + torch.optim.AdamW makes of them: tests/golden/README.md describes the
+Each case is a tiny randomly initialised model (Llama, Qwen2, Qwen3 or Mistral) with a LoRA adapter that is not at its
+zero start, a dozen rows of data, and what a plain loop over Transformers + PEFT + torch.optim.AdamW makes of them: tests/golden/README.md describes the
 files. The loop feeds one sample at a time, so that there is no padding anywhere, and follows no trainer's source: the
 order, the schedule and the loss average are spelled out here.
 
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 
@@ -65,6 +66,58 @@ SHORT_ROWS = [
 ]
 # Its prompt alone is longer than the case's max_length: with truncation = "cut" there is nothing left to learn.
 LONG_ROW = ("请把这段话读一遍：" + "山高水长，" * 60, "", "好的。")
+
+# Conversations for the cases with a chat template. The last one is for validation. "hint" is a key of a message that only
+# one of the templates reads.
+CONVERSATIONS = [
+    [("user", "Hello!"), ("assistant", "Hi. How can I help?"), ("user", "一加一等于几？"), ("assistant", "二。")],
+    [("system", "Answer in one word."), ("user", "Is snow cold?"), ("assistant", "Yes.")],
+    [("user", "写一个字。"), ("assistant", "\n山"), ("user", "再写一个。"), ("assistant", "水"), ("user", "好！"), ("assistant", "")],
+    [("system", "简短地回答。"), ("user", "水在多少度结冰？"), ("assistant", "零度。"), ("user", "And boil?"), ("assistant", "At 100.")],
+    [("user", "Name a planet."), ("assistant", "Saturn.", "It has rings."), ("user", "另一个？"), ("assistant", "火星。", "红色的。")],
+    [("user", "Count to three."), ("assistant", "1, 2, 3"), ("user", "倒着数。"), ("assistant", "三、二、一")],
+    [("user", "谢谢"), ("assistant", " You are welcome. ")],
+    [("user", "Y or N?"), ("assistant", "N"), ("user", "Why?"), ("assistant", "因为路上堵车，所以我迟到了。", "想一想")],
+    [("user", "What do bees make?"), ("assistant", "Honey."), ("user", "还有呢？"), ("assistant", "Wax, 蜂蜡。")],
+]  # fmt: skip
+# Two templates written for these cases. The first has a header line for each turn, and shows the hint of an answer after
+# the last question alone. The second has marks around a question, a system text only where the conversation ends in a
+# question, and writes the answers' texts without the spaces around them.
+CHAT_TEMPLATES = {
+    "headers": """\
+{%- set last = namespace(question=-1) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{% set last.question = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {{- "<|turn|>" + message.role + "\\n" }}
+    {%- if message.role == "assistant" and loop.index0 > last.question %}
+        {{- "<hint>" + message.hint | default("", true) + "</hint>\\n" }}
+    {%- endif %}
+    {{- message.content + "<|end|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|turn|>assistant\\n" }}{% endif %}
+""",
+    "marks": """\
+{%- set system = "" %}
+{%- if messages[0].role == "system" %}
+    {%- set system = messages[0].content + "\\n\\n" %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("questions and answers must alternate") }}{% endif %}
+    {%- if message.role == "user" %}
+        {{- "[ASK] " + (system if loop.last else "") + message.content + " [/ASK]" }}
+    {%- else %}
+        {{- " " + message.content.strip() + eos_token }}
+    {%- endif %}
+{%- endfor %}
+""",
+}
+
+# The token that ends a turn.
+CHAT_ENDS = {"headers": "<|end|>", "marks": "</s>"}
 
 LLAMA = dict(
     hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
@@ -150,12 +203,56 @@ CASES = {
         train=dict(max_steps=12, warmup_steps=2, weight_decay=0.02),
         keep=[],
     ),
+    "qwen2_biases": dict(
+        about="Qwen2: biases on q, k and v, a tied head, embedding rows beyond the tokenizer's, a sliding window that is "
+        "switched off and shorter than the samples",
+        family="qwen2",
+        bos=False,
+        spare_rows=9,
+        llama=dict(
+            num_key_value_heads=2, tie_word_embeddings=True, use_sliding_window=False, sliding_window=16,
+            max_window_layers=1,
+        ),
+        train=dict(epochs=2, warmup_steps=1),
+        keep=["gradients", "logits", "merged"],
+    ),
+    "qwen3_chat": dict(
+        about="Qwen3: norms over each head of q and k, a head_dim of its own; conversations with every answer learned, "
+        "by a template that shows an answer otherwise once another question follows",
+        family="qwen3",
+        bos=False,
+        chat="headers",
+        llama=dict(num_key_value_heads=2, head_dim=12, rope_parameters=dict(rope_type="default", rope_theta=1000000.0)),
+        lora=dict(r=4, lora_alpha=8),
+        train=dict(epochs=2, warmup_steps=1),
+        keep=["gradients", "logits", "merged", "greedy"],
+    ),
+    "mistral_chat": dict(
+        about="Mistral: a sliding window as long as the longest sample allowed; conversations by a template that leaves "
+        "out a system text and has no generation prompt of its own",
+        family="mistral",
+        bos=True,
+        chat="marks",
+        llama=dict(num_key_value_heads=1, head_dim=10, sliding_window=512),
+        lora=dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"]),
+        train=dict(epochs=2, schedule="linear", warmup_steps=0),
+        keep=["gradients"],
+    ),
+    "llama_every_bias": dict(
+        about="Llama with biases on all seven projections",
+        bos=True,
+        llama=dict(attention_bias=True, mlp_bias=True, num_key_value_heads=2),
+        lora=dict(r=4, lora_alpha=8),
+        train=dict(epochs=1, warmup_steps=1),
+        keep=["gradients", "logits", "merged"],
+    ),
 }  # fmt: skip
 
 
-def make_tokenizer(folder, with_bos, grown):
-    """Byte-level BPE with a few dozen merges learnt from the rows. `grown` are tokens past the base's embedding."""
-    special = ["<unk>", "<s>", "</s>"]
+def make_tokenizer(folder, with_bos, grown, chat):
+    """Byte-level BPE with a few dozen merges learnt from the rows. `grown` are tokens past the base's embedding; `chat`
+    names a chat template, which goes into the folder, or is None."""
+    special = ["<unk>", "<s>", "</s>"] + (["<|turn|>", "<|end|>"] if chat == "headers" else [])
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -176,6 +273,9 @@ def make_tokenizer(folder, with_bos, grown):
     config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     if "[PAD]" in grown:
         config["pad_token"] = "[PAD]"
+    if chat:
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES[chat], encoding="utf-8")
+        config["eos_token"] = CHAT_ENDS[chat]
     write_json(folder / "tokenizer_config.json", {**config, "clean_up_tokenization_spaces": False})
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     assert len(loaded) == base_vocab_size + len(grown), "Transformers sees another vocabulary"
@@ -191,15 +291,45 @@ def encode(tokenizer, row, template, max_length):
     return (prompt_ids + answer_ids)[:max_length], labels[:max_length]
 
 
+def conversation_messages(conversation):
+    messages = []
+    for role, content, *hint in conversation:
+        messages.append(dict(role=role, content=content, **({"hint": hint[0]} if hint else {})))
+    return messages
+
+
+def encode_conversation(tokenizer, conversation, end):
+    """Ids of the whole conversation, and labels of every token that overlaps what an answer adds to its prompt, up to and
+    with the token that ends it."""
+    messages = conversation_messages(conversation)
+    render = lambda of, prompt: tokenizer.apply_chat_template(of, tokenize=False, add_generation_prompt=prompt)
+    text, spans = render(messages, False), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = len(render(messages[:i], True))
+        if text[:start] != render(messages[:i], True):  # the template rewrites earlier turns: by the question's end mark
+            n_before = sum(other["role"] == "assistant" for other in messages[:i])
+            start = [m.end() for m in re.finditer(re.escape("[/ASK]"), text)][n_before]
+        spans.append((start, text.index(end, start) + len(end)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    learned = [any(a < last and b > first for first, last in spans) for a, b in encoded["offset_mapping"]]
+    return ids, [i if yes else -100 for i, yes in zip(ids, learned)]
+
+
 def make_base(folder, case, vocab_size):
-    config = transformers.LlamaConfig(
-        **{**LLAMA, **case["llama"]}, vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=None
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():  # norms that are not all ones, or a forgotten one would go unnoticed
+    config = transformers.AutoConfig.for_model(
+        case.get("family", "llama"),
+        **{**LLAMA, **case["llama"]}, vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # norms that are not all ones and biases that are not zero, or a forgotten one would go unnoticed
         for name, tensor in model.named_parameters():
             if "norm" in name:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
+            if name.endswith(".bias"):
+                tensor.normal_(std=0.2)
         model.lm_head.weight.mul_(case.get("head_gain", 1.0))
     model.to(case.get("base_dtype", torch.float32))
     model.save_pretrained(folder, max_shard_size=case.get("shard_size", "1GB"))
@@ -214,7 +344,7 @@ def make_base(folder, case, vocab_size):
 
 
 def load_base(folder, vocab_size=None):
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     if vocab_size and vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
     return model
@@ -415,7 +545,7 @@ def write_config(path, name, case, lora, train):
             modules_to_save=lora.get("modules_to_save") or [], use_rslora=lora.get("use_rslora", False),
         ),
         "data": dict(
-            train=["{case}/data.jsonl"], validation=["{case}/validation.jsonl"], template=case.get("template", "alpaca"),
+            train=["{case}/data.jsonl"], validation=["{case}/validation.jsonl"], template="chat" if case.get("chat") else case.get("template", "alpaca"),
             max_length=case.get("max_length", 512), truncation="cut", shuffle=False,
         ),
         "train": dict(output="{out}", **train),
@@ -435,21 +565,31 @@ def make(name, seed):
     lora, train = {**LORA, **case.get("lora", {})}, {**TRAIN, **case["train"]}
     if train["max_steps"]:
         train["epochs"] = None
-    tokenizer, base_vocab_size = make_tokenizer(folder / "tokenizer", case["bos"], case.get("grown", []))
+    tokenizer, base_vocab_size = make_tokenizer(
+        folder / "tokenizer", case["bos"], case.get("grown", []), case.get("chat")
+    )
 
     rows = {"data": case.get("rows", ROWS[:-N_VALIDATION]), "validation": ROWS[-N_VALIDATION:]}
+    if case.get("chat"):
+        rows = {"data": CONVERSATIONS[:-1], "validation": CONVERSATIONS[-1:]}
     encoded = {}
     for which, those in rows.items():
-        records = [dict(zip(("instruction", "input", "output"), row)) for row in those]
+        if case.get("chat"):
+            records = [dict(messages=conversation_messages(row)) for row in those]
+        else:
+            records = [dict(zip(("instruction", "input", "output"), row)) for row in those]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (folder / f"{which}.jsonl").write_text(text, encoding="utf-8")
         encoded[which] = [
-            encode(tokenizer, row, case.get("template", "alpaca"), case.get("max_length", 512)) for row in those
+            encode_conversation(tokenizer, row, CHAT_ENDS[case["chat"]])
+            if case.get("chat")
+            else encode(tokenizer, row, case.get("template", "alpaca"), case.get("max_length", 512))
+            for row in those
         ]
     samples = encoded["data"]
     write_config(folder / "config.toml", name, case, lora, train)
 
-    make_base(folder / "base", case, base_vocab_size)
+    make_base(folder / "base", case, base_vocab_size + case.get("spare_rows", 0))
     model = peft.get_peft_model(
         load_base(folder / "base", len(tokenizer)), peft.LoraConfig(task_type="CAUSAL_LM", **lora)
     )
@@ -475,7 +615,8 @@ def make(name, seed):
     for key, tensor in model.named_parameters():
         tensor.data = masters.get(key, tensor).data.float()
     if "greedy" in case["keep"]:
-        prompt_ids = [i for i, label in zip(*encoded["validation"][0]) if label == -100]
+        ids, labels = encoded["validation"][0]
+        prompt_ids = ids[: next(i for i, label in enumerate(labels) if label != -100)]
         result["greedy"] = greedy(model, prompt_ids, 24)
     write_json(expected / "steps.json", result)
     lines = [json.dumps(dict(input_ids=ids, labels=labels)) + "\n" for ids, labels in samples]
