@@ -254,13 +254,15 @@ def make_tokenizer(folder, with_bos, grown, chat):
     names a chat template, which goes into the folder, or is None."""
     special = ["<unk>", "<s>", "</s>"] + (["<|turn|>", "<|end|>"] if chat == "headers" else [])
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Words are not split where answers follow a line break: there the break and one that begins an answer are one token.
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=chat != "headers")
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=320, special_tokens=special, initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )  # fmt: skip
     texts = [*TEMPLATES.values(), *("\n".join(row) for row in ROWS)]
+    texts += ["\n\n"] * (20 if chat == "headers" else 0)
     tokenizer.train_from_iterator(texts, trainer)
     base_vocab_size = tokenizer.get_vocab_size()
     tokenizer.add_special_tokens(grown)
@@ -334,6 +336,9 @@ def make_base(folder, case, vocab_size):
     model.to(case.get("base_dtype", torch.float32))
     model.save_pretrained(folder, max_shard_size=case.get("shard_size", "1GB"))
     (folder / "generation_config.json").unlink()
+    if "use_sliding_window" in case["llama"]:  # Transformers leaves out a window that is switched off; the models' files have it
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", {**config, "sliding_window": case["llama"]["sliding_window"]})
     if case.get("older_rope_spelling"):
         config = read_json(folder / "config.json")
         rope = config.pop("rope_parameters")

@@ -72,7 +72,7 @@ until_over() {
     local began=$SECONDS hurry=${2:-true}
     until case "$(state JobState)" in COMPLETED | FAILED | TIMEOUT | CANCELLED | NODE_FAIL) true ;; *) false ;; esac do
         if [ $((SECONDS - began)) -ge "$1" ]; then
-            wrong "the job had not ended after $1 s"
+            wrong "the job had not ended after $1 s ($(state Reason), nodes $(sinfo -h -N -o '%N %T' | sort -u | paste -sd,))"
             break
         fi
         [ "$(state JobState):$hurry" != PENDING:true ] || scontrol update JobId="$id" StartTime=now 2>/dev/null || true
@@ -275,14 +275,17 @@ trial_slurm_kill() {
 }
 
 trial_slurm_node() {
-    begin slurm-node 'a slurmd killed with all it had started, and started again half a minute later' 'comes back and ends as one process'
+    begin slurm-node 'a slurmd killed with all it had started, and started again once SLURM calls its node down' 'comes back and ends as one process'
     mapfile -t arguments < <(task $N_LONG)
     batch -- "${arguments[@]}"
     until_step 30
     local pid
     pid=$(rank_pid 1)
     kill -KILL "$(cat "$work/slurm/n2.pid")" "$(ps -o ppid= -p "$pid" | tr -d ' ')" "$pid"
-    sleep 30
+    # Not before SLURM has noticed. Where the slurmd is back sooner, srun waits for the lost task as long as --wait says (240 s), and
+    # the job comes back after that and SLURM's own two minutes: beyond what this trial waits.
+    local began=$SECONDS
+    until sinfo -h -N -n n2 -o %T | grep -q down || [ $((SECONDS - began)) -ge 120 ]; do sleep 0.5; done
     slurmd -N n2 -f "$SLURM_CONF"
     until_over 300 false
     [ "$(state JobState):$(state Restarts)" = COMPLETED:1 ] || wrong "COMPLETED after one return was expected"

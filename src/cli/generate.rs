@@ -88,7 +88,10 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
             tokenizer.encode_into(prompt, file.special_tokens, &mut ids)?;
             ids
         }
-        _ => prompt_ids(&tokenizer, &template, file.special_tokens, &conversation(args)?)?,
+        _ => {
+            let place = args.messages.as_ref().map_or("--prompt".to_owned(), |path| path.display().to_string());
+            prompt_ids(&place, &tokenizer, &template, file.special_tokens, &conversation(args)?)?
+        }
     };
     if prompt.is_empty() {
         return bad("--prompt", "the prompt has no tokens", "write some text");

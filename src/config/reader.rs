@@ -61,8 +61,12 @@ impl<'a> Reader<'a> {
 
     /// Notes that a required file is missing, unless it is there and faulty or a hint has already named it.
     pub(super) fn missing(&mut self, key: &'static str, example: &str) {
-        let is_required = self.file_keys == FileKeys::Required && !self.faults.proposed.contains(key);
-        if self.raw.get(key).is_none() && is_required {
+        let is_required = match self.file_keys {
+            FileKeys::Required => true,
+            FileKeys::WithoutTraining => key != "data.train",
+            FileKeys::PassedOver => false,
+        };
+        if is_required && self.raw.get(key).is_none() && !self.faults.proposed.contains(key) {
             let section = key.split_once('.').map_or(key, |(section, _)| section);
             let hint = format!("write {example} under [{section}]");
             self.fault(key, "this key is required and was not given", hint);

@@ -217,14 +217,15 @@ fn push_text(
 /// The ids of a conversation to be answered. With strings the token that begins a text goes first; a chat template writes it itself.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a conversation that does not fit the template.
+/// [`Error::Invalid`] at `place` for a conversation that does not fit the template.
 pub fn prompt_ids(
+    place: &str,
     tokenizer: &Tokenizer,
     template: &Prompting,
     special_tokens: SpecialTokens,
     conversation: &Conversation,
 ) -> Result<Vec<u32>> {
-    let refused = |reason: Reason| Error::invalid("prompt", reason.what).hint(reason.hint);
+    let refused = |reason: Reason| Error::invalid(place, reason.what).hint(reason.hint);
     match template {
         Prompting::Strings(template) => {
             let record = conversation.asked().map_err(refused)?;

@@ -372,6 +372,26 @@ fn set_overrides_the_file_is_parsed_as_toml_and_replaces_the_other_of_a_pair() {
 }
 
 #[test]
+fn an_evaluation_of_a_run_asks_for_every_file_but_the_training_samples() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("run")).unwrap();
+    let text = place.text("", "", "validation = \"DIR/rows.jsonl\"", "");
+    let without = |key: &str| {
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with(key)).collect();
+        std::fs::write(place.path("run/config.toml"), lines.join("\n")).unwrap();
+        Config::load_run_to_evaluate(&place.path("run"), &[])
+    };
+    without("train = ").unwrap();
+    match without("base = ") {
+        Err(Error::Invalid(faults)) => {
+            assert_eq!(faults.len(), 1, "{faults:#?}");
+            holds(&faults[0], "model.base", "required", "under [model]");
+        }
+        other => panic!("a config without a base was taken: {other:?}"),
+    }
+}
+
+#[test]
 fn paths_and_values_that_cannot_be_are_refused() {
     let place = Place::new();
     for file in ["model.gguf", "adapter.safetensors", "tok.bin", "dir/x.txt", "taken"] {

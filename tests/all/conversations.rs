@@ -330,6 +330,11 @@ fn a_run_learns_every_answer_and_generates_by_its_own_template() {
     let refused = answer(&["--messages", lab.path("rows.jsonl").to_str().unwrap()]);
     assert!(refused.code == Some(2) && refused.stderr.contains("is not valid JSON"), "{}", refused.stderr);
     assert_eq!(answer(&[]).code, Some(2));
+    // Messages that are answered already: the file is named.
+    std::fs::write(&messages_file, messages(&TURNS[1..3]).to_string()).unwrap();
+    let refused = answer(&["--messages", messages_file.to_str().unwrap()]);
+    assert!(refused.code == Some(2) && refused.stderr.contains("end with an answer"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("messages.json"), "{}", refused.stderr);
     // A resumed run wants the same answers learned.
     let resumed = lab.run("train", &["--resume"], &["train.max_steps=3", "data.learn=last"]);
     assert!(resumed.code == Some(2) && resumed.stderr.contains("data.learn"), "{}", resumed.stderr);

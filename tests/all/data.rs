@@ -320,7 +320,8 @@ fn a_sample_is_prompt_then_answer_each_encoded_by_itself() {
     let mut dump = Vec::new();
     dataset.select(&[2]).write_dump(&mut dump).unwrap();
     assert_eq!(String::from_utf8(dump).unwrap(), "{\"input_ids\":[1,9,2],\"labels\":[-100,9,2]}\n");
-    let prompt = prompt_ids(&tokenizer, &bare(), SpecialTokens::Special, &Conversation::question("ab")).unwrap();
+    let prompt =
+        prompt_ids("--prompt", &tokenizer, &bare(), SpecialTokens::Special, &Conversation::question("ab")).unwrap();
     assert_eq!(prompt, wanted[0].0);
 
     // Too long for six tokens: the first in its prompt, the last in its answer.
