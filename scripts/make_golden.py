@@ -336,8 +336,9 @@ def make_base(folder, case, vocab_size):
     model.to(case.get("base_dtype", torch.float32))
     model.save_pretrained(folder, max_shard_size=case.get("shard_size", "1GB"))
     (folder / "generation_config.json").unlink()
-    if "use_sliding_window" in case["llama"]:  # Transformers leaves out a window that is switched off; the models' files have it
+    if "use_sliding_window" in case["llama"]:  # as the models' own files: Transformers drops the unused window, and lists layers
         config = read_json(folder / "config.json")
+        del config["layer_types"]
         write_json(folder / "config.json", {**config, "sliding_window": case["llama"]["sliding_window"]})
     if case.get("older_rope_spelling"):
         config = read_json(folder / "config.json")
