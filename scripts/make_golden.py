@@ -4,8 +4,8 @@
     make_golden.py [CASE...]      makes these cases anew, all by default
 
 Each case is a tiny randomly initialised model (Llama, Qwen2, Qwen3 or Mistral) with a LoRA adapter that is not at its
-zero start, a dozen rows of data, and what a plain loop over Transformers + PEFT + torch.optim.AdamW makes of them: tests/golden/README.md describes the
-files. The loop feeds one sample at a time, so that there is no padding anywhere, and follows no trainer's source: the
+zero start, a dozen rows of data, and what a plain loop over Transformers + PEFT + torch.optim.AdamW makes of them:
+tests/golden/README.md describes the files. The loop feeds one sample at a time, so that there is no padding anywhere, and follows no trainer's source: the
 order, the schedule and the loss average are spelled out here.
 
 Needs torch, transformers, peft, tokenizers and safetensors; the versions used are written into every expected/steps.json.
@@ -551,7 +551,8 @@ def write_config(path, name, case, lora, train):
             modules_to_save=lora.get("modules_to_save") or [], use_rslora=lora.get("use_rslora", False),
         ),
         "data": dict(
-            train=["{case}/data.jsonl"], validation=["{case}/validation.jsonl"], template="chat" if case.get("chat") else case.get("template", "alpaca"),
+            train=["{case}/data.jsonl"], validation=["{case}/validation.jsonl"],
+            template="chat" if case.get("chat") else case.get("template", "alpaca"),
             max_length=case.get("max_length", 512), truncation="cut", shuffle=False,
         ),
         "train": dict(output="{out}", **train),

@@ -286,6 +286,7 @@ trial_slurm_node() {
     # the job comes back after that and SLURM's own two minutes: beyond what this trial waits.
     local began=$SECONDS
     until sinfo -h -N -n n2 -o %T | grep -q down || [ $((SECONDS - began)) -ge 120 ]; do sleep 0.5; done
+    sinfo -h -N -n n2 -o %T | grep -q down || wrong "SLURM did not call the node down within 120 s"
     slurmd -N n2 -f "$SLURM_CONF"
     until_over 300 false
     [ "$(state JobState):$(state Restarts)" = COMPLETED:1 ] || wrong "COMPLETED after one return was expected"

@@ -76,15 +76,15 @@ impl ChatTemplate {
     /// Compiles a template; `place` is the file that it comes from.
     ///
     /// # Errors
-    /// [`Error::Invalid`] with the line of a mistake in it.
+    /// [`Error::Invalid`] with the line and the column of a mistake in it.
     pub fn new(source: ChatSource, place: &str) -> Result<Self> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         python::set_up(&mut environment);
         let text = mark_generation(&source.chat_template);
-        environment.add_template_owned(NAME, text).map_err(|error| {
-            let at = error.line().map_or(String::new(), |line| format!("line {line}: "));
+        environment.add_template_owned(NAME, text.clone()).map_err(|error| {
+            let at = place_in(&text, &source.chat_template, &error).map_or(String::new(), |at| format!("{at}: "));
             let said = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
             Error::invalid(place, format!("the chat template is no Jinja that is known here: {at}{said}"))
                 .hint("mend it there, or name another by data.template = \"FILE.jinja\"")
@@ -283,6 +283,19 @@ impl ChatTemplate {
         let template = self.environment.get_template(NAME);
         template.and_then(|template| template.render(context)).map_err(|error| refused(&error))
     }
+}
+
+/// Where a mistake is: `line 2, column 4`, both from 1, the column in characters. On a line that was changed for the marks no column
+/// is given.
+fn place_in(text: &str, original: &str, error: &minijinja::Error) -> Option<String> {
+    let line = error.line()?;
+    let column = error.range().and_then(|range| {
+        let before = text.get(..range.start)?;
+        let line_of = |text: &str| text.split('\n').nth(line - 1).map(str::to_owned);
+        let is_there = before.matches('\n').count() + 1 == line && line_of(text) == line_of(original);
+        is_there.then(|| before.chars().rev().take_while(|letter| *letter != '\n').count() + 1)
+    });
+    Some(column.map_or(format!("line {line}"), |column| format!("line {line}, column {column}")))
 }
 
 fn not_found(turn: usize) -> Reason {

@@ -244,7 +244,7 @@ fn values_are_written_as_python_writes_them() {
 }
 
 #[test]
-fn a_mistake_in_a_template_is_named_with_its_line() {
+fn a_mistake_in_a_template_is_named_with_its_line_and_column() {
     let source = ChatSource { chat_template: "a\n{% if %}\n".into(), special_tokens: BTreeMap::new() };
     let error = ChatTemplate::new(source, "x/t.jinja").unwrap_err();
     assert_eq!(error.exit_code(), 2);
@@ -252,7 +252,15 @@ fn a_mistake_in_a_template_is_named_with_its_line() {
         let source = ChatSource { chat_template: broken.into(), special_tokens: BTreeMap::new() };
         assert_eq!(ChatTemplate::new(source, "x/t.jinja").unwrap_err().exit_code(), 2, "{broken}");
     }
-    assert!(error.to_string().contains("x/t.jinja: ") && error.to_string().contains("line 2"), "{error}");
+    assert!(error.to_string().contains("x/t.jinja: ") && error.to_string().contains("line 2, column 7: "), "{error}");
+    // A column counts characters; on a line with marks, which are put in place of its tags, there is the line alone.
+    for (broken, at) in
+        [("é{{ 1 + }}", "line 1, column 9: "), ("\n{% generation %}{{ 1 + }}{% endgeneration %}", "line 2: ")]
+    {
+        let source = ChatSource { chat_template: broken.into(), special_tokens: BTreeMap::new() };
+        let error = ChatTemplate::new(source, "x/t.jinja").unwrap_err().to_string();
+        assert!(error.contains(at), "{broken}: {error}");
+    }
 }
 
 #[test]
